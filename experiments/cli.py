@@ -1,0 +1,171 @@
+"""What the commands share: finding and checking ``--config=configs/NAME.py[:size]``, and mistakes told in one line.
+
+A configuration file has ``get_config(size)`` (or ``get_config()``) that returns a ConfigDict of the fields of
+``hybrid_jax.config.RunConfig``. Any field can be overridden: ``--config.train.steps=100``. All of it is checked before
+JAX is started, and what is wrong is said in one line on stderr, with exit code 2.
+"""
+import difflib
+import importlib.util
+import inspect
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags, logging
+from ml_collections import ConfigDict, FieldReference, config_flags
+
+from hybrid_jax.config import ConfigError, RunConfig, from_dict
+from hybrid_jax.data import DataError
+from hybrid_jax.train.workdir import RunError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, metrics, summary and picture.")
+STEP = flags.DEFINE_integer("step", None, "The step whose checkpoint is read; the newest if not given.", lower_bound=0)
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+class Run(NamedTuple):
+    """What ``--config`` and its overrides asked for."""
+
+    config: RunConfig
+    name: str  # such as "gla_r6-tiny": the file and the size
+    command: str  # that starts it again
+
+
+def start(main: Callable[[Run], int | None], argv: list[str] | None = None) -> None:
+    """Run ``main`` on the configuration and flags of the command line, and exit with its exit code."""
+    argv = sys.argv if argv is None else argv
+    module = sys.modules[main.__module__]
+    sys.exit(guarded(lambda: main(load_run(parse(argv, module.__doc__), command(argv, module)))))
+
+
+def start_without_config(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
+    """The same for a command that takes no ``--config``."""
+    argv = sys.argv if argv is None else argv
+
+    def run() -> int | None:
+        given = parse(argv, sys.modules[main.__module__].__doc__)
+        if given:
+            raise ConfigError(f"this command takes no {given[0].split('=')[0]}; the configuration is read from the run's folder")
+        return main()
+
+    sys.exit(guarded(run))
+
+
+def guarded(action: Callable[[], int | None]) -> int:
+    """The exit code of ``action``: after one line on stderr, 2 for a mistake in what was asked, 1 for a run that can not go on."""
+    # Orbax reports through absl and warns of what it left behind when it fails; what matters is raised, and told here in one line.
+    logging.set_verbosity(logging.FATAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    try:
+        return action() or 0
+    except (ConfigError, DataError, RunError, flags.Error) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, RunError) else 2
+
+
+def command(argv: list[str], module) -> str:
+    """What to type to run this again."""
+    name = module.__spec__.name if module.__spec__ else module.__name__
+    return shlex.join(["python", "-m", name, *argv[1:]])
+
+
+def parse(argv: list[str], doc: str) -> list[str]:
+    """Parse all flags but ``--config...``, and return those."""
+    config = [arg for arg in argv[1:] if re.match("--?config([.=]|$)", arg)]
+    others = [arg for arg in argv[1:] if arg not in config]
+    if "--help" in others or "-h" in others:
+        print(f"{doc}\n{flags.FLAGS.module_help(__name__)}{flags.FLAGS.main_module_help()}")
+        sys.exit(0)
+    unexpected = flags.FLAGS([argv[0], *others])[1:]
+    if unexpected:
+        raise ConfigError(f"unexpected {unexpected[0]!r}; values are given as --name=value, such as --config.train.steps=100")
+    return config
+
+
+def load_run(arguments: list[str], command: str) -> Run:
+    """The run that ``--config=PATH[:size] --config.FIELD=VALUE ...`` describe. Raises ConfigError for whatever is wrong with it."""
+    given = [arg.split("=", 1)[1] for arg in arguments if re.match("--?config=", arg)]
+    if len(given) != 1:
+        raise ConfigError(f"give one --config=configs/NAME.py[:size], such as --config=configs/gla_r6.py:tiny ({len(given)} were given)")
+    path, _, size = given[0].partition(":")
+    file = find_config(path)
+    config, size = _get_config(file, size)
+    config = _override(config, [arg for arg in arguments if not re.match("--?config=", arg)])
+    return Run(from_dict(RunConfig, config.to_dict()), f"{file.stem}-{size}" if size else file.stem, command)
+
+
+def find_config(path: str) -> Path:
+    """The configuration file at ``path``, from the current folder or else from the installed package's own folder."""
+    for folder in (Path.cwd(), PACKAGE):
+        if (folder / path).is_file():
+            return folder / path
+    known = sorted(f"configs/{file.name}" for file in (PACKAGE / "configs").glob("*.py") if file.stem not in ("__init__", "recipe"))
+    name = f"configs/{Path(path).stem}.py"
+    close = [name] if name in known else difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+    raise ConfigError(f"no configuration file {path!r} in {Path.cwd()} or in {PACKAGE}; {hint}")
+
+
+def _get_config(file: Path, size: str) -> tuple[ConfigDict, str]:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{file} has no function get_config(size) that returns a ConfigDict")
+    parameters = list(inspect.signature(module.get_config).parameters.values())
+    if size and not parameters:
+        raise ConfigError(f"{file} knows no sizes: leave out :{size}")
+    if parameters and not size:
+        if parameters[0].default is inspect.Parameter.empty:
+            raise ConfigError(f"{file} needs a size: --config={file.name}:SIZE")
+        size = parameters[0].default
+    return module.get_config(size) if parameters else module.get_config(), size
+
+
+def _override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
+    """``config`` with every ``--config.a.b=value`` applied."""
+    for argument in arguments:
+        if "=" not in argument:
+            raise ConfigError(f"{argument} has no value; write {argument}=VALUE")
+        _check_path(config, argument.split("=", 1)[0].split(".", 1)[-1])
+    config = _any_literal(config)  # types are checked by from_dict, which knows what may be None and says what it needs
+    values = flags.FlagValues()
+    argv = ["config", *arguments]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=argv)
+    values(argv)
+    return config
+
+
+def _check_path(config: ConfigDict, path: str) -> None:
+    node, seen = config, "config"
+    for name in path.split("."):
+        if not isinstance(node, ConfigDict):
+            raise ConfigError(f"{seen} is a single value and has no field {name!r}")
+        if name not in node:
+            close = difflib.get_close_matches(name, node.keys(), n=1)
+            raise ConfigError(f"{seen} has no field {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(node)}"))
+        node, seen = node[name], f"{seen}.{name}"
+    if isinstance(node, ConfigDict):
+        raise ConfigError(f"{seen} is a group of fields; set one of them: {', '.join(f'--{seen}.{name}' for name in node)}")
+
+
+def _any_literal(config: ConfigDict) -> ConfigDict:
+    """The same values in fields that take any Python literal, so that None and numbers can replace each other."""
+
+    def field(value):
+        if isinstance(value, ConfigDict):
+            return _any_literal(value)
+        return value if isinstance(value, str) else FieldReference(value, field_type=object)
+
+    return ConfigDict({name: field(value) for name, value in config.items()})
+
+
+def workdir(run: Run) -> Path:
+    """``--workdir``, or runs/NAME-SIZE under the current folder."""
+    return Path(WORKDIR.value or os.path.join("runs", run.name))

@@ -1,0 +1,87 @@
+"""Build a token store from text files, to train on.
+
+    python -m experiments.tokenize --input='fineweb-edu/*.parquet' --output=stores/fineweb-edu --tokenizer=gla-tokenizer/ --workers=16
+    python -m experiments.tokenize --input=notes/ --output=stores/notes                  # .txt and .jsonl in a folder, as bytes
+
+Reads .txt (a document a file), .jsonl (plain, .gz, .zst) and .parquet. Killed, it goes on where it was when the same command
+is run again. Ends with the command that trains on the store.
+"""
+import contextlib
+import os
+import sys
+import time
+
+from absl import app, flags
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from hybrid_jax.data import DataError
+from hybrid_jax.data.build import build_store
+
+INPUT = flags.DEFINE_multi_string("input", None, "A file, a folder or a glob (quoted). May be given several times.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "The folder of the store. Twice its room is needed on the way.", required=True)
+TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", '"bytes", a Hugging Face tokenizer.json, or a folder that holds one.')
+DOCUMENT_END = flags.DEFINE_string("document_end", None, "The token put after each document, where the tokenizer does not say.")
+TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Where JSON records and Parquet tables have the text.")
+VALIDATION_FRACTION = flags.DEFINE_float("validation_fraction", 0.005, "Share of the documents held out, chosen by a hash of their text.")
+WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", lower_bound=1)
+
+
+@contextlib.contextmanager
+def progress():
+    """What shows how far a build is: bars in a terminal; in a log a line every ten seconds and one at the end of each phase."""
+    if not sys.stderr.isatty():
+        yield log_progress(time.monotonic())
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done)
+
+        yield show
+
+
+def log_progress(shown: float):
+    def log(phase: str, done: int, total: int) -> None:
+        nonlocal shown
+        if done == total or time.monotonic() - shown >= 10:
+            shown = time.monotonic()
+            unit = "bytes" if phase == "tokenizing" else "tokens"
+            print(f"{phase}: {done / max(total, 1):.1%} of {total:,} {unit}", file=sys.stderr, flush=True)
+
+    return log
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected {' '.join(argv[1:])!r}: quote a glob, or repeat --input")
+    started = time.monotonic()
+    try:
+        with progress() as show:
+            manifest = build_store(
+                INPUT.value,
+                OUTPUT.value,
+                tokenizer=TOKENIZER.value,
+                document_end=DOCUMENT_END.value,
+                text_field=TEXT_FIELD.value,
+                validation_fraction=VALIDATION_FRACTION.value,
+                workers=WORKERS.value,
+                progress=show,
+            )
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: run the same command again to go on")
+    for split, numbers in manifest["splits"].items():
+        print(f"{split}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens, {numbers['bytes']:,} bytes of text")
+    tokenizer, seconds = manifest["tokenizer"], time.monotonic() - started
+    print(f"{OUTPUT.value} is finished ({seconds:.0f} s): tokenizer {tokenizer['name']}, vocabulary {tokenizer['vocabulary']}")
+    print(f"train on it: python -m experiments.train --config=configs/gla_r6.py --config.data.source={OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)

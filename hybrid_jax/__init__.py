@@ -1,0 +1,21 @@
+"""Hybrid linear-attention language models in JAX.
+
+    model = hybrid_jax.build(config, seed=0)          # fresh parameters
+    model = hybrid_jax.load(folder)                   # a run's workdir, its newest or a named step
+    logits = model(tokens, segment_ids=None)          # [B,T] int -> [B,T,vocabulary] float32
+"""
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hybrid_jax.model import Model, build
+
+_HOME = {"Model": "hybrid_jax.model", "build": "hybrid_jax.model"}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    # Imported on first use: the data tools need neither JAX nor the models, and their workers should start at once.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,275 @@
+"""Batches for training and evaluation, a function of (seed, step) alone.
+
+Row r of a run, counted over all steps and processes, is fixed by the seed: process p of n at step s builds rows
+``s * batch + p * batch / n`` and following, whatever ran before. So a run can start at any step, and go on with another
+number of processes.
+
+Every token of the text is a target exactly once an epoch. What the model sees before the first token of the text, and with
+packed documents before the first of each, is ``document_end``. So one definition serves training and evaluation, and with
+packed documents nothing is predicted from another document's text.
+"""
+import sys
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+
+import grain
+import numpy as np
+from grain.experimental import index_shuffle
+
+from hybrid_jax.data import DataError, mqar
+from hybrid_jax.data.token_source import TokenSource
+
+PACKINGS = ("windows", "documents")
+Pieces = list[tuple[int, int]]  # ranges of the source's tokens, the targets of one row
+Batch = dict[str, np.ndarray]
+
+
+def training_batches(
+    source: TokenSource,
+    *,
+    batch: int,
+    window: int,
+    seed: int,
+    packing: str = "windows",
+    mqar_task: mqar.Task | None = None,
+    mqar_share: float = 0.0,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+) -> Iterator[Batch]:
+    """Endless batches from ``start_step`` on: this process's rows, b = batch / process_count of them, T = window.
+
+    ``packing`` "windows" cuts the documents, laid end to end as they are in the source, into windows of T tokens, one segment
+    each, and shuffles the windows anew each epoch. "documents" shuffles the documents, lays them end to end, cuts the row at
+    every T tokens and gives each document in a row a segment id; one longer than its row goes on in another, as a segment of
+    its own. In both a last window that is not full is left out of the epoch.
+
+    A share ``mqar_share`` of all rows, spread evenly, hold MQAR problems in place of text.
+
+    Returns a Grain iterator (``close()`` it) over ``tokens``, ``targets``, ``segment_ids`` [b,T] int32 (0 is padding) and
+    ``weights`` [b,T] float32, built ahead by ``threads`` threads.
+
+    Raises `DataError` where the window is longer than the source, the batch does not divide among the processes, or the
+    MQAR task does not fit.
+    """
+    _check_rows(batch, window, packing, process_index, process_count)
+    if len(source) < window:
+        raise DataError(f"a window of {window} tokens, but {source.name} holds {len(source)}: make the window shorter or give more text")
+    if not 0.0 <= mqar_share <= 1.0 or (mqar_share and mqar_task is None):
+        raise DataError(f"an MQAR share of {mqar_share} with the task {mqar_task}: give a share from 0 to 1, and above 0 a task")
+    if mqar_share:
+        mqar_task.check(window, source.tokenizer.vocabulary)
+    shuffled = ShuffledWindows(source, window, seed) if packing == "windows" else ShuffledDocuments(source, window, seed)
+    recall = Mixture(mqar_share, seed)
+    vocabulary, recall_seed = source.tokenizer.vocabulary, _stream(seed, "mqar")
+    local = batch // process_count
+
+    def build(index: int) -> Batch:
+        first = (start_step + index) * batch + process_index * local
+        rows = []
+        for row in range(first, first + local):
+            before = recall.count(row)
+            if recall.count(row + 1) > before:
+                rows.append(mqar.row(mqar_task, recall_seed, before, window=window, vocabulary=vocabulary))
+            else:
+                rows.append(shuffled.pieces(row - before))
+        return _fill(source, rows, window)
+
+    return _iterate(build, sys.maxsize, threads)
+
+
+def evaluation_batches(
+    source: TokenSource,
+    *,
+    batch: int,
+    window: int,
+    packing: str = "windows",
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+) -> Iterator[Batch]:
+    """The whole of ``source`` in order, every token a target exactly once; the same batches every time.
+
+    Rows are consecutive windows of T = window tokens, ``packing`` says whether each is one segment or its documents are told
+    apart. What is missing at the end, of the last window and of the last batch, is padding of weight 0. Otherwise as
+    `training_batches`.
+    """
+    _check_rows(batch, window, packing, process_index, process_count)
+    if len(source) == 0:
+        raise DataError(f"{source.name} is empty: there is nothing to evaluate on")
+    windows = -(-len(source) // window)
+    local = batch // process_count
+
+    def pieces(row: int) -> Pieces:
+        start, stop = min(row * window, len(source)), min((row + 1) * window, len(source))
+        if packing == "windows":
+            return [(start, stop)] if start < stop else []
+        first, last = np.searchsorted(source.documents, [start, stop], side="right")
+        cuts = [start, *source.documents[first:last].tolist(), stop]
+        return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+
+    def build(step: int) -> Batch:
+        first = step * batch + process_index * local
+        return _fill(source, [pieces(row) for row in range(first, first + local)], window)
+
+    return _iterate(build, -(-windows // batch), threads)
+
+
+def mqar_evaluation_batches(
+    task: mqar.Task,
+    *,
+    rows: int,
+    batch: int,
+    window: int,
+    vocabulary: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+) -> Iterator[Batch]:
+    """``rows`` rows of held-out MQAR problems, the same ones for every run; the last batch filled up with padding."""
+    _check_rows(batch, window, "documents", process_index, process_count)
+    task.check(window, vocabulary)
+    seed, local = _stream(0, "mqar evaluation"), batch // process_count
+
+    def build(step: int) -> Batch:
+        first = step * batch + process_index * local
+        problems = [mqar.row(task, seed, i, window=window, vocabulary=vocabulary) if i < rows else [] for i in range(first, first + local)]
+        return _fill(None, problems, window)
+
+    return _iterate(build, -(-rows // batch), threads)
+
+
+class Mixture:
+    """Which rows of a run hold MQAR: ``share`` of them, spread evenly from a place that the seed chooses.
+
+    Exact for any row: fixed-point integers, so that nothing is lost after 10^9 rows.
+    """
+
+    ONE = 1 << 32
+
+    def __init__(self, share: float, seed: int):
+        self.share = round(share * self.ONE)
+        self.offset = _stream(seed, "mixture") % self.ONE
+
+    def count(self, row: int) -> int:
+        """How many rows before ``row`` hold MQAR; row ``row`` does where ``count(row + 1)`` is one more."""
+        return (row * self.share + self.offset) // self.ONE
+
+
+class ShuffledWindows:
+    """Text row -> one window of the token stream, each once an epoch."""
+
+    def __init__(self, source: TokenSource, window: int, seed: int):
+        self.window, self.seed = window, seed
+        self.rows = len(source) // window  # an epoch
+
+    def pieces(self, row: int) -> Pieces:
+        epoch, row = divmod(row, self.rows)
+        start = _shuffle(row, self.rows, self.seed, epoch) * self.window
+        return [(start, start + self.window)]
+
+
+class ShuffledDocuments:
+    """Text row -> the documents, or parts of them, that a row holds; each token once an epoch, but for the last row not full.
+
+    Takes 16 bytes a document, and 12 more for each of the one or two epochs in use.
+    """
+
+    def __init__(self, source: TokenSource, window: int, seed: int):
+        self.window, self.seed = window, seed
+        self.rows = len(source) // window
+        self.ends = source.documents
+        self.lengths = np.diff(self.ends, prepend=0)
+        self._epoch = lru_cache(maxsize=2)(self._order)  # two: batches built ahead may be in the next epoch
+        self._lock = threading.Lock()
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.Generator(np.random.Philox(_stream(self.seed, f"documents {epoch}")))
+        order = rng.permutation(len(self.lengths)).astype(np.uint32)
+        return order, np.cumsum(self.lengths[order])
+
+    def pieces(self, row: int) -> Pieces:
+        epoch, row = divmod(row, self.rows)
+        with self._lock:
+            order, ends = self._epoch(epoch)
+        # The parts of a long document are in neighbouring rows: shuffled too, so that they do not share a batch.
+        start = _shuffle(row, self.rows, self.seed, epoch) * self.window
+        first, last = np.searchsorted(ends, [start, start + self.window - 1], side="right")
+        pieces = []
+        for place in range(first, last + 1):
+            document = order[place]
+            shift = int(self.ends[document] - ends[place])  # from the laid-out row to the source
+            begin = max(start, int(ends[place] - self.lengths[document]))
+            stop = min(start + self.window, int(ends[place]))
+            pieces.append((begin + shift, stop + shift))
+        return pieces
+
+
+def _fill(source: TokenSource | None, rows: list[Pieces | Batch], window: int) -> Batch:
+    """Rows side by side: the pieces read from ``source``, all at once, and the rows that are already made."""
+    out = {name: np.zeros((len(rows), window), np.int32) for name in ("tokens", "targets", "segment_ids")}
+    out["weights"] = np.zeros((len(rows), window), np.float32)
+    pieces = []  # (row, column, segment, start, stop)
+    for r, row in enumerate(rows):
+        if isinstance(row, dict):
+            for name, values in row.items():
+                out[name][r] = values
+            continue
+        column = 0
+        for segment, (start, stop) in enumerate(row, 1):
+            pieces.append((r, column, segment, start, stop))
+            column += stop - start
+    if not pieces:
+        return out
+    # One token more on the left: what the first target of a piece is predicted from.
+    reads = source.read_ranges([(max(start - 1, 0), stop) for *_, start, stop in pieces])
+    for (r, column, segment, start, stop), tokens in zip(pieces, reads, strict=True):
+        here = (r, slice(column, column + stop - start))
+        out["targets"][here] = tokens[-(stop - start) :]
+        out["tokens"][r, column] = tokens[0] if start > 0 else source.tokenizer.document_end
+        out["tokens"][r, column + 1 : column + stop - start] = tokens[-(stop - start) : -1]
+        out["segment_ids"][here] = segment
+        out["weights"][here] = 1.0
+    return out
+
+
+class _Steps:
+    """A random-access data source for Grain: ``build(step)`` for every step."""
+
+    def __init__(self, build, steps: int):
+        self._build, self._steps = build, steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._build(step)
+
+
+def _iterate(build, steps: int, threads: int) -> Iterator[Batch]:
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(grain.MapDataset.source(_Steps(build, steps)).to_iter_dataset(options))
+
+
+def _shuffle(row: int, rows: int, seed: int, epoch: int) -> int:
+    """Where ``row`` of ``rows`` goes in ``epoch``: a permutation that needs no memory."""
+    return index_shuffle(row, max_index=rows - 1, seed=_stream(seed, f"rows {epoch}") % (1 << 32), rounds=4)
+
+
+@lru_cache(maxsize=64)
+def _stream(seed: int, purpose: str) -> int:
+    """A 64-bit seed of its own for each use of ``seed``, so that no two draw the same numbers."""
+    return int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)[0])
+
+
+def _check_rows(batch: int, window: int, packing: str, process_index: int, process_count: int) -> None:
+    if batch < 1 or window < 1:
+        raise DataError(f"a batch of {batch} rows of {window} tokens: both must be at least 1")
+    if packing not in PACKINGS:
+        raise DataError(f"packing {packing!r}: give one of {', '.join(PACKINGS)}")
+    if batch % process_count:
+        raise DataError(f"a batch of {batch} rows does not divide among {process_count} processes: give a multiple of {process_count}")
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process {process_index} of {process_count}: give an index from 0 to {process_count - 1}")

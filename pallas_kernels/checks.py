@@ -1,0 +1,51 @@
+"""Argument checks shared by the operators: a wrong shape, dtype or name is a ValueError that says what to do."""
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+
+def bind_shapes(operator: str, arguments: Mapping[str, tuple[jax.Array | None, str]], **sizes: int) -> dict[str, int]:
+    """Read sizes off the arguments' shapes and check that they agree.
+
+    arguments: name -> (array or None, its axes as letters, such as ``"B T H K"``); None is skipped.
+    sizes: letters known beforehand.
+    Returns letter -> size. Raises ValueError naming the operator, the argument, what it got and what it needs.
+    """
+    source: dict[str, str] = {}
+    for name, (array, axes) in arguments.items():
+        if array is None:
+            continue
+        letters = axes.split()
+        if array.ndim != len(letters):
+            raise ValueError(f"{operator}: {name} has shape {array.shape}, needs {len(letters)} axes [{','.join(letters)}]")
+        for letter, size in zip(letters, array.shape):
+            if letter in sizes and sizes[letter] != size:
+                origin = f" (from {source[letter]})" if letter in source else ""
+                raise ValueError(
+                    f"{operator}: {name} has shape {array.shape}, needs [{','.join(letters)}] with {letter}={sizes[letter]}{origin}"
+                )
+            sizes[letter] = size
+            source.setdefault(letter, name)
+    return sizes
+
+
+def check_floating(operator: str, **arrays: jax.Array | None) -> None:
+    """Raise ValueError for an array (None is skipped) that is not floating point."""
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{operator}: {name} has dtype {array.dtype}, needs a floating-point dtype")
+
+
+def check_segment_ids(operator: str, segment_ids: jax.Array | None) -> None:
+    """Raise ValueError for segment ids that are not integers."""
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"{operator}: segment_ids has dtype {segment_ids.dtype}, needs integers (0 marks padding)")
+
+
+def choose(operator: str, implementations: Mapping[str, object], name: str | None, default: str):
+    """The implementation called ``name``, or the ``default`` where it is None. Raises ValueError for an unknown one."""
+    name = default if name is None else name
+    if name not in implementations:
+        raise ValueError(f"{operator}: no implementation {name!r}; choose one of {sorted(implementations)} or None")
+    return implementations[name]

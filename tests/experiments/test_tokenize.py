@@ -1,0 +1,129 @@
+"""`python -m experiments.tokenize` as it is run: its output, its errors, and kill -9 at any moment."""
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hybrid_jax.data.sources import make_sources
+from tests.hybrid_jax.data_samples import bpe_tokenizer, documents_of, texts, write_jsonl, write_texts
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(*arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "experiments.tokenize", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(*arguments) -> tuple[int, str, str]:
+    process = start(*arguments)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def content(folder) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_from_files_to_the_command_that_trains(tmp_path):
+    write_texts(tmp_path / "in", texts(50))
+    write_jsonl(tmp_path / "more.jsonl.zst", texts(50, seed=1), field="body")
+    (tmp_path / "tokenizer.json").write_bytes(bpe_tokenizer(["<stop>"]))
+    flags = ("--text_field=body", f"--tokenizer={tmp_path}", "--document_end=<stop>", "--validation_fraction=0.2", "--workers=2")
+    code, out, err = run(f"--input={tmp_path}/in/*.txt", f"--input={tmp_path}/more.jsonl.zst", f"--output={tmp_path}/store", *flags)
+    assert code == 0, err
+    sources = make_sources(str(tmp_path / "store"))
+    assert sorted(text for source in sources for text in documents_of(source)) == sorted(texts(50) + texts(50, seed=1))
+    for name, source in zip(("train", "validation"), sources, strict=True):
+        assert f"{name}: {len(source.documents):,} documents, {len(source):,} tokens, {source.bytes:,} bytes of text\n" in out
+    assert f"store is finished (0 s): tokenizer {tmp_path}/tokenizer.json, vocabulary" in out.replace("(1 s)", "(0 s)")
+    assert f"train on it: python -m experiments.train --config=configs/gla_r6.py --config.data.source={tmp_path}/store\n" in out
+    assert "tokenizing: 100.0% of" in err and "writing the store: 100.0% of" in err and "\r" not in err  # a log, not a bar
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_any_moment(tmp_path, seed):
+    """kill -9 again and again: the store is the one of an undisturbed run, byte for byte, and no worker lives on."""
+    rng = random.Random(seed)
+    documents = texts(600, seed)
+    for i in range(60):
+        write_jsonl(tmp_path / "in" / f"{i:02d}.jsonl", documents[10 * i : 10 * i + 10])
+    (tmp_path / "tokenizer.json").write_bytes(bpe_tokenizer(["</s>"]))
+    flags = (f"--input={tmp_path}/in", f"--tokenizer={tmp_path}", "--validation_fraction=0.1")
+    output, parts = tmp_path / "store", tmp_path / "store" / "parts"
+
+    def finished_parts():
+        return sum("partial" not in path.name and path.is_dir() for path in parts.glob("*")) if parts.exists() else 0
+
+    kills = 0
+    for _ in range(6):
+        process, wanted = start(*flags, f"--output={output}", "--workers=2"), finished_parts() + rng.randrange(0, 15)
+        while process.poll() is None and finished_parts() < wanted:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.01)
+        try:
+            workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        except FileNotFoundError:
+            workers = []
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait(timeout=60) == -signal.SIGKILL
+        deadline = time.monotonic() + 20
+        while any(map(alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not any(map(alive, workers))
+        process.communicate()
+    assert kills >= 3
+    code, _, err = run(*flags, f"--output={output}", "--workers=2")
+    assert code == 0, err
+    assert run(*flags, f"--output={tmp_path}/undisturbed", "--workers=1")[0] == 0
+    assert content(output) == content(tmp_path / "undisturbed")
+    assert sorted(text for source in make_sources(str(output)) for text in documents_of(source)) == sorted(documents)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", texts(3000) * 5)
+    process = start(f"--input={tmp_path}/in.jsonl", f"--output={tmp_path}/store", "--workers=1")
+    while process.poll() is None and not list(tmp_path.glob("store/parts/*.partial-*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.endswith("stopped: run the same command again to go on\n") and "Traceback" not in err
+
+
+def test_errors_are_one_line(tmp_path):
+    write_texts(tmp_path / "in", texts(5))
+    write_jsonl(tmp_path / "bad.jsonl", texts(5))
+    with open(tmp_path / "bad.jsonl", "a") as stream:
+        stream.write('{"text": \n')
+    (tmp_path / "file").touch()
+    for match, *flags in (
+        ("bad.jsonl, line 6: not JSON", f"--input={tmp_path}/bad.jsonl", f"--output={tmp_path}/a"),
+        ("no text under 'body', it has 'id', 'text'", f"--input={tmp_path}/bad.jsonl", f"--output={tmp_path}/b", "--text_field=body"),
+        ("names no file", f"--input={tmp_path}/none", f"--output={tmp_path}/c"),
+        ("file is a file: give a folder", f"--input={tmp_path}/in", f"--output={tmp_path}/file"),
+        ("no tokenizer at", f"--input={tmp_path}/in", f"--output={tmp_path}/d", "--tokenizer=nowhere"),
+    ):
+        code, out, err = run(*flags, "--workers=1")
+        assert code == 1 and out == "" and match in err.splitlines()[-1] and "Traceback" not in err, err
+        assert [line for line in err.splitlines() if not line.startswith("tokenizing: ")] == [err.splitlines()[-1]]
+    code, _, err = run(f"--output={tmp_path}/e")
+    assert code == 1 and "Flag --input must have a value other than None" in err
+    code, _, err = run(f"--input={tmp_path}/in", "more.txt", f"--output={tmp_path}/e")
+    assert code == 1 and "unexpected 'more.txt': quote a glob, or repeat --input" in err
+
+
+def test_standard_tokenize_stays_in_reach():
+    """The command has the name of a module of the standard library, and must not stand in its way."""
+    code = "import experiments.tokenize, os, tokenize; assert os.path.dirname(tokenize.__file__) == os.path.dirname(os.__file__)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -1,0 +1,73 @@
+"""Configurations: to plain values and back, and every refusal in one clear line."""
+import dataclasses
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybrid_jax import config
+
+
+@given(
+    st.sampled_from([config.HGRN(), config.HGRN2(32), config.RetNet(kv_heads=4), config.GLA(log_decay_min=-1.0), config.DeltaNet(), config.GatedDeltaNet()]),
+    st.sampled_from([None, 24, 12, 6, 3]),
+    st.booleans(),
+    st.integers(1, 10**6),
+)
+def test_round_trip(mixer, ratio, tied, steps):
+    run = config.RunConfig(
+        model=config.ModelConfig(mixer=mixer, ratio=ratio, tied=tied), train=config.TrainConfig(steps=steps), evaluation=config.EvaluationConfig(every=7)
+    )
+    assert config.from_dict(config.RunConfig, config.to_dict(run)) == run
+
+
+def test_explicit_layers_round_trip_as_a_list():
+    run = config.from_dict(config.RunConfig, {"model": {"mixer": {"name": "gla"}, "attention_layers": [0, 7]}})
+    assert run.model.attention_layers == (0, 7)
+    assert run.model.layer_kinds[:2] == ("attention", "gla")
+
+
+REFUSED = [
+    ({"modle": {}}, "config has no field 'modle'; did you mean 'model'"),
+    ({"model": {"colour": 1}}, "config.model has no field 'colour'; it has mixer"),
+    ({"model": {"width": "wide"}}, "config.model.width='wide' must be of type int"),
+    ({"model": {"width": True}}, "config.model.width=True must be of type int"),
+    ({"model": {"tied": 1}}, "config.model.tied=1 must be of type bool"),
+    ({"model": 3}, "config.model=3 must be a group of fields"),
+    ({"model": {"dtype": "float8"}}, "must be one of 'bfloat16', 'float32'"),
+    ({"model": {"attention_layers": 3}}, "must be a list of integers"),
+    ({"model": {"mixer": {"name": "mamba"}}}, "is no mixer; choose one of hgrn"),
+    ({"model": {"mixer": {"name": "gla", "heads": 3}}}, "gla heads=3 must divide width * expand_k"),
+    ({"model": {"mixer": {"name": "hgrn2", "expand_ratio": 100}}}, "must divide model.width=1024"),
+    ({"model": {"mixer": {"name": "retnet", "kv_heads": 3}}}, "kv_heads must divide heads=8"),
+    ({"model": {"mixer": {"name": "gated_delta_net", "value_heads": 6}}}, "heads=4 must divide value_heads=6"),
+    ({"model": {"mixer": {"name": "delta_net", "conv_width": 1}}}, "must be 0 (none) or at least 2"),
+    ({"model": {"ratio": 7}}, "does not divide layers=24; choose one of"),
+    ({"model": {"ratio": 6, "attention_layers": [3]}}, "two ways to say one thing"),
+    ({"model": {"attention_layers": [24]}}, "from 0 to 23"),
+    ({"model": {"mixer": {"name": "attention"}, "ratio": 6}}, "is attention already"),
+    ({"model": {"ratio": 6, "attention": {"heads": 15}}}, "heads=15 must divide model.width=1024"),
+    ({"model": {"layers": 0}}, "model.layers=0 must be at least 1"),
+    ({"data": {"window": 1}}, "at least 2 tokens"),
+    ({"data": {"window": 32, "mqar": {"share": 0.5}}}, "must fit in data.window=32"),
+    ({"data": {"mqar": {"share": 1.0}}}, "must be in [0, 1)"),
+    ({"train": {"steps": 0}}, "train.steps=0 must be at least 1"),
+    ({"optimizer": {"name": "sgd"}}, "must be one of 'adamw'"),
+    ({"optimizer": {"learning_rate": 0}}, "must be positive"),
+    ({"mesh": {"data": 0}}, "at least 1, or -1"),
+    ({"mesh": {"data": -1}}, "only one axis can be -1"),
+    ({"platform": "abacus"}, "must be one of 'any'"),
+]
+
+
+@pytest.mark.parametrize("values, says", REFUSED, ids=[says for _, says in REFUSED])
+def test_refusals_name_the_field_in_one_line(values, says):
+    with pytest.raises(config.ConfigError, match=re.escape(says)) as error:
+        config.from_dict(config.RunConfig, values)
+    assert "\n" not in str(error.value)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.ModelConfig().width = 3

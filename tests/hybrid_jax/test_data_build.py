@@ -1,0 +1,179 @@
+"""Building a store: the same whatever the format and the number of workers; what is refused; what a full disk leaves.
+
+That a kill at any moment loses and doubles nothing is shown in tests/experiments/test_tokenize.py, on the command.
+"""
+import errno
+import json
+
+import pytest
+
+from hybrid_jax.data import DataError, build
+from hybrid_jax.data.build import build_store
+from hybrid_jax.data.sources import make_sources
+from tests.hybrid_jax.data_samples import bpe_tokenizer, documents_of, texts, write_jsonl, write_parquet, write_texts
+
+DOCUMENTS = texts(120)
+
+
+def content(folder) -> dict[str, bytes]:
+    """Every file of a store, byte for byte."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_all_formats_and_any_number_of_workers_give_one_store(tmp_path):
+    write_texts(tmp_path / "txt", DOCUMENTS)
+    write_jsonl(tmp_path / "jsonl" / "a.jsonl", DOCUMENTS)
+    write_jsonl(tmp_path / "gz" / "a.jsonl.gz", DOCUMENTS[:60])
+    write_jsonl(tmp_path / "gz" / "b.jsonl.zst", DOCUMENTS[60:])
+    write_parquet(tmp_path / "parquet" / "a.parquet", DOCUMENTS, rows_a_group=9)
+    stores = {}
+    for name, workers, unit_bytes in ("txt", 2, 2000), ("jsonl", 1, 3000), ("gz", 2, 1 << 20), ("parquet", 1, 5000):
+        output = tmp_path / f"{name} store"
+        build_store([str(tmp_path / name)], output, validation_fraction=0.2, workers=workers, unit_bytes=unit_bytes)
+        stores[name] = content(output)
+        del stores[name]["manifest.json"]  # says what it was made from
+    assert stores["txt"] == stores["jsonl"] == stores["gz"] == stores["parquet"]
+    assert set(stores["txt"]) == {"tokenizer.json", *(
+        f"{split}/{array}/{file}" for split in ("train", "validation") for array in ("tokens", "documents") for file in ("zarr.json", "c/0")
+    )}  # fmt: skip
+    build_store([str(tmp_path / "txt")], tmp_path / "again", validation_fraction=0.2, workers=1, unit_bytes=2000)
+    assert content(tmp_path / "again") == content(tmp_path / "txt store")  # the manifest too
+
+
+def test_split_follows_the_text(tmp_path):
+    """The same texts are held out whatever else is there and wherever they are, so no text is in both splits."""
+    write_texts(tmp_path / "all", DOCUMENTS + DOCUMENTS[::-1])
+    write_texts(tmp_path / "half", DOCUMENTS[::2])
+    held_out = {}
+    for name in "all", "half":
+        build_store([str(tmp_path / name)], tmp_path / f"{name} store", validation_fraction=0.3)
+        train, validation = (documents_of(source) for source in make_sources(str(tmp_path / f"{name} store")))
+        held_out[name] = set(validation)
+        assert not held_out[name] & set(train)
+    assert len(held_out["half"]) > 5
+    assert held_out["half"] == held_out["all"] & set(DOCUMENTS[::2])
+
+
+def test_documents_without_text_are_left_out(tmp_path):
+    write_texts(tmp_path / "in", ["", "a", "", "\n"])
+    manifest = build_store([str(tmp_path / "in")], tmp_path / "store", validation_fraction=0)
+    assert manifest["splits"] == {"train": {"tokens": 4, "documents": 2, "bytes": 2, "sha256": manifest["splits"]["train"]["sha256"]}}
+
+
+def test_finished_is_left_alone(tmp_path):
+    write_texts(tmp_path / "in", DOCUMENTS)
+    first = build_store([str(tmp_path / "in")], tmp_path / "store")
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*") if file.is_file()}
+    assert build_store([str(tmp_path / "in")], tmp_path / "store", unit_bytes=1 << 30) == first
+    assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*") if file.is_file()}
+
+
+def refuses(match, inputs, output, **options):
+    with pytest.raises(DataError, match=match) as error:
+        build_store([str(inputs)], output, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_output_of_another_build(tmp_path):
+    write_texts(tmp_path / "in", DOCUMENTS)
+    (tmp_path / "tokenizer.json").write_bytes(bpe_tokenizer(["</s>"]))
+    output = tmp_path / "store"
+    build_store([str(tmp_path / "in")], output)
+    another = "store holds a finished token store of another"
+    refuses(f"{another} tokenizer: give another folder, or delete it", tmp_path / "in", output, tokenizer=str(tmp_path))
+    refuses(f"{another} validation_fraction", tmp_path / "in", output, validation_fraction=0.1)
+    (tmp_path / "in" / "more.txt").write_text("more")
+    refuses(f"{another} input", tmp_path / "in", output)
+    refuses("00000.txt is a file: give a folder", tmp_path / "in", tmp_path / "in" / "00000.txt")
+    refuses("in holds something that is not a token store: give an empty or new folder", tmp_path / "in", tmp_path / "in")
+    refuses("stores are built in a local folder: give one, then copy it", tmp_path / "in", "gs://bucket/store")
+    refuses("validation_fraction=1.0: give a share", tmp_path / "in", tmp_path / "new", validation_fraction=1.0)
+    refuses("no tokenizer at", tmp_path / "in", tmp_path / "new", tokenizer="nowhere.json")
+
+
+def test_nothing_to_build_from(tmp_path):
+    write_texts(tmp_path / "empty", ["", ""])
+    refuses("the input holds no text: give files with at least one document", tmp_path / "empty", tmp_path / "a")
+    (tmp_path / "lines.jsonl").write_text("")
+    refuses("the input holds no text", tmp_path / "lines.jsonl", tmp_path / "b")
+    write_texts(tmp_path / "one", ["a"])
+    refuses("every document fell to the validation split: give a smaller", tmp_path / "one", tmp_path / "c", validation_fraction=0.9999)
+
+
+def test_mended_input_goes_on(tmp_path):
+    """A bad line stops the build; once it is mended, the parts of the other files are not made again."""
+    for i in range(4):
+        write_jsonl(tmp_path / "in" / f"{i}.jsonl", DOCUMENTS[30 * i : 30 * i + 30])
+    bad, output = tmp_path / "in" / "3.jsonl", tmp_path / "store"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole + b'{"text": "\\ud800"}\n')
+    refuses(r"3.jsonl, line 31: text that has no UTF-8 form \(surrogates not allowed\): mend or remove it", tmp_path / "in", output)
+    with pytest.raises(DataError, match="half-written: run the same"):
+        make_sources(str(output))
+    refuses("an unfinished token store of another text_field", tmp_path / "in", output, text_field="body")
+    bad.write_bytes(whole)
+    made = []
+    build_store([str(tmp_path / "in")], output, progress=lambda *now: made.append(now))
+    total = sum(file.stat().st_size for file in (tmp_path / "in").iterdir())
+    assert made[:2] == [("tokenizing", total - len(whole), total), ("tokenizing", total, total)]
+    assert sorted(text for source in make_sources(str(output)) for text in documents_of(source)) == sorted(DOCUMENTS)
+
+
+def test_two_builds_at_once(tmp_path):
+    write_texts(tmp_path / "in", DOCUMENTS)
+
+    def again(phase, done, total):
+        refuses("another process is building .*: wait for it, or stop it", tmp_path / "in", tmp_path / "store")
+
+    manifest = build_store([str(tmp_path / "in")], tmp_path / "store", progress=again)
+    assert manifest["complete"]
+
+
+def test_full_disk_in_a_worker(tmp_path, monkeypatch):
+    """Tokens that cannot be written: no part appears, and nothing is left to fill the disk."""
+    write_texts(tmp_path / "in", DOCUMENTS)
+    (unit,) = build.documents.plan_units(build.documents.find_files([str(tmp_path / "in")]))
+
+    def open_on_full_disk(path, mode):
+        return open("/dev/full" if path.name == "train.tokens" else path, mode)
+
+    monkeypatch.setattr(build, "open", open_on_full_disk, raising=False)
+    recipe = build.Recipe("bytes", None, "text", 0.0)
+    with pytest.raises(DataError, match="no space left on the disk of .*store: free some and run the same command again"):
+        with build._one_line_if_full(tmp_path / "store"):
+            build.make_part(unit, tmp_path / "part", recipe, build.load_tokenizer("bytes"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        ValueError('RESOURCE_EXHAUSTED: Error writing local file "c/1": No space left on device [os_error_code=\'28\']'),  # TensorStore's
+    ],
+)
+def test_full_disk_while_merging(tmp_path, monkeypatch, error):
+    """One line, a store known to be half-written, and the same command finishes it."""
+
+    class Full:
+        def __getitem__(self, index):
+            return self
+
+        def write(self, block):
+            raise error
+
+    write_texts(tmp_path / "in", DOCUMENTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "create_array", lambda *_: Full())
+        refuses("no space left on the disk of .*store: free some and run", tmp_path / "in", tmp_path / "store")
+    assert not json.loads((tmp_path / "store" / "manifest.json").read_text())["complete"]
+    build_store([str(tmp_path / "in")], tmp_path / "store")
+    build_store([str(tmp_path / "in")], tmp_path / "never interrupted")
+    assert content(tmp_path / "store") == content(tmp_path / "never interrupted")
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(PermissionError):
+        with build._one_line_if_full(tmp_path):
+            raise PermissionError(errno.EACCES, "Permission denied")

@@ -1,0 +1,257 @@
+"""Batches: each token of the text a target once an epoch, segments where documents are, and step n a function of (seed, n)."""
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_jax.data import DataError, mqar, pipeline
+from hybrid_jax.data.build import build_store
+from hybrid_jax.data.pipeline import evaluation_batches, mqar_evaluation_batches, training_batches
+from hybrid_jax.data.sources import make_sources
+from tests.hybrid_jax.data_samples import array_source, documents_of, texts, write_texts
+
+TASK = mqar.Task(pairs=2, length=8, alphabet=10)
+END = 256
+
+
+def take(iterator, count):
+    """The first ``count`` batches; the iterator is closed."""
+    try:
+        return list(itertools.islice(iterator, count))
+    finally:
+        iterator.close()
+
+
+def same(a, b):
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        assert left.keys() == right.keys() == {"tokens", "targets", "segment_ids", "weights"}
+        for name in left:
+            np.testing.assert_array_equal(left[name], right[name])
+
+
+def segments(batches):
+    """Every segment of every row, in order: (tokens, targets), after checks of what holds for all of them."""
+    for batch in batches:
+        assert {name: array.dtype.name for name, array in batch.items()} == {
+            "tokens": "int32", "targets": "int32", "segment_ids": "int32", "weights": "float32"
+        }  # fmt: skip
+        for row in range(len(batch["tokens"])):
+            ids = batch["segment_ids"][row]
+            real = ids > 0
+            assert (real[:-1] >= real[1:]).all() and (np.diff(ids[real]) >= 0).all()  # padding last, ids never fall
+            assert (batch["tokens"][row][~real] == 0).all() and (batch["weights"][row] == real).all()
+            assert set(ids[real]) == set(range(1, 1 + len(set(ids[real]))))
+            for segment in range(1, ids.max(initial=0) + 1):
+                tokens, targets = (batch[name][row][ids == segment] for name in ("tokens", "targets"))
+                np.testing.assert_array_equal(tokens[1:], targets[:-1])
+                yield tokens, targets
+
+
+sizes = st.tuples(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 30), st.integers(0, 3))
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes)
+def test_windows_against_brute_force(size):
+    """Each window of the stream once an epoch; another order in the next."""
+    lengths, T, seed = size
+    source = array_source(lengths, seed)
+    stream = np.concatenate([[END], source.tokens])
+    windows = sorted((tuple(stream[i : i + T]), tuple(stream[i + 1 : i + T + 1])) for i in range(0, len(stream) - T, T))
+    if not windows:
+        return
+    epochs = take(training_batches(source, batch=1, window=T, seed=seed), 2 * len(windows))
+    for epoch in epochs[: len(windows)], epochs[len(windows) :]:
+        assert sorted((tuple(tokens), tuple(targets)) for tokens, targets in segments(epoch)) == windows
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes)
+def test_documents_against_brute_force(size):
+    """Put in order again, the rows are whole documents laid end to end and cut at every T; each epoch has an order of its own."""
+    lengths, T, seed = size
+    source = array_source(lengths, seed)
+    rows = len(source) // T
+    if not rows:
+        return
+    shuffled = pipeline.ShuffledDocuments(source, T, seed)
+    batches = take(training_batches(source, batch=1, window=T, seed=seed, packing="documents"), 2 * rows)
+    for epoch in 0, 1:
+        place = {pipeline._shuffle(row, rows, seed, epoch): row for row in range(rows)}
+        assert sorted(place) == list(range(rows))
+        in_order = [batches[epoch * rows + place[row]] for row in range(rows)]
+        order = shuffled._order(epoch)[0]
+        assert sorted(order) == list(range(len(lengths)))
+        starts = np.cumsum([0, *lengths])
+        expected = []
+        position = 0
+        for document in order:
+            targets = source.tokens[starts[document] : starts[document + 1]]
+            tokens = np.concatenate([[END], targets[:-1]])
+            for row in range(position // T, (position + len(targets) - 1) // T + 1):
+                if row < rows:
+                    part = slice(max(row * T - position, 0), (row + 1) * T - position)
+                    expected.append((row, tokens[part].tolist(), targets[part].tolist()))
+            position += len(targets)
+        found = [(row, tokens.tolist(), targets.tolist()) for row in range(rows) for tokens, targets in segments([in_order[row]])]
+        assert found == expected
+
+
+@settings(deadline=None, max_examples=80)
+@given(sizes, st.sampled_from(["windows", "documents"]), st.integers(1, 4))
+def test_evaluation_predicts_every_token_once_in_order(size, packing, batch):
+    lengths, T, seed = size
+    source = array_source(lengths, seed)
+    batches = take(evaluation_batches(source, batch=batch, window=T, packing=packing), 10**6)
+    found = list(segments(batches))
+    np.testing.assert_array_equal(np.concatenate([targets for _, targets in found]), source.tokens)
+    np.testing.assert_array_equal(np.concatenate([tokens for tokens, _ in found]), [END, *source.tokens[:-1]])
+    assert sum(batch["weights"].sum() for batch in batches) == len(source)
+    assert len(batches) == -(-len(source) // (T * batch)) and all(len(b["tokens"]) == batch for b in batches)
+    cuts = set(range(0, len(source), T)) | (set(source.documents.tolist()[:-1]) if packing == "documents" else set())
+    assert np.cumsum([0, *[len(tokens) for tokens, _ in found]]).tolist() == [*sorted(cuts), len(source)]
+    same(batches, take(evaluation_batches(source, batch=batch, window=T, packing=packing), 10**6))
+
+
+SOURCE = array_source(np.random.default_rng(1).integers(1, 60, 200).tolist())
+OPTIONS = [
+    dict(packing="windows"),
+    dict(packing="documents"),
+    dict(packing="windows", mqar_task=TASK, mqar_share=0.3),
+    dict(packing="documents", mqar_task=TASK, mqar_share=1.0),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_step_n_depends_on_seed_and_n_alone(options):
+    """Any number of processes, started at any step, over two ends of an epoch."""
+    options = dict(source=SOURCE, batch=8, window=24, **options)
+    steps = 2 * len(SOURCE) // (8 * 24) + 3
+    reference = take(training_batches(seed=5, **options), steps)
+    assert all(batch["tokens"].shape == (8, 24) for batch in reference)
+    for processes in 1, 2, 4:
+        for start in 0, 1, steps // 2, steps - 1:
+            resumed = dict(options, seed=5, start_step=start, process_count=processes)
+            shares = [take(training_batches(process_index=p, threads=1 + p, **resumed), steps - start) for p in range(processes)]
+            joined = [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]} for parts in zip(*shares, strict=True)]
+            same(joined, reference[start:])
+    other = take(training_batches(seed=6, **options), steps)
+    assert all((a["tokens"] != b["tokens"]).any() for a, b in zip(reference, other, strict=True))
+
+
+def test_far_steps_cost_no_more():
+    """Step 10^9 is there at once; ``_order`` of one epoch, not of those before."""
+    (batch,) = take(training_batches(SOURCE, batch=8, window=24, seed=0, packing="documents", start_step=10**9), 1)
+    assert batch["weights"].all()
+
+
+@pytest.mark.parametrize("packing", pipeline.PACKINGS)
+def test_rows_are_shuffled(packing):
+    """Rows of one epoch are in neither the source's order nor that of another epoch."""
+    source = array_source([50] * 200)
+    rows = len(source) // 50
+    batches = take(training_batches(source, batch=rows, window=50, seed=0, packing=packing), 2)
+    order = [[tuple(row) for row in batch["targets"]] for batch in batches]
+    in_source = [tuple(row) for row in source.tokens.reshape(rows, 50)]
+    for a, b in (order[0], in_source), (order[1], in_source), (order[0], order[1]):
+        assert sorted(a) == sorted(b)
+        assert sum(x == y for x, y in zip(a, b, strict=True)) < 12  # 1 is expected of a permutation
+        follows = sum(b[(b.index(x) + 1) % rows] == y for x, y in itertools.pairwise(a))
+        assert follows < 12
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
+def test_mixture(share):
+    """MQAR rows: the share asked for in every stretch, the text's epochs unbroken by them, MQAR problems all different."""
+    options = dict(batch=10, window=24, seed=3)
+    steps = 60
+    mixed = take(training_batches(SOURCE, mqar_task=TASK, mqar_share=share, **options), steps)
+    text = take(training_batches(SOURCE, **options), steps)
+    recall = np.concatenate([batch["weights"].sum(axis=1) < 24 for batch in mixed])
+    counts = np.cumsum([0, *recall])
+    for start in 0, 13, 200:
+        assert abs(counts[start + 100] - counts[start] - 100 * share) <= 1
+    rows = np.concatenate([batch["tokens"] for batch in mixed])
+    np.testing.assert_array_equal(rows[~recall], np.concatenate([batch["tokens"] for batch in text])[: (~recall).sum()])
+    assert len({row.tobytes() for row in rows[recall]}) == recall.sum() > 0
+    other = take(training_batches(SOURCE, mqar_task=TASK, mqar_share=share, **(options | dict(seed=4))), steps)
+    assert not {row.tobytes() for row in rows[recall]} & {row.tobytes() for batch in other for row in batch["tokens"]}
+
+
+def test_mixture_is_exact_after_many_rows():
+    mixture = pipeline.Mixture(0.1, seed=0)
+    for row in 0, 10**9, 10**15:
+        counts = [mixture.count(row + i) - mixture.count(row) for i in range(1001)]
+        assert 99 <= counts[-1] <= 101 and set(np.diff(counts)) == {0, 1}
+
+
+def test_mqar_evaluation():
+    options = dict(rows=11, batch=4, window=20, vocabulary=257)
+    batches = take(mqar_evaluation_batches(TASK, **options), 10**6)
+    assert len(batches) == 3
+    rows = np.concatenate([batch["tokens"] for batch in batches])
+    weights = np.concatenate([batch["weights"] for batch in batches])
+    assert (weights.sum(axis=1) == [4] * 11 + [0]).all() and len({row.tobytes() for row in rows[:11]}) == 11
+    halves = [take(mqar_evaluation_batches(TASK, process_index=p, process_count=2, **options), 10**6) for p in range(2)]
+    same(batches, [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*halves, strict=True)])
+    training = take(training_batches(SOURCE, batch=8, window=20, seed=0, mqar_task=TASK, mqar_share=1.0), 20)
+    assert not {row.tobytes() for batch in training for row in batch["tokens"]} & {row.tobytes() for row in rows}
+
+
+def test_from_a_store(tmp_path):
+    """The same batches as from memory."""
+    write_texts(tmp_path / "in", texts(80))
+    build_store([str(tmp_path / "in")], tmp_path / "store", validation_fraction=0.2)
+    for split in make_sources(str(tmp_path / "store")):
+        memory = array_source([1])
+        memory.tokens, memory.documents = split.read(0, len(split)), split.documents
+        for packing in pipeline.PACKINGS:
+            options = dict(batch=2, window=100, packing=packing)
+            same(take(training_batches(split, seed=0, **options), 40), take(training_batches(memory, seed=0, **options), 40))
+            same(take(evaluation_batches(split, **options), 400), take(evaluation_batches(memory, **options), 400))
+            found = [tokens for _, targets in segments(take(evaluation_batches(split, **options), 400)) for tokens in targets.tolist()]
+            assert split.tokenizer.decode(found) == "".join(documents_of(split))
+
+
+def test_documents_are_shuffled():
+    """Which documents share a row is another in each epoch, and for each seed."""
+    orders = [tuple(pipeline.ShuffledDocuments(SOURCE, 24, seed)._order(epoch)[0]) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert len({*orders, tuple(range(200))}) == 4
+
+
+def test_closed_iterators_leave_no_threads():
+    import threading
+    import time
+
+    before = threading.active_count()
+    for _ in range(5):
+        iterator = training_batches(SOURCE, batch=8, window=24, seed=0, threads=3)
+        next(iterator)
+        iterator.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+def test_refused():
+    def refuses(match, **changes):
+        options = dict(source=SOURCE, batch=8, window=24, seed=0) | changes
+        with pytest.raises(DataError, match=match) as error:
+            training_batches(**options)
+        assert "\n" not in str(error.value)
+
+    refuses(r"a window of 100000 tokens, but a sample holds \d+: make the window shorter or give more text", window=100_000)
+    refuses("a batch of 8 rows does not divide among 3 processes: give a multiple of 3", process_count=3)
+    refuses("process 2 of 2: give an index from 0 to 1", process_count=2, process_index=2)
+    refuses("a batch of 0 rows", batch=0)
+    refuses("packing 'tight': give one of windows, documents", packing="tight")
+    refuses("an MQAR share of 0.5 with the task None", mqar_share=0.5)
+    refuses("an MQAR share of 1.5", mqar_share=1.5, mqar_task=TASK)
+    refuses("an MQAR problem of 8 tokens in a window of 7", window=7, mqar_share=0.5, mqar_task=TASK)
+    refuses("alphabet of 90 in a vocabulary of 257", mqar_share=0.5, mqar_task=mqar.Task(pairs=2, length=8, alphabet=90))
+    with pytest.raises(DataError, match="a sample is empty: there is nothing to evaluate on"):
+        evaluation_batches(array_source([]), batch=1, window=4)
