@@ -1,0 +1,148 @@
+"""Attention a block of queries against a block of keys at a time (the online softmax of FlashAttention), with its own VJP.
+
+    m' = max(m, max_j s_j)    l' = exp(m - m') l + sum_j exp(s_j - m')    acc' = exp(m - m') acc + sum_j exp(s_j - m') v_j
+    output = acc / l          logsumexp = m + log l
+
+Blocks of keys above the diagonal, before the window and before the queries' first document are never visited, so that causal
+work is about half of T^2 and that of packed documents less. The backward pass recomputes each block's weights from the
+logsumexp: memory is linear in T.
+"""
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels import chunks
+from pallas_kernels.attention.reference import MASKED
+from pallas_kernels.segments import Segments, one_segment
+
+BLOCK = 128
+
+
+class Reach(NamedTuple):
+    """What each token attends to, in ranks: how many real tokens stand before a token in its row.
+
+    A query attends to the keys from its document's first, or its window's, up to itself, which is a range of ranks.
+
+    first, last: [N,B,C] int32, a query's range; empty at padding.
+    key: [N,B,C] int32, a key's rank; in no range at padding.
+    first_block: [N] int32, the first block of keys in reach of a block of queries; the last is the block itself.
+    """
+
+    first: jax.Array
+    last: jax.Array
+    key: jax.Array
+    first_block: jax.Array
+
+
+def attention(q, k, v, scale, window, segments: Segments | None):
+    """Blockwise attention; see api.py."""
+    B, T, H, K = q.shape
+    HK = k.shape[2]
+    block = min(BLOCK, -(-T // 8) * 8)
+    if segments is None:
+        segments = one_segment(B, T)
+    else:  # what padding holds, nan included, ends here
+        q, k, v = (jnp.where(segments.real[:, :, None, None], a, 0) for a in (q, k, v))
+    reach = _reach(segments, window, block)
+    q, k, v = (chunks.split(a, block) for a in (q, k, v))
+    q = q.reshape(-1, B, HK, H // HK, block, K)
+    output = _attend(scale, q, k, v, reach)
+    return chunks.join(output.reshape(-1, B, H, block, v.shape[-1]), T)
+
+
+def _reach(segments: Segments, window, block) -> Reach:
+    index, real = segments
+    B, T = index.shape
+    end = [(0, 0), (0, -T % block)]
+    index, real = jnp.pad(index, end, mode="edge"), jnp.pad(real, end)
+    rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+    starts = jnp.diff(index, axis=1, prepend=0) > 0
+    first = jax.lax.cummax(jnp.where(starts, rank, 0), axis=1)
+    if window is not None:
+        first = jnp.maximum(first, rank - window + 1)
+    last, key = jnp.where(real, rank, -1), jnp.where(real, rank, T)
+    first, rank, last, key = (a.reshape(B, -1, block).swapaxes(0, 1) for a in (first, rank, last, key))
+    # Neither first nor rank ever falls along a row: the last key of a block and the first query of a block decide.
+    reached = jnp.any(rank[:, :, -1] >= first[:, None, :, 0], axis=2)  # [N queries, N keys]
+    return Reach(first, last, key, jnp.sum(~reached, axis=1, dtype=jnp.int32))
+
+
+def _allowed(reach: Reach, i, j):
+    """[B,1,1,C,C] bool: which keys of block j a query of block i attends to."""
+    key = reach.key[j][:, None, :]
+    return ((reach.first[i][:, :, None] <= key) & (key <= reach.last[i][:, :, None]))[:, None, None]
+
+
+def _matmul(equation, a, b):
+    """einsum of operands in one dtype, summed in float32 at least."""
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.promote_types(b.dtype, jnp.float32))
+
+
+def _blocks_forward(scale, q, k, v, reach):
+    """(output [N,B,HK,G,C,V], logsumexp [N,B,HK,G,C])."""
+    N, *rows, K = q.shape
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+
+    def queries(_, i):
+        def keys(j, carry):
+            m, total, acc = carry
+            allowed = _allowed(reach, i, j)
+            scores = scale * _matmul("bhgik,bhjk->bhgij", q[i], k[j])
+            m_next = jnp.maximum(m, jnp.max(jnp.where(allowed, scores, MASKED), axis=-1))
+            weights = jnp.exp(jnp.where(allowed, scores - m_next[..., None], MASKED))
+            decay = jnp.exp(m - m_next)
+            total = decay * total + jnp.sum(weights, axis=-1)
+            acc = decay[..., None] * acc + _matmul("bhgij,bhjv->bhgiv", weights.astype(v.dtype), v[j])
+            return m_next, total, acc
+
+        start = jnp.full(rows, MASKED, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, v.shape[-1]), dtype)
+        m, total, acc = jax.lax.fori_loop(reach.first_block[i], i + 1, keys, start)
+        total = jnp.where(total > 0, total, 1)  # padding attends to nothing
+        return None, ((acc / total[..., None]).astype(v.dtype), m + jnp.log(total))
+
+    return jax.lax.scan(queries, None, jnp.arange(N, dtype=jnp.int32))[1]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scale, q, k, v, reach):
+    """Blocks q [N,B,HK,G,C,K], k [N,B,HK,C,K], v [N,B,HK,C,V] -> [N,B,HK,G,C,V] in v's dtype."""
+    return _blocks_forward(scale, q, k, v, reach)[0]
+
+
+def _attend_forward(scale, q, k, v, reach):
+    output, logsumexp = _blocks_forward(scale, q, k, v, reach)
+    output = checkpoint_name(output, "attention_output")
+    logsumexp = checkpoint_name(logsumexp, "attention_logsumexp")
+    return output, (q, k, v, reach, output, logsumexp)
+
+
+def _attend_backward(scale, residuals, doutput):
+    q, k, v, reach, output, logsumexp = residuals
+    dtype = logsumexp.dtype
+    # d softmax: dscores = weights * (dweights - sum_j weights_j dweights_j), and that sum is output . doutput
+    mean = jnp.sum(output.astype(dtype) * doutput.astype(dtype), axis=-1)
+
+    def queries(carry, i):
+        def keys(j, carry):
+            dq, dk, dv = carry
+            scores = scale * _matmul("bhgik,bhjk->bhgij", q[i], k[j])
+            weights = jnp.exp(jnp.where(_allowed(reach, i, j), scores - logsumexp[i][..., None], MASKED))
+            dweights = _matmul("bhgiv,bhjv->bhgij", doutput[i], v[j])
+            dscores = (scale * weights * (dweights - mean[i][..., None])).astype(q.dtype)
+            dq = dq + _matmul("bhgij,bhjk->bhgik", dscores, k[j])
+            dk = dk.at[j].add(_matmul("bhgij,bhgik->bhjk", dscores, q[i]))
+            dv = dv.at[j].add(_matmul("bhgij,bhgiv->bhjv", weights.astype(doutput.dtype), doutput[i]))
+            return dq, dk, dv
+
+        dq, dk, dv = jax.lax.fori_loop(reach.first_block[i], i + 1, keys, (jnp.zeros(q.shape[1:], dtype), *carry))
+        return (dk, dv), dq.astype(q.dtype)
+
+    zeros = jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
+    (dk, dv), dq = jax.lax.scan(queries, zeros, jnp.arange(len(q), dtype=jnp.int32))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,4 @@
+"""Depthwise causal convolution over time: see :func:`causal_conv`."""
+from pallas_kernels.causal_conv.api import causal_conv, causal_conv_step
+
+__all__ = ["causal_conv", "causal_conv_step"]

@@ -1,0 +1,237 @@
+"""Attention against a numpy loop, its two implementations against each other, and its contract."""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import segments
+from pallas_kernels.attention import attention, attention_step, xla
+from pallas_kernels.attention.api import IMPLEMENTATIONS
+from tests.helpers import random_segment_ids, tree_errors
+
+HARD = jnp.asarray(  # documents of a row of 37 tokens, as (id, length); an id used again, padding left, right, between and inside
+    [
+        np.repeat([1], [37]),
+        np.repeat([1, 2, 1, 3, 2], [1, 17, 3, 15, 1]),
+        np.repeat([0, 4, 0, 4, 0, 5, 0], [5, 9, 3, 4, 7, 6, 3]),
+        np.repeat([2, 0, 2, 0], [1, 30, 1, 5]),
+        np.repeat([0], [37]),
+    ]
+)
+
+
+def example(seed, B, T, H, HK, K, V, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    shapes = {"q": (B, T, H, K), "k": (B, T, HK, K), "v": (B, T, HK, V)}
+    return {name: jnp.asarray(rng.normal(size=shape) * 2, dtype) for name, shape in shapes.items()}
+
+
+def numpy_loop(q, k, v, segment_ids, window=None):
+    """The definition, a token at a time: the documents' tokens in a list, the last ``window`` of them attended to."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    output = np.zeros((*q.shape[:3], v.shape[3]))
+    for b, row in enumerate(np.asarray(segment_ids)):
+        seen, document = [], None
+        for t, segment in enumerate(row):
+            if segment == 0:
+                continue
+            seen = [*seen, t] if segment == document else [t]
+            document = segment
+            attended = seen[-window:] if window else seen
+            for h in range(q.shape[2]):
+                scores = k[b, attended, h // group] @ q[b, t, h] * q.shape[3] ** -0.5
+                weights = np.exp(scores - scores.max())
+                output[b, t, h] = weights @ v[b, attended, h // group] / weights.sum()
+    return output
+
+
+@partial(jax.jit, static_argnames=("implementation", "window"))
+def value_and_gradients(arguments, segment_ids, implementation, window=None):
+    """The output, and the gradients of a random-looking function of it."""
+
+    def loss(arguments):
+        output = attention(**arguments, segment_ids=segment_ids, window=window, implementation=implementation)
+        wave = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape)
+        return jnp.sum(output.astype(jnp.promote_types(output.dtype, jnp.float32)) * wave), output
+
+    (_, output), gradients = jax.value_and_grad(loss, has_aux=True)(arguments)
+    return {"output": output, **gradients}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 8, so that short rows have many: not a multiple of T, longer and shorter than documents."""
+    monkeypatch.setattr(xla, "BLOCK", 8)
+    value_and_gradients.clear_cache()
+    yield
+    value_and_gradients.clear_cache()
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_reference_matches_a_numpy_loop(window):
+    with jax.enable_x64(True):
+        arguments = example(0, *HARD.shape, 4, 2, 3, 5, jnp.float64)
+        output = value_and_gradients(arguments, HARD, "reference", window)["output"]
+        errors = tree_errors(output, numpy_loop(**arguments, segment_ids=HARD, window=window))
+    assert max(errors.values()) < 1e-13, errors
+
+
+@pytest.mark.parametrize("H, HK, window", [(2, 2, None), (4, 2, None), (2, 1, 5), (2, 2, 1)])
+def test_xla_matches_reference_in_float64(small_blocks, H, HK, window):
+    with jax.enable_x64(True):
+        arguments = example(1, *HARD.shape, H, HK, 3, 5, jnp.float64)
+        out = value_and_gradients(arguments, HARD, "xla", window)
+        errors = tree_errors(out, value_and_gradients(arguments, HARD, "reference", window))
+    assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize("T, window", [(1, None), (9, 3), (150, None), (300, 140)])
+def test_any_length_without_segments(T, window):
+    with jax.enable_x64(True):
+        arguments = example(2, 2, T, 2, 1, 4, 3, jnp.float64)
+        out = value_and_gradients(arguments, None, "xla", window)
+        errors = tree_errors(out, value_and_gradients(arguments, None, "reference", window))
+    assert max(errors.values()) < 1e-12, errors
+
+
+def test_random_documents(small_blocks):
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        for seed in range(8):
+            segment_ids = random_segment_ids(rng, 2, 45, mean_length=rng.choice([1.5, 6.0, 25.0]), padding=rng.choice([0.0, 0.4]))
+            arguments = example(seed, 2, 45, 2, 1, 3, 2, jnp.float64)
+            window = [None, 6][seed % 2]
+            out = value_and_gradients(arguments, segment_ids, "xla", window)
+            errors = tree_errors(out, value_and_gradients(arguments, segment_ids, "reference", window))
+            assert max(errors.values()) < 1e-12, (errors, segment_ids)
+
+
+def test_blocks_out_of_reach_are_not_visited():
+    one = segments.one_segment(1, 40)
+    assert xla._reach(one, None, 8).first_block.tolist() == [0, 0, 0, 0, 0]
+    assert xla._reach(one, 8, 8).first_block.tolist() == [0, 0, 1, 2, 3]
+    packed = jnp.repeat(jnp.asarray([1, 2, 1]), jnp.asarray([16, 10, 14]))
+    assert xla._reach(segments.number(packed[None]), None, 8).first_block.tolist() == [0, 0, 2, 2, 3]
+    both = jnp.stack([packed, jnp.ones_like(packed)])  # a block is visited where any row needs it
+    assert xla._reach(segments.number(both), None, 8).first_block.tolist() == [0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype, bound", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_precision(implementation, dtype, bound):
+    """float32: scores of size 10 rounded to 1e-6 shift weights by as much. bfloat16: weights, score gradients and outputs are
+    rounded to 2^-9 before they are multiplied, a few such roundings in a row."""
+    arguments = example(4, 1, 300, 4, 2, 16, 8, dtype)
+    segment_ids = jnp.repeat(jnp.asarray([1, 0, 1, 2, 3, 0]), jnp.asarray([60, 9, 70, 131, 17, 13]))[None]
+    out = value_and_gradients(arguments, segment_ids, implementation)
+    assert {a.dtype for a in out.values()} == {jnp.dtype(dtype)}
+    with jax.enable_x64(True):
+        exact = {name: a.astype(jnp.float64) for name, a in arguments.items()}
+        errors = tree_errors(out, value_and_gradients(exact, segment_ids, "reference"))
+    assert max(errors.values()) < bound, errors
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_large_scores_neither_overflow_nor_lose_the_rest(small_blocks, implementation):
+    """Masked scores are far above the allowed ones and those far above and below zero: exp never sees them raw."""
+    with jax.enable_x64(True):
+        arguments = example(5, 1, 20, 1, 1, 2, 3, jnp.float64)
+        growing = jnp.linspace(-100, 100, 20, dtype=jnp.float64)[None, :, None, None]
+        arguments = arguments | {"q": jnp.ones((1, 20, 1, 2)) * 10, "k": growing * jnp.ones((1, 20, 1, 2))}
+        ids = jnp.ones((1, 20), jnp.int32)
+        out = value_and_gradients({name: a.astype(jnp.float32) for name, a in arguments.items()}, ids, implementation)
+        assert all(np.all(np.isfinite(a)) for a in out.values())
+        errors = tree_errors(out["output"], numpy_loop(**arguments, segment_ids=ids))
+    assert max(errors.values()) < 1e-4, errors  # scores of 1400 are rounded to 1e-4 in float32
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_leaks_nothing(implementation):
+    arguments = example(6, *HARD.shape, 2, 1, 3, 5)
+    clean = value_and_gradients(arguments, HARD, implementation)
+    padding = (HARD == 0)[:, :, None, None]
+    dirty = value_and_gradients({name: jnp.where(padding, jnp.nan, a) for name, a in arguments.items()}, HARD, implementation)
+    assert max(tree_errors(dirty, clean).values()) == 0.0
+    for array in dirty.values():
+        assert not np.any(np.where(padding, array, 0))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_steps_are_the_sequence(window):
+    B, T = 2, 11
+    arguments = example(7, B, T, 4, 2, 3, 5)
+    whole = attention(**arguments, window=window)
+    beyond = [(0, 0), (0, 4), (0, 0), (0, 0)]  # cache not yet written
+    k_cache, v_cache = (jnp.pad(arguments[name], beyond, constant_values=jnp.nan) for name in "kv")
+    step = jax.jit(partial(attention_step, window=window))
+    outputs = [step(arguments["q"][:, t], k_cache, v_cache, jnp.full((B,), t + 1, jnp.int32)) for t in range(T)]
+    assert max(tree_errors(jnp.stack(outputs, 1), whole).values()) < 1e-6
+    uneven = step(arguments["q"][:, 0], k_cache, v_cache, jnp.asarray([0, 1], jnp.int32))
+    assert not np.any(uneven[0])
+    assert max(tree_errors(uneven[1], outputs[0][1]).values()) < 1e-6
+
+
+def test_under_vmap_and_checkpoint():
+    arguments = example(8, *HARD.shape, 2, 1, 3, 5)
+    plain = value_and_gradients(arguments, HARD, "xla")
+
+    def one_row(q, k, v, segment_ids):
+        run = jax.checkpoint(jax.checkpoint(attention))
+        return run(q[None], k[None], v[None], segment_ids=segment_ids[None])[0]
+
+    @jax.jit
+    def by_rows(*arrays):
+        output, pull = jax.vjp(lambda q, k, v: jax.vmap(one_row)(q, k, v, HARD), *arrays)
+        return output, *pull(jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape))
+
+    errors = tree_errors(by_rows(*arguments.values()), tuple(plain[name] for name in ("output", *arguments)))
+    assert max(errors.values()) < 1e-6, errors
+
+
+def temporaries(implementation, T):
+    """Bytes of scratch memory of forward and backward at length T."""
+    shapes = jax.eval_shape(lambda: example(9, 1, T, 2, 1, 16, 16))
+    return value_and_gradients.lower(shapes, None, implementation).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_linear_in_time():
+    assert temporaries("xla", 4096) < 2.2 * temporaries("xla", 2048)
+    assert temporaries("reference", 2048) > 10 * temporaries("xla", 2048)
+
+
+def test_compiles_for_tpu():
+    shapes = jax.eval_shape(lambda: example(10, 2, 300, 4, 2, 16, 16, jnp.bfloat16))
+    exported = jax.export.export(value_and_gradients, platforms=["tpu"])(
+        shapes, jax.ShapeDtypeStruct((2, 300), jnp.int32), implementation="xla"
+    )
+    assert exported.platforms == ("tpu",)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": jnp.zeros((2, 5, 4))}, r"q has shape \(2, 5, 4\), needs 4 axes \[B,T,H,K\]"),
+        ({"k": jnp.zeros((2, 6, 2, 3))}, r"k has shape \(2, 6, 2, 3\), needs \[B,T,HK,K\] with T=5 \(from q\)"),
+        ({"v": jnp.zeros((2, 5, 1, 3))}, "v has shape .* with HK=2"),
+        ({"q": jnp.zeros((2, 5, 3, 3))}, "q has 3 heads, needs a multiple of the 2 of k and v"),
+        ({"q": jnp.zeros((2, 5, 4, 3), jnp.int32)}, "q has dtype int32, needs a floating-point"),
+        ({"window": 0}, "window is 0, needs to be at least 1"),
+        ({"segment_ids": jnp.zeros((2, 5))}, "segment_ids has dtype float32, needs integers"),
+        ({"segment_ids": jnp.zeros((5, 2), jnp.int32)}, r"segment_ids has shape \(5, 2\)"),
+        ({"implementation": "flash"}, "no implementation 'flash'"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        attention(**(example(11, 2, 5, 4, 2, 3, 5) | change))
+
+
+def test_bad_step_arguments():
+    q, cache = jnp.zeros((2, 4, 3)), jnp.zeros((2, 7, 2, 3))
+    with pytest.raises(ValueError, match="length has dtype float32"):
+        attention_step(q, cache, cache, jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"length has shape \(3,\), needs \[B\] with B=2"):
+        attention_step(q, cache, cache, jnp.zeros(3, jnp.int32))
