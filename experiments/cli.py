@@ -5,8 +5,10 @@ A configuration file has ``get_config(size)`` (or ``get_config()``) that returns
 JAX is started, and what is wrong is said in one line on stderr, with exit code 2.
 """
 import difflib
+import errno
 import importlib.util
 import inspect
+import logging
 import os
 import re
 import shlex
@@ -16,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from hybrid_jax.config import ConfigError, RunConfig, from_dict
@@ -59,14 +62,22 @@ def start_without_config(main: Callable[[], int | None], argv: list[str] | None 
 
 def guarded(action: Callable[[], int | None]) -> int:
     """The exit code of ``action``: after one line on stderr, 2 for a mistake in what was asked, 1 for a run that can not go on."""
-    # Orbax reports through absl and warns of what it left behind when it fails; what matters is raised, and told here in one line.
-    logging.set_verbosity(logging.FATAL)
+    # Orbax reports through absl, and leaves tasks and coroutines behind when it fails; what matters is raised, and told here in one line.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         return action() or 0
     except (ConfigError, DataError, RunError, flags.Error) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        print(f"error: no space left{where}: make room and run the same command again, to go on from the last checkpoint", file=sys.stderr)
+        return 1
 
 
 def command(argv: list[str], module) -> str:
@@ -100,15 +111,19 @@ def load_run(arguments: list[str], command: str) -> Run:
     return Run(from_dict(RunConfig, config.to_dict()), f"{file.stem}-{size}" if size else file.stem, command)
 
 
+def known_configs() -> list[str]:
+    """The names of the package's own configurations, sorted."""
+    return sorted(file.stem for file in (PACKAGE / "configs").glob("*.py") if file.stem not in ("__init__", "recipe"))
+
+
 def find_config(path: str) -> Path:
     """The configuration file at ``path``, from the current folder or else from the installed package's own folder."""
     for folder in (Path.cwd(), PACKAGE):
         if (folder / path).is_file():
             return folder / path
-    known = sorted(f"configs/{file.name}" for file in (PACKAGE / "configs").glob("*.py") if file.stem not in ("__init__", "recipe"))
-    name = f"configs/{Path(path).stem}.py"
-    close = [name] if name in known else difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+    known, name = known_configs(), Path(path).stem
+    close = [f"configs/{match}.py" for match in ([name] if name in known else difflib.get_close_matches(name, known, n=3))]
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(f'configs/{name}.py' for name in known)}"
     raise ConfigError(f"no configuration file {path!r} in {Path.cwd()} or in {PACKAGE}; {hint}")
 
 

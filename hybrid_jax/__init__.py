@@ -1,16 +1,13 @@
 """Hybrid linear-attention language models in JAX.
 
-    model = hybrid_jax.build(config, seed=0)          # fresh parameters
-    model = hybrid_jax.load(folder)                   # a run's workdir, its newest or a named step
-    logits = model(tokens, segment_ids=None)          # [B,T] int -> [B,T,vocabulary] float32
+model = hybrid_jax.build(config, seed=0)          # fresh parameters
+model = hybrid_jax.load(folder)                   # a run's workdir, its newest or a named step
+logits = model(tokens, segment_ids=None)          # [B,T] int -> [B,T,vocabulary] float32
 """
+
 import importlib
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from hybrid_jax.model import Model, build
-
-_HOME = {"Model": "hybrid_jax.model", "build": "hybrid_jax.model"}
+_HOME = {"Model": "hybrid_jax.model", "build": "hybrid_jax.model", "load": "hybrid_jax.train.checkpoints"}
 __all__ = sorted(_HOME)
 
 

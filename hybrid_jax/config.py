@@ -4,6 +4,7 @@ A configuration file (``experiments/configs/``) gives an ``ml_collections.Config
 turns it into a :class:`RunConfig` and refuses, by name, any field that is unknown, of the wrong type or impossible.
 :func:`to_dict` is its inverse and what a run writes beside its checkpoints.
 """
+
 import dataclasses
 import difflib
 import types
@@ -206,7 +207,9 @@ class ModelConfig:
         if self.ratio is not None and self.attention_layers:
             raise ConfigError("model.ratio and model.attention_layers are two ways to say one thing: give one of them")
         if isinstance(self.mixer, Attention):
-            _need(self.ratio is None and not self.attention_layers, "model.mixer is attention already: leave ratio and attention_layers unset")
+            _need(
+                self.ratio is None and not self.attention_layers, "model.mixer is attention already: leave ratio and attention_layers out"
+            )
         try:
             kinds = self.layer_kinds
         except ValueError as error:

@@ -3,6 +3,7 @@
 The study names a hybrid by a ratio r. Its released weights have one full-attention layer every r layers; its prose
 says r linear layers, then one of full attention. Both readings are here; so is any explicit list.
 """
+
 from collections.abc import Iterable
 from itertools import groupby
 from typing import NamedTuple

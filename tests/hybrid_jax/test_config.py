@@ -1,4 +1,5 @@
 """Configurations: to plain values and back, and every refusal in one clear line."""
+
 import dataclasses
 import re
 
@@ -10,14 +11,16 @@ from hybrid_jax import config
 
 
 @given(
-    st.sampled_from([config.HGRN(), config.HGRN2(32), config.RetNet(kv_heads=4), config.GLA(log_decay_min=-1.0), config.DeltaNet(), config.GatedDeltaNet()]),
+    st.sampled_from([mixer() for mixer in config.MIXERS.values() if mixer is not config.Attention] + [config.GLA(log_decay_min=-1.0)]),
     st.sampled_from([None, 24, 12, 6, 3]),
     st.booleans(),
     st.integers(1, 10**6),
 )
 def test_round_trip(mixer, ratio, tied, steps):
     run = config.RunConfig(
-        model=config.ModelConfig(mixer=mixer, ratio=ratio, tied=tied), train=config.TrainConfig(steps=steps), evaluation=config.EvaluationConfig(every=7)
+        model=config.ModelConfig(mixer=mixer, ratio=ratio, tied=tied),
+        train=config.TrainConfig(steps=steps),
+        evaluation=config.EvaluationConfig(every=7),
     )
     assert config.from_dict(config.RunConfig, config.to_dict(run)) == run
 

@@ -1,4 +1,5 @@
 """Which layers are full attention, and how they fold into scans."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,9 @@ def test_the_studys_layouts(ratio, reading, expected):
     assert list(layout.attention_layers(24, ratio, reading)) == expected
 
 
-@pytest.mark.parametrize("layers, ratio, reading, says", [(24, 7, "every", "does not divide"), (24, 0, "every", "at least 1"), (6, 6, "after", "it needs 7")])
+@pytest.mark.parametrize(
+    "layers, ratio, reading, says", [(24, 7, "every", "does not divide"), (24, 0, "every", "at least 1"), (6, 6, "after", "it needs 7")]
+)
 def test_impossible_ratios(layers, ratio, reading, says):
     with pytest.raises(ValueError, match=says):
         layout.attention_layers(layers, ratio, reading)

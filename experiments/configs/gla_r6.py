@@ -1,0 +1,14 @@
+"""GLA, every 6th layer full attention (5, 11, 17, 23 of 24, counted from 0).
+
+    python -m experiments.train --config=configs/gla_r6.py:tiny    # 1.7 M parameters, minutes on two CPU cores
+    python -m experiments.train --config=configs/gla_r6.py         # 341.6 M, 20 B tokens
+    python -m experiments.train --config=configs/gla_r6.py:1b3     # 1.365 B, 100 B tokens
+
+The study reports: language modelling 0.471 (average accuracy over both sizes), RULER 0.330 at 1.3B.
+"""
+
+from experiments.configs import recipe
+
+
+def get_config(size: str = "340m"):
+    return recipe.get_config("gla", size, ratio=6)

@@ -1,0 +1,105 @@
+"""Train a language model.
+
+    python -m experiments.train --config=configs/gla_r6.py:tiny                              # minutes on two CPU cores
+    python -m experiments.train --config=configs/gla_r6.py --config.data.source=STORE        # 340M, on a token store
+    python -m experiments.train --config=configs/gla_r6.py:tiny --config.train.steps=1000 --workdir=runs/longer
+
+Run the same command again to continue a run that was stopped or killed. SIGTERM or Ctrl-C saves and stops between two
+steps; a second one stops at once. Exit code 0: done, or stopped on request; 1: the run can not go on; 2: a mistake in what
+was asked for.
+
+This file is the order in which things happen; what they are is in hybrid_jax/train.
+"""
+import time
+from contextlib import closing
+
+from experiments import cli
+
+
+def main(run: cli.Run) -> int:
+    import jax  # this, and all that needs it, once the command line is known to be right
+
+    from hybrid_jax.data.sources import make_sources
+    from hybrid_jax.evals.evaluate import make_evaluate
+    from hybrid_jax.sharding import make_mesh
+    from hybrid_jax.train import advice, summary
+    from hybrid_jax.train.checkpoints import Checkpoints
+    from hybrid_jax.train.feed import Feed, batch_shapes
+    from hybrid_jax.train.optimizer import evaluation_params
+    from hybrid_jax.train.report import Report
+    from hybrid_jax.train.signals import Stop
+    from hybrid_jax.train.step import compile_step, make_program, state_bytes
+    from hybrid_jax.train.workdir import check_room, claim, evaluation_file, finished, gigabytes
+
+    config, workdir, steps = run.config, cli.workdir(run), run.config.train.steps
+
+    def every(n: int | None, step: int) -> bool:
+        return step == steps or (n is not None and step > 0 and step % n == 0)
+
+    # ---- Can it be done? Nothing is allocated yet.
+    advice.check_platform(config.platform)
+    advice.check_logging(config.log)
+    mesh = make_mesh(config.mesh)
+    program = make_program(config, mesh)
+    text, held_out = make_sources(config.data.source)
+    text.check_vocabulary(config.model.vocabulary)
+    evaluate = make_evaluate(config, program.graph, mesh, held_out)
+    Feed(config, text, mesh).close()
+    claim(workdir, config)
+    if finished(workdir, steps):
+        return summary.show_again(workdir)
+    check_room(workdir, config.checkpoint, state_bytes(program.state))
+
+    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop() as stop:
+        # ---- The state: the newest checkpoint, or fresh parameters.
+        state, warnings = checkpoints.restore(program.state)
+        if state is None:
+            state = program.init(jax.random.key(config.train.seed))
+        first = step = int(state.step)
+
+        with closing(Report(config, workdir, run.name, first)) as report, closing(Feed(config, text, mesh, first)) as batches:
+            report.say(f"{run.name}: step {first} of {steps}, on {mesh.size} x {jax.devices()[0].device_kind}, in {workdir}")
+            for note in (*warnings, *advice.notes(config, text, report.peak)):
+                report.say(f"note: {note}")
+
+            def measure() -> None:
+                report.evaluation(step, evaluate(evaluation_params(config.optimizer, state.params, state.opt_state)))
+
+            if every(config.evaluation.every, first) and not evaluation_file(workdir, first).exists():
+                measure()  # what a kill between the checkpoint and its evaluation left out
+
+            # ---- Compile, once.
+            started = time.perf_counter()
+            train_step, held = compile_step(program, batch_shapes(config, mesh))
+            report.say(f"compiled in {time.perf_counter() - started:.0f} s; a step holds {gigabytes(held)} on each device")
+
+            # ---- Train. A step is reported when the next one is under way, so that the devices never wait for the host.
+            report.start_clock()
+            unreported = []
+            for step in range(first + 1, steps + 1):
+                state, metrics = train_step(state, next(batches))
+                stopping = stop.asked(step)
+                saving = stopping or every(config.checkpoint.every, step)
+                evaluating = every(config.evaluation.every, step)
+                unreported.append((step, metrics))
+                while len(unreported) > (0 if saving or evaluating else 1):
+                    report.step(*unreported.pop(0))
+                if saving:
+                    checkpoints.save(state)
+                if evaluating:
+                    measure()
+                if saving or evaluating:
+                    report.start_clock()  # neither is training
+                if stopping:
+                    break
+            checkpoints.wait()
+
+    # ---- What it came to, and what comes next.
+    if step < steps:
+        print(f"{stop.name}: stopped after step {step} of {steps}, which is saved. To continue: {run.command}", flush=True)
+        return 0
+    return summary.finish(run.name, config, workdir, report.speed())
+
+
+if __name__ == "__main__":
+    cli.start(main)

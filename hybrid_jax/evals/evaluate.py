@@ -1,0 +1,113 @@
+"""What a model is measured by, during training and after: held-out text and multi-query associative recall."""
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hybrid_jax.config import RunConfig
+from hybrid_jax.data import DataError, mqar, pipeline
+from hybrid_jax.data.token_source import TokenSource
+from hybrid_jax.data.tokenizers import ByteTokenizer
+from hybrid_jax.evals.baselines import unigram_bits_per_byte, xz_bits_per_byte
+from hybrid_jax.train.feed import to_mesh
+from hybrid_jax.train.loss import Losses, cross_entropy
+from hybrid_jax.train.workdir import evaluation_file
+
+Evaluate = Callable[[nnx.State], dict[str, Any]]
+
+
+def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: TokenSource) -> Evaluate:
+    """A function of parameters that evaluates them on the first ``evaluation.tokens`` tokens of ``held_out`` (up to whole batches).
+
+    It returns, ready for JSON:
+        loss                nats a token, each seen with what precedes it in its window
+        bits_per_byte       the same in bits, a byte of the text (the ends of documents are paid for, and are no bytes)
+        xz_bits_per_byte, unigram_bits_per_byte    of the same bytes
+        loss_by_position    [T] nats at each place in the window (None where nothing is scored)
+        tokens, bytes       how many were scored, and of how much text they are
+        mqar_accuracy, mqar_loss    over the answers of held-out recall problems; left out where none fits the window or vocabulary
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = -(-config.evaluation.batch // devices) * devices
+    window, packing = config.data.window, config.data.packing
+    steps = -(-min(config.evaluation.tokens, len(held_out)) // (rows * window))
+    scored = min(len(held_out), steps * rows * window)
+    text = source_text(held_out, scored)
+    task = _recall_task(config, held_out.tokenizer.vocabulary)
+    about_text = {
+        "tokens": scored,
+        "bytes": len(text),
+        "xz_bits_per_byte": xz_bits_per_byte(text),
+        "unigram_bits_per_byte": unigram_bits_per_byte(text),
+    }
+
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # every process can read them
+    def batch_losses(params: nnx.State, batch: dict) -> Losses:
+        model = nnx.merge(graph, params)
+        hidden = model.hidden(batch["tokens"], batch["segment_ids"])
+        return cross_entropy(hidden, model.output_kernel(), batch["targets"], batch["weights"])
+
+    def sums(params: nnx.State, batches: Iterator[dict], steps: int) -> Losses:
+        parts = []
+        for _, batch in zip(range(steps), batches, strict=False):
+            parts.append(jax.device_get(batch_losses(params, to_mesh(batch, mesh))))
+        batches.close()
+        return Losses(*(np.sum([np.asarray(x, np.float64) for x in part], axis=0) for part in zip(*parts, strict=True)))
+
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+    def evaluate(params: nnx.State) -> dict[str, Any]:
+        losses = sums(params, pipeline.evaluation_batches(held_out, batch=rows, window=window, packing=packing, **processes), steps)
+        with np.errstate(invalid="ignore"):
+            by_position = losses.total_by_position / losses.weight_by_position
+        results = {
+            "loss": float(losses.total / losses.weight),
+            "bits_per_byte": float(losses.total / math.log(2) / len(text)),
+            **about_text,
+            "loss_by_position": [float(x) if math.isfinite(x) else None for x in by_position],
+        }
+        if task:
+            problem_rows = -(-config.data.mqar.examples // (window // task.length))
+            batches = pipeline.mqar_evaluation_batches(
+                task, rows=problem_rows, batch=rows, window=window, vocabulary=held_out.tokenizer.vocabulary, **processes
+            )
+            recall = sums(params, batches, -(-problem_rows // rows))
+            results |= {"mqar_accuracy": float(recall.correct / recall.weight), "mqar_loss": float(recall.total / recall.weight)}
+        return results
+
+    return evaluate
+
+
+def write_evaluation(workdir: Path, step: int, results: dict[str, Any]) -> Path:
+    """Write the evaluation of a step to its file in ``workdir``."""
+    file = evaluation_file(workdir, step)
+    file.write_text(json.dumps({"step": step, **results}, indent=2) + "\n")
+    return file
+
+
+def source_text(source: TokenSource, tokens: int) -> bytes:
+    """The UTF-8 text of the first ``tokens`` tokens, without the ends of documents."""
+    ids = source.read(0, tokens)
+    if isinstance(source.tokenizer, ByteTokenizer):  # whatever the bytes are, valid text or not
+        return ids[ids < source.tokenizer.document_end].astype(np.uint8).tobytes()
+    return source.tokenizer.decode(ids).encode()
+
+
+def _recall_task(config: RunConfig, vocabulary: int) -> mqar.Task | None:
+    """The recall problems to evaluate on; None where none fits and training has none either."""
+    settings = config.data.mqar
+    try:
+        task = mqar.Task(settings.pairs, settings.length, settings.alphabet)
+        task.check(config.data.window, vocabulary)
+    except DataError:
+        if settings.share:
+            raise
+        return None
+    return task

@@ -1,0 +1,29 @@
+"""Dense projections and the embedding: float32 parameters, products in the compute dtype."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b), x [..., I] -> [..., O]; W ~ N(0, std), b = 0."""
+
+    def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], *, std: float, dtype, rngs: nnx.Rngs, bias: bool = False):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(outputs), axes=axes[1:]) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token ids [B,T] -> rows of a [vocabulary, D] table, unscaled."""
+
+    def __init__(self, vocabulary: int, width: int, *, std: float, dtype, rngs: nnx.Rngs):
+        self.table = nnx.Param(std * jax.random.normal(rngs.params(), (vocabulary, width)), axes=("vocabulary", "embed"))
+        self.dtype = dtype
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.table[...].astype(self.dtype)[tokens]

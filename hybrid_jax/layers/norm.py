@@ -1,0 +1,26 @@
+"""Normalisations, computed in float32 whatever the compute dtype."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * w over the last axis, optionally times silu(gate); output in x's dtype."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+        if gate is not None:
+            y = y * jax.nn.silu(gate.astype(jnp.float32))
+        return y.astype(x.dtype)
+
+
+def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / sqrt(sum(x^2) + eps) over the last axis; output in x's dtype."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)

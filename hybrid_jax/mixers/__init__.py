@@ -1,0 +1,33 @@
+"""Token mixers: one file each, parameter for parameter the layers of flash-linear-attention.
+
+A mixer is built from its configuration (``hybrid_jax.config``), the model's, and random keys; called on x [B,T,D] and a
+:class:`Context` it gives [B,T,D].
+"""
+
+from hybrid_jax.config import NAMES, Mixer, ModelConfig
+from hybrid_jax.mixers.attention import Attention
+from hybrid_jax.mixers.context import Context
+from hybrid_jax.mixers.delta_net import DeltaNet
+from hybrid_jax.mixers.gated_delta_net import GatedDeltaNet
+from hybrid_jax.mixers.gla import GLA
+from hybrid_jax.mixers.hgrn import HGRN
+from hybrid_jax.mixers.hgrn2 import HGRN2
+from hybrid_jax.mixers.retnet import RetNet
+
+MIXERS = {
+    "attention": Attention,
+    "hgrn": HGRN,
+    "hgrn2": HGRN2,
+    "retnet": RetNet,
+    "gla": GLA,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+}
+
+
+def build(mixer: Mixer, model: ModelConfig, rngs):
+    """The mixer module of a configuration."""
+    return MIXERS[NAMES[type(mixer)]](mixer, model, rngs=rngs)
+
+
+__all__ = ["MIXERS", "Attention", "Context", "DeltaNet", "GLA", "GatedDeltaNet", "HGRN", "HGRN2", "RetNet", "build"]

@@ -1,0 +1,64 @@
+"""Gated DeltaNet: the delta rule with a decay a head (Yang et al., 2024, arXiv 2412.06464)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybrid_jax import config
+from hybrid_jax.layers import RMSNorm, l2_normalize
+from hybrid_jax.mixers.context import Context
+from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, short_convolution, split_heads
+from pallas_kernels.gated_delta_rule import gated_delta_rule
+
+
+def initial_decay(heads: int, how: str, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+    """(A_log, dt_bias), each [H]: A ~ U(0, 16) and softplus(dt_bias) ~ log U(1e-3, 1e-1), or both parameters zero."""
+    if how == "zero":
+        return jnp.zeros(heads), jnp.zeros(heads)
+    A = jax.random.uniform(rngs.params(), (heads,), minval=jnp.finfo(jnp.float32).tiny, maxval=16.0)
+    dt = jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=math.log(1e-3), maxval=math.log(1e-1)))
+    return jnp.log(A), dt + jnp.log(-jnp.expm1(-dt))  # the inverse of softplus
+
+
+class GatedDeltaNet(nnx.Module):
+    """S' = exp(g_t) S_{t-1}, S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T; g = -exp(A_log) softplus(W_a x + dt_bias)."""
+
+    def __init__(self, mixer: config.GatedDeltaNet, model: config.ModelConfig, *, rngs: nnx.Rngs):
+        self.config = mixer
+        self.value_heads = mixer.value_heads or mixer.heads
+        value_width = int(mixer.head_width * mixer.expand_v)
+        keys, values = mixer.heads * mixer.head_width, self.value_heads * value_width
+        proj = heads_in(model, rngs)
+        conv = short_convolution(mixer.conv_width, "silu", model, rngs)
+        self.q_proj, self.k_proj, self.v_proj = proj(keys), proj(keys), proj(values)
+        self.q_conv, self.k_conv, self.v_conv = conv(keys), conv(keys), conv(values)
+        self.a_proj, self.b_proj = proj(self.value_heads), proj(self.value_heads)
+        A_log, dt_bias = initial_decay(self.value_heads, mixer.decay_init, rngs)
+        self.A_log = nnx.Param(A_log, axes=("heads",))
+        self.dt_bias = nnx.Param(dt_bias, axes=("heads",))
+        self.g_proj = proj(values) if mixer.output_gate else None
+        self.o_norm = RMSNorm(value_width, model.norm_eps)
+        self.o_proj = heads_out(values, model, rngs)
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_conv is None:
+            q, k, v = jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(v)
+        else:
+            q = self.q_conv(q, context.segment_ids)
+            k = self.k_conv(k, context.segment_ids)
+            v = self.v_conv(v, context.segment_ids)
+        rate = jax.nn.softplus(self.a_proj(x).astype(jnp.float32) + self.dt_bias[...])
+        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
+        o, _ = gated_delta_rule(
+            l2_normalize(split_heads(q, self.config.heads)),
+            l2_normalize(split_heads(k, self.config.heads)),
+            split_heads(v, self.value_heads),
+            2 * beta if self.config.negative_eigenvalues else beta,
+            -jnp.exp(self.A_log[...]) * rate,
+            segment_ids=context.segment_ids,
+        )
+        gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.value_heads)
+        return self.o_proj(merge_heads(self.o_norm(o, gate=gate)))

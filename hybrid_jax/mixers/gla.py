@@ -1,0 +1,50 @@
+"""GLA: gated linear attention, a learned decay a key channel (Yang et al., 2023, arXiv 2312.06635)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybrid_jax import config
+from hybrid_jax.layers import Linear, RMSNorm
+from hybrid_jax.mixers.context import Context
+from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, short_convolution, split_heads
+from pallas_kernels.gated_linear_attention import gated_linear_attention
+
+GATE_RANK = 16  # of the low-rank decay projection
+GATE_NORMALIZER = 16.0  # log decay = log sigmoid(.) / 16, so that decays start near one
+
+
+class GLA(nnx.Module):
+    """S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t / sqrt(K); log a = log sigmoid(W_2 W_1 x + b) / 16."""
+
+    def __init__(self, mixer: config.GLA, model: config.ModelConfig, *, rngs: nnx.Rngs):
+        self.heads, self.kv_heads = mixer.heads, mixer.kv_heads or mixer.heads
+        self.log_decay_min = mixer.log_decay_min
+        queries, values = int(model.width * mixer.expand_k), int(model.width * mixer.expand_v)
+        keys = queries // self.heads * self.kv_heads
+        kv_values = values // self.heads * self.kv_heads
+        proj = heads_in(model, rngs)
+        conv = short_convolution(mixer.conv_width, "silu", model, rngs)
+        init = dict(std=model.init_std, dtype=jnp.dtype(model.dtype), rngs=rngs)
+        self.q_proj, self.k_proj, self.v_proj = proj(queries), proj(keys), proj(kv_values)
+        self.q_conv, self.k_conv, self.v_conv = conv(queries), conv(keys), conv(kv_values)
+        self.decay_in = Linear(model.width, GATE_RANK, ("embed", "rank"), **init)
+        self.decay_out = Linear(GATE_RANK, keys, ("rank", "heads"), bias=True, **init)
+        self.g_proj = proj(values) if mixer.output_gate else None
+        self.g_norm = RMSNorm(values // self.heads, model.norm_eps)
+        self.o_proj = heads_out(values, model, rngs)
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_conv is not None:
+            q = self.q_conv(q, context.segment_ids)
+            k = self.k_conv(k, context.segment_ids)
+            v = self.v_conv(v, context.segment_ids)
+        log_decay = jax.nn.log_sigmoid(self.decay_out(self.decay_in(x)).astype(jnp.float32)) / GATE_NORMALIZER
+        if self.log_decay_min is not None:
+            log_decay = jnp.maximum(log_decay, self.log_decay_min)
+        group = self.heads // self.kv_heads
+        k, v, log_decay = (jnp.repeat(split_heads(a, self.kv_heads), group, axis=2) for a in (k, v, log_decay))
+        o, _ = gated_linear_attention(split_heads(q, self.heads), k, v, log_decay, segment_ids=context.segment_ids)
+        gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.heads)
+        return self.o_proj(merge_heads(self.g_norm(o, gate=gate)))

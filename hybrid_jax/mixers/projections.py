@@ -1,0 +1,38 @@
+"""How every mixer makes its projections: the model's initialisation and dtype, one place to say so."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.layers import Linear, ShortConvolution
+
+
+def heads_in(model: ModelConfig, rngs: nnx.Rngs):
+    """``proj(O, bias=False)``: a projection from the model's width to O = heads times head width."""
+    return lambda outputs, bias=False: Linear(
+        model.width, outputs, ("embed", "heads"), std=model.init_std, dtype=jnp.dtype(model.dtype), rngs=rngs, bias=bias
+    )
+
+
+def heads_out(inputs: int, model: ModelConfig, rngs: nnx.Rngs) -> Linear:
+    """The projection from all heads back to the model's width."""
+    return Linear(inputs, model.width, ("heads", "embed"), std=model.init_std, dtype=jnp.dtype(model.dtype), rngs=rngs)
+
+
+def short_convolution(width: int, activation: str | None, model: ModelConfig, rngs: nnx.Rngs):
+    """``conv(channels)``: a short convolution of ``width`` taps, or None where the width is 0."""
+    make = partial(ShortConvolution, width=width, activation=activation, std=model.init_std, rngs=rngs)
+    return lambda channels: make(channels) if width else None
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[B,T,H*K] -> [B,T,H,K]."""
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[B,T,H,V] -> [B,T,H*V]."""
+    return x.reshape(*x.shape[:-2], -1)

@@ -1,0 +1,131 @@
+"""The language model: embedding, a stack of blocks folded into scans, final norm, output projection."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybrid_jax import layout, mixers
+from hybrid_jax.config import HGRN, HGRN2, ModelConfig
+from hybrid_jax.layers import Embedding, Linear, RMSNorm, SwiGLU
+from hybrid_jax.layers.gates import lower_bounds
+from hybrid_jax.layers.rotary import positions
+from hybrid_jax.mixers import Context
+from hybrid_jax.sharding import constrain
+
+REMAT_POLICIES = {
+    "operators": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nnx.Module):
+    """x += mixer(RMSNorm(x)); x += SwiGLU(RMSNorm(x))."""
+
+    def __init__(self, kind: str, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        self.attn_norm = RMSNorm(config.width, config.norm_eps)
+        self.mixer = mixers.build(config.full_attention if kind == "attention" else config.mixer, config, rngs)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = SwiGLU(config.width, config.mlp_hidden, std=config.init_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        x = x + self.mixer(self.attn_norm(x), context)
+        x = x + self.mlp(self.mlp_norm(x))
+        return constrain(x, "batch", "time", None)
+
+
+class Stage(nnx.Module):
+    """Consecutive layers as scans: over the repeats of a pattern, and in each over its runs of one kind.
+
+    ``runs[i]`` is one Block whose parameters carry two leading axes, [repeats, length of the run].
+    """
+
+    def __init__(self, stage: layout.Stage, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.layout = stage
+        self.remat = config.remat
+        self.runs = nnx.List([_stacked_block(run, stage.repeats, config, rngs) for run in stage.runs])
+
+    def __call__(self, x: jax.Array, context: Context, bounds: jax.Array | None) -> jax.Array:
+        """x [B,T,D] through the stage; bounds [L,D] are the forget gates' lower bounds of all layers, if the model has them."""
+        graphs, params = zip(*(nnx.split(run) for run in self.runs), strict=True)
+        per_run = [None if bounds is None else bounds[jnp.array(self.layout.layers(i))] for i in range(len(self.runs))]
+
+        def block(graph):
+            def call(x, layer):
+                params, bound = layer
+                return nnx.merge(graph, params)(x, context._replace(lower_bound=bound)), None
+
+            # a scan already keeps forward and backward apart, so nothing needs to be said against common subexpressions
+            return call if self.remat == "none" else jax.checkpoint(call, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+
+        def repeat(x, layers):
+            for graph, layer in zip(graphs, layers, strict=True):
+                x, _ = jax.lax.scan(block(graph), x, layer)
+            return x, None
+
+        return jax.lax.scan(repeat, x, list(zip(params, per_run, strict=True)))[0]
+
+
+def _stacked_block(run: layout.Run, repeats: int, config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    """A Block with the parameters of all layers of a run, each [repeats, length, ...], every layer its own draw."""
+
+    def block(key):
+        return Block(run.kind, config, rngs=nnx.Rngs(key))
+
+    keys = jax.random.split(rngs.params(), (repeats, run.length))
+    graph = nnx.graphdef(nnx.eval_shape(block, keys[0, 0]))
+    return nnx.merge(graph, jax.vmap(jax.vmap(lambda key: nnx.state(block(key))))(keys))
+
+
+class Model(nnx.Module):
+    """Tokens to logits. ``config`` is the ModelConfig it was built from."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        self.config = config
+        self.embedding = Embedding(config.vocabulary, config.width, std=config.init_std, dtype=dtype, rngs=rngs)
+        self.stages = nnx.List([Stage(stage, config, rngs=rngs) for stage in layout.stages(config.layer_kinds)])
+        bounded = isinstance(config.mixer, (HGRN, HGRN2))
+        self.lower_bounds = nnx.Param(jnp.zeros((config.layers, _gate_width(config))), axes=("layers", None)) if bounded else None
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        init = dict(std=config.init_std, dtype=dtype, rngs=rngs)
+        self.output = None if config.tied else Linear(config.width, config.vocabulary, ("embed", "vocabulary"), **init)
+
+    def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """tokens [B,T] int -> [B,T,D] in the compute dtype, after the final norm. segment_ids [B,T]: documents of a row, 0 padding."""
+        context = Context(segment_ids, positions(*tokens.shape, segment_ids))
+        bounds = None if self.lower_bounds is None else lower_bounds(self.lower_bounds[...])
+        x = constrain(self.embedding(tokens), "batch", "time", None)
+        for stage in self.stages:
+            x = stage(x, context, bounds)
+        return self.norm(x)
+
+    def output_kernel(self) -> jax.Array:
+        """[D,vocabulary] float32: the output projection, the embedding transposed where they are tied."""
+        return self.embedding.table[...].T if self.output is None else self.output.kernel[...]
+
+    def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """tokens [B,T] int -> logits [B,T,vocabulary] float32. segment_ids [B,T]: documents of a row, 0 padding."""
+        hidden = self.hidden(tokens, segment_ids)
+        return jnp.matmul(hidden, self.output_kernel().astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _gate_width(config: ModelConfig) -> int:
+    """Channels of the forget gate: HGRN's state, or HGRN2's keys (both D at the study's settings)."""
+    return config.width * config.mixer.expand_ratio if isinstance(config.mixer, HGRN) else config.width
+
+
+def build(config: ModelConfig, seed: int = 0) -> Model:
+    """A model with fresh parameters, float32, drawn from ``seed``."""
+    graph, _ = abstract(config)
+    return nnx.merge(graph, jax.jit(initialize, static_argnums=0)(config, jax.random.key(seed)))
+
+
+def initialize(config: ModelConfig, key: jax.Array) -> nnx.State:
+    """Fresh parameters of a model, as the state that ``nnx.merge`` takes; a pure function of ``key``, to be jitted with shardings."""
+    return nnx.split(Model(config, rngs=nnx.Rngs(key)))[1]
+
+
+def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's graph and its parameters as shapes, nothing allocated."""
+    return nnx.split(nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0))))

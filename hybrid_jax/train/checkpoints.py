@@ -1,0 +1,158 @@
+"""Orbax checkpoints of a run: saved in the background, kept by policy, restored on any mesh, with a way back from a broken one."""
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from hybrid_jax.config import CheckpointConfig, ConfigError, MeshConfig, RunConfig
+from hybrid_jax.model import Model, abstract
+from hybrid_jax.sharding import make_mesh
+from hybrid_jax.train.optimizer import evaluation_params
+from hybrid_jax.train.step import TrainState, abstract_state, state_bytes
+from hybrid_jax.train.workdir import RunError, gigabytes, read_config
+
+
+class Checkpoints:
+    """The checkpoints in WORKDIR/checkpoints, by step. Close it, or use it as a context: the last save ends there."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
+        """``config`` says how many are kept, for a run that saves; without it nothing in the folder is changed."""
+        self.folder = Path(workdir).absolute() / "checkpoints"
+        policies = ocp.training.preservation_policies
+        self._orbax = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.LatestN(config.keep) if config else policies.PreserveAll(),
+            cleanup_tmp_directories=config is not None,  # what a kill left half-written
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        try:
+            self._orbax.close()
+        except Exception as error:
+            raise self._explained(error) from error
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first."""
+        return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+    def save(self, state: TrainState) -> None:
+        """Start saving ``state``; returns once its arrays are copied. Raises RunError where this or the last save can not be written."""
+        step = int(state.step)
+        try:
+            self._orbax.save_checkpointables_async(step, _checkpointables(state), force=True)
+        except Exception as error:
+            raise self._explained(error, step, state_bytes(state)) from error
+
+    def wait(self) -> None:
+        """Return when the last save is whole. Raises RunError where it could not be written."""
+        try:
+            self._orbax.wait()
+        except Exception as error:
+            raise self._explained(error) from error
+
+    def restore(self, state: TrainState) -> tuple[TrainState | None, list[str]]:
+        """The newest state that can be read, placed as the shapes in ``state`` say, or None where there is none yet; and warnings.
+
+        A checkpoint that can not be read is told of and moved to WORKDIR/unreadable-STEP. Raises RunError if none can.
+        """
+        broken: dict[int, str] = {}
+        for step in reversed(self.steps):
+            try:
+                loaded = self._orbax.load_checkpointables(step, _checkpointables(state))
+            except Exception as error:  # each layer of storage has errors of its own
+                broken[step] = reason(error)
+                continue
+            told = [self._move_aside(bad, why, step) for bad, why in broken.items()]
+            if told:
+                self._orbax.reload()
+            return TrainState(loaded["params"], loaded["opt_state"], **loaded["counters"]), told
+        if broken:
+            shown = "; ".join(f"step {step}: {why}" for step, why in broken.items())
+            raise RunError(f"no checkpoint in {self.folder} can be read ({shown}): put one back, or start anew in another --workdir")
+        return None, []
+
+    def load(self, step: int | None, items: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """The step read (the newest for None) and the named parts of its checkpoint, placed as the shapes in ``items`` say.
+
+        Raises ConfigError where there is no such checkpoint or it can not be read.
+        """
+        if not self.steps:
+            raise ConfigError(f"{self.folder} holds no checkpoint yet")
+        if step is not None and step not in self.steps:
+            raise ConfigError(f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, self.steps))}")
+        for candidate in [step] if step is not None else reversed(self.steps):
+            try:
+                return candidate, self._orbax.load_checkpointables(candidate, items)
+            except Exception as error:
+                why = reason(error)
+                warnings.warn(f"the checkpoint of step {candidate} in {self.folder} can not be read ({why})", stacklevel=3)
+        raise ConfigError(f"no checkpoint asked for in {self.folder} can be read ({why}); it has {', '.join(map(str, self.steps))}")
+
+    def _move_aside(self, step: int, why: str, instead: int) -> str:
+        aside = self.folder.parent / f"unreadable-{step}"
+        if jax.process_index() == 0:
+            (self.folder / str(step)).rename(aside)
+        return f"the checkpoint of step {step} can not be read ({why}): it is now {aside}, and the run goes on from step {instead}"
+
+    def _explained(self, error: Exception, step: int | None = None, size: int | None = None) -> RunError:
+        whole = self.steps[-1] if self.steps else None
+        safe = "there is none yet" if whole is None else f"the checkpoint of step {whole} is whole, and the same command goes on from there"
+        if is_full_disk(error):
+            room = f" (one takes {gigabytes(size)})" if size else ""
+            return RunError(f"no space left to write a checkpoint in {self.folder}{room}; {safe}: make room and start again")
+        return RunError(f"a checkpoint could not be written in {self.folder} ({reason(error)}); {safe}")
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether ``error``, or what it came from, says that a disk is full."""
+    return any("No space left" in str(e) or "RESOURCE_EXHAUSTED" in str(e) or "Disk quota exceeded" in str(e) for e in _chain(error))
+
+
+def reason(error: BaseException) -> str:
+    """What lies at the root of an error, in one short line."""
+    root = list(_chain(error))[-1]
+    text = " ".join(str(root).split()) or type(root).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _chain(error: BaseException | None):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _checkpointables(state: TrainState) -> dict[str, Any]:
+    counters = {name: getattr(state, name) for name in ("step", "skipped", "skipped_in_a_row")}
+    return {"params": state.params, "opt_state": state.opt_state, "counters": counters}
+
+
+def load_params(workdir: Path, config: RunConfig, mesh: Mesh, step: int | None = None) -> tuple[int, nnx.State]:
+    """(step, the parameters to evaluate) of the checkpoint of ``step``, or the newest that can be read, laid out on ``mesh``."""
+    state = _checkpointables(abstract_state(config, mesh).state)
+    # Schedule-free's average is not stored: it follows from the two sequences that are.
+    names = ("params", "opt_state") if config.optimizer.name == "schedule_free" else ("params",)
+    with Checkpoints(workdir) as checkpoints:
+        step, loaded = checkpoints.load(step, {name: state[name] for name in names})
+    return step, evaluation_params(config.optimizer, loaded["params"], loaded.get("opt_state"))
+
+
+def load(folder, step: int | None = None) -> Model:
+    """The model of a training run, from its workdir: the checkpoint of ``step``, or the newest, on the first device.
+
+    Raises ConfigError where ``folder`` holds no run, or no such checkpoint.
+    """
+    config = read_config(Path(folder))
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    _, params = load_params(Path(folder), config, mesh, step)
+    return nnx.merge(abstract(config.model)[0], params)

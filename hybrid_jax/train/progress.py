@@ -1,0 +1,63 @@
+"""What a person sees of a run: a bar with the time left in a terminal, plain lines in a log file."""
+import sys
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+class Display:
+    """Shows a run of ``steps`` steps, on the first process alone."""
+
+    def __init__(self, steps: int, step: int):
+        self.steps = steps
+        self._shown = jax.process_index() == 0
+        self._bar = None
+        if self._shown and sys.stdout.isatty():
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=Console(highlight=False))
+            self._task = self._bar.add_task("", total=steps, completed=step)
+            self._bar.start()
+
+    def step(self, step: int, row: dict, seconds_left: float, line: bool) -> None:
+        """Show a step; a log file only gets those with ``line``."""
+        text = f"loss {row['loss']:.4f}  {quantity(row['tokens_per_second'])} tokens/s  MFU {row['mfu']:.1%}  {duration(seconds_left)} left"
+        if row["skipped"]:
+            text += f"  {row['skipped']} skipped"
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=text)
+        elif line:
+            width = len(str(self.steps))
+            self.say(f"step {step:>{width}}/{self.steps}  {text}  gradient {row['grad_norm']:.3g}  rate {row['learning_rate']:.3g}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar:
+            self._bar.console.print(text, soft_wrap=True, markup=False)
+        elif self._shown:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "42 s", "12 min", "3 h 20 min", "5 days 2 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} days {hours % 24} h"
+
+
+def quantity(number: float) -> str:
+    """A number for people: 950, 12.3k, 4.56M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"

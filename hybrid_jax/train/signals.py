@@ -1,0 +1,39 @@
+"""Stopping when asked: SIGTERM (a scheduler, a preempted machine) and SIGINT (Ctrl-C)."""
+import signal
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Stop:
+    """While entered, the first signal is only noted, to be acted on between two steps; a second one ends the process at once.
+
+    Where several processes train together, JAX's own preemption service watches for SIGTERM instead, so that all of them
+    stop at the same step.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.name: str | None = None
+
+    def __enter__(self) -> "Stop":
+        self._before = {}
+        if jax.process_count() == 1:
+            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        self.name = signal.Signals(number).name
+        for other in self.SIGNALS:
+            signal.signal(other, signal.SIG_DFL)
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after ``step``."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.name = "SIGTERM"
+        return self.name is not None

@@ -1,0 +1,54 @@
+"""How fast a run goes, beside how fast its devices could go."""
+import time
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax import costs
+from hybrid_jax.config import RunConfig
+
+# Dense bfloat16 FLOP/s of one chip, by what JAX calls it; makers' data sheets. The first name that fits counts.
+CHIPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops() -> tuple[float, str]:
+    """FLOP/s of all devices together, and where the number is from: the data sheet, or else a matmul timed here."""
+    device = jax.devices()[0]
+    for name, rate in CHIPS.items():
+        if name in device.device_kind:
+            return rate * jax.device_count(), f"{name} data sheet"
+    if device.platform == "cpu":  # virtual CPU devices share one machine
+        return matmul_rate(jnp.float32, 1024) * jax.process_count(), "its measured float32 matmul rate"
+    return matmul_rate(jnp.bfloat16, 8192) * jax.device_count(), "its measured bfloat16 matmul rate"
+
+
+def matmul_rate(dtype, size: int) -> float:
+    """FLOP/s of a square matmul on the first device, the best of five."""
+    x = jnp.ones((size, size), dtype)
+    matmul = jax.jit(jnp.matmul)
+    matmul(x, x).block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        matmul(x, x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def training_flops(config: RunConfig) -> float:
+    """FLOPs of the model in one step: forward once and backward twice as much, over every token."""
+    return 3 * costs.flops_per_token(config.model, config.data.window) * config.train.batch * config.data.window

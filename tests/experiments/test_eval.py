@@ -1,0 +1,58 @@
+"""The evaluation command: the numbers of the training run, to the last bit."""
+import json
+import shutil
+
+import pytest
+
+import hybrid_jax.train.checkpoints
+from hybrid_jax.train.metrics import read_rows
+from tests.experiments.commands import run_eval, run_train
+
+
+@pytest.fixture(scope="module", params=["adamw", "schedule_free"])
+def finished(request, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("eval") / "run"
+    assert run_train(workdir, f"--config.optimizer.name={request.param}").code == 0
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def evaluations(workdir):
+    return {row["step"]: row["evaluation"] for row in read_rows(workdir / "metrics.jsonl") if "evaluation" in row}
+
+
+def test_every_checkpoint_evaluates_to_what_training_wrote(workdir):
+    for step, arguments in ((8, []), (4, ["--step=4"])):
+        written = json.loads((workdir / f"eval-{step}.json").read_text())
+        for file in (f"eval-{step}.json", "summary.png"):
+            (workdir / file).unlink()
+        result = run_eval(workdir, *arguments)
+        assert result.code == 0 and f"step {step}" in result.out and "xz -9" in result.out
+        found = json.loads((workdir / f"eval-{step}.json").read_text())
+        assert found == written
+        assert (workdir / "summary.png").exists()
+        assert {key: value for key, value in found.items() if key not in ("step", "loss_by_position")} == evaluations(workdir)[step]
+
+
+def test_more_tokens_can_be_asked_for(workdir):
+    assert run_eval(workdir, "--tokens=1000").code == 0
+    found = json.loads((workdir / "eval-8.json").read_text())
+    assert found["tokens"] == 1024 and evaluations(workdir)[8]["tokens"] == 512
+
+
+def test_a_model_loads_from_the_workdir(workdir):
+    model = hybrid_jax.train.checkpoints.load(workdir, step=4)
+    assert model.config.vocabulary == 264
+
+
+def test_a_broken_newest_checkpoint_is_told_of_and_passed_over(workdir):
+    for file in (workdir / "checkpoints" / "8").rglob("d/*"):
+        file.write_bytes(b"")
+    with pytest.warns(UserWarning, match="step 8 .* can not be read"):
+        result = run_eval(workdir)
+    assert result.code == 0 and "step 4" in result.out

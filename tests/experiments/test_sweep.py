@@ -1,0 +1,61 @@
+"""The sweep over configurations; what it starts is tested with `experiments.train`."""
+
+import json
+
+import pytest
+from absl import flags
+
+from experiments import sweep
+from hybrid_jax.config import ConfigError
+
+SUMMARY = {
+    "parameters": 1234,
+    "step": 5,
+    "tokens_per_second": 6789.0,
+    "evaluation": {"loss": 1.5, "bits_per_byte": 2.25, "mqar_accuracy": 0.5},
+}
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Names whose training was asked for; `retnet_r3` fails."""
+    flags.FLAGS(["sweep", f"--sweep={tmp_path / 'runs'}", f"--output={tmp_path / 'rows.jsonl'}", "--models=gla_r6,retnet_r3"])
+    names = []
+
+    def train(name, size, folder, overrides):
+        names.append((name, size, overrides))
+        return None if name == "retnet_r3" else SUMMARY
+
+    monkeypatch.setattr(sweep, "train", train)
+    yield names
+    flags.FLAGS.unparse_flags()
+    for name in ("sweep", "output", "models"):
+        flags.FLAGS[name].unparse()
+
+
+def test_wildcards_choose_models_in_order():
+    assert sweep.chosen(["hgrn_r*", "transformer"]) == ["hgrn_r12", "hgrn_r24", "hgrn_r3", "hgrn_r6", "transformer"]
+    assert len(sweep.chosen(["*"])) == 31
+    with pytest.raises(ConfigError, match="--models=mamba. matches none of delta_net_pure"):
+        sweep.chosen(["gla_r6", "mamba*"])
+
+
+def test_a_failed_run_is_named_and_the_others_are_kept(started, capsys, tmp_path):
+    assert sweep.main(["--config.train.steps=5"]) == 1
+    assert started == [(name, "tiny", ["--config.train.steps=5"]) for name in ("gla_r6", "retnet_r3")]
+    printed = capsys.readouterr().out
+    assert "1,234" in printed and "2.2500" in printed and "50.0%" in printed and "failed" in printed
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_summaries_are_gathered(started, tmp_path):
+    flags.FLAGS["models"].value = ["gla_*"]
+    assert sweep.main([]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert rows == [SUMMARY] * 5
+
+
+def test_a_mistake_is_told_before_anything_starts(started):
+    with pytest.raises(ConfigError, match="config.train.steps='many' must be of type int"):
+        sweep.main(["--config.train.steps=many"])
+    assert not started

@@ -1,0 +1,168 @@
+"""The training command from start to end: what it leaves behind, and that nothing it survives changes a bit of it."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import hybrid_jax.train.report
+from hybrid_jax.train.metrics import read_rows
+from hybrid_jax.train.workdir import saved_steps
+from tests.experiments.commands import CONFIG, run_train
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run never interrupted: (workdir, what it printed)."""
+    workdir = tmp_path_factory.mktemp("train") / "run"
+    result = run_train(workdir)
+    assert result.code == 0, result
+    return workdir, result
+
+
+def curve(workdir):
+    """All that must not depend on how a run was stopped and started: losses, gradients and evaluations by step."""
+    keys = ("step", "loss", "grad_norm", "learning_rate", "tokens", "loss_by_position", "evaluation")
+    return [{key: row.get(key) for key in keys} for row in read_rows(workdir / "metrics.jsonl")]
+
+
+def stop_at(monkeypatch, step, act):
+    """Call ``act`` when the run reports ``step``."""
+    report = hybrid_jax.train.report.Report.step
+
+    def wrapped(self, reported, metrics):
+        report(self, reported, metrics)
+        if reported == step:
+            act()
+
+    monkeypatch.setattr(hybrid_jax.train.report.Report, "step", wrapped)
+
+
+def test_a_run_leaves_behind_all_that_is_promised(finished):
+    workdir, result = finished
+    assert result.err == ""
+    assert saved_steps(workdir) == [4, 8]
+    rows = read_rows(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+    assert [row["step"] for row in rows if "evaluation" in row] == [4, 8]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
+    summary = json.loads((workdir / "summary.json").read_text())
+    evaluation = json.loads((workdir / "eval-8.json").read_text())
+    assert summary["evaluation"] == rows[-1]["evaluation"] == {k: v for k, v in evaluation.items() if k not in ("step", "loss_by_position")}
+    assert 0 < evaluation["unigram_bits_per_byte"] < evaluation["xz_bits_per_byte"]  # 512 bytes are too few for xz
+    assert 0 <= evaluation["mqar_accuracy"] <= 1
+    assert summary["step"] == 8 and summary["tokens"] == 8 * 4 * 32 and summary["peak_memory_bytes"] > 1e6
+    assert (workdir / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").glob("events*"))
+
+
+def test_a_run_says_what_it_does_and_what_comes_next(finished):
+    workdir, result = finished
+    evaluate = f"experiments.eval --workdir={workdir}"
+    for said in ("step 0 of 8", "compiled in", "holds", "step 8/8", "bits per byte", "after 8 steps", evaluate):
+        assert said in result.out, said
+
+
+def test_the_same_command_after_the_end_shows_the_summary_again(finished, monkeypatch):
+    workdir, _ = finished
+    monkeypatch.setattr("hybrid_jax.train.step.compile_step", None)  # nothing is computed
+    result = run_train(workdir)
+    assert result.code == 0 and "after 8 steps" in result.out
+    assert saved_steps(workdir) == [4, 8]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, number):
+    workdir, handler = tmp_path / "run", signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, lambda: os.kill(os.getpid(), number))
+        result = run_train(workdir)
+    assert result.code == 0
+    step = saved_steps(workdir)[-1]
+    assert 2 < step < 8
+    assert f"{number.name}: stopped after step {step} of 8, which is saved. To continue: python -m experiments.train {CONFIG}" in result.out
+    assert signal.getsignal(number) == handler
+    again = run_train(workdir)
+    assert again.code == 0 and f"step {step} of 8" in again.out
+    assert curve(workdir) == curve(finished[0])
+
+
+def test_a_run_that_crashed_goes_on_from_its_last_checkpoint_to_the_same_bits(finished, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+
+    def crash():
+        raise KeyError("crash")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        stop_at(patch, 6, crash)
+        run_train(workdir)
+    assert saved_steps(workdir) == [4] and read_rows(workdir / "metrics.jsonl")[-1]["step"] == 6
+    assert run_train(workdir).code == 0
+    assert curve(workdir) == curve(finished[0])
+
+
+def test_an_evaluation_that_a_kill_left_out_is_made_up_for(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "summary.json").unlink()
+    (workdir / "eval-8.json").unlink()
+    rows = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(rows[:-1]))
+    assert run_train(workdir).code == 0
+    assert curve(workdir) == curve(finished[0])
+    assert (workdir / "summary.json").exists()
+
+
+def test_eight_devices_train_to_the_losses_of_one(finished, tmp_path):
+    workdir = tmp_path / "run"
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    result = run_train(workdir, *mesh, devices=None)
+    assert result.code == 0 and "on 8 x" in result.out
+    for row, expected in zip(curve(workdir), curve(finished[0]), strict=True):
+        if row["loss"]:
+            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        else:
+            assert row["evaluation"]["loss"] == pytest.approx(expected["evaluation"]["loss"], rel=1e-4)
+
+
+def test_a_run_goes_on_on_another_number_of_devices(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    result = run_train(workdir, "--config.mesh.fsdp=4", "--config.mesh.tensor=2", devices=None)
+    assert result.code == 0 and "step 4 of 8" in result.out
+    losses, expected = ([row["loss"] for row in curve(folder) if row["loss"]] for folder in (workdir, finished[0]))
+    assert losses[:4] == expected[:4]
+    np.testing.assert_allclose(losses[4:], expected[4:], rtol=1e-4)
+
+
+def test_a_run_that_diverges_stops_with_a_reason(tmp_path):
+    result = run_train(tmp_path / "run", "--config.optimizer.learning_rate=1e30", "--config.train.bad_steps=2")
+    assert result.code == 1
+    assert result.err.count("\n") == 1 and "not finite 2 steps in a row" in result.err and "--config.optimizer.learning_rate" in result.err
+    assert "the step is skipped (1 in a row)" in result.out
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(finished, tmp_path):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "experiments.train", CONFIG, f"--workdir={workdir}"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    kills = 0
+    for rows in (1, 3, 6, 9):  # killed once it has written so many; the ninth is the evaluation after step 8
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None:
+            if (workdir / "metrics.jsonl").exists() and len(read_rows(workdir / "metrics.jsonl")) >= rows:
+                process.kill()
+                kills += 1
+            time.sleep(0.01)
+        assert process.returncode in (0, -signal.SIGKILL), process.stderr.read().decode()
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert kills >= 3
+    assert [row["loss"] for row in curve(workdir)] == [row["loss"] for row in curve(finished[0])]

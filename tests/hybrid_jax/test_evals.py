@@ -1,0 +1,114 @@
+"""Evaluation against the model's own logits, token by token in float64."""
+import lzma
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from hybrid_jax import build
+from hybrid_jax.config import MeshConfig
+from hybrid_jax.data import DataError, mqar, pipeline
+from hybrid_jax.data.token_source import ArraySource
+from hybrid_jax.data.tokenizers import ByteTokenizer
+from hybrid_jax.evals.baselines import unigram_bits_per_byte, xz_bits_per_byte
+from hybrid_jax.evals.evaluate import make_evaluate, source_text
+from hybrid_jax.sharding import make_mesh
+from tests.hybrid_jax.train_runs import small_run
+
+DOCUMENTS = [b"def f(x):\n    return x\n", b"\xff\xfe not text", b"", b"import os\n" * 5]
+
+
+def held_out():
+    tokens = np.concatenate([[*document, 256] for document in DOCUMENTS]).astype(np.uint16)
+    ends = np.cumsum([len(document) + 1 for document in DOCUMENTS])
+    return ArraySource(tokens, ends, tokenizer=ByteTokenizer(), bytes=sum(map(len, DOCUMENTS)), name="held out")
+
+
+def run_for(packing="windows", tokens=10**6, **changes):
+    return small_run(
+        model={"vocabulary": 300},
+        data={"window": 16, "packing": packing, "mqar": {"pairs": 2, "length": 8, "alphabet": 5, "examples": 6, "share": 0.1}},
+        evaluation={"tokens": tokens, "batch": 2},
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(run_for().model, seed=3)
+
+
+def losses_and_hits(model, batch):
+    """Of every scored token, in float64 from the logits: (loss, whether the target is the likeliest, place in the window)."""
+    logits = np.asarray(model(batch["tokens"], batch["segment_ids"]), np.float64)
+    log_probabilities = logits - logits.max(-1, keepdims=True)
+    log_probabilities -= np.log(np.exp(log_probabilities).sum(-1, keepdims=True))
+    rows, places = np.nonzero(batch["weights"])
+    targets = batch["targets"][rows, places]
+    return -log_probabilities[rows, places, targets], logits[rows, places].argmax(-1) == targets, places
+
+
+def evaluate(run, model, sizes=None):
+    mesh = make_mesh(MeshConfig(**sizes)) if sizes else make_mesh(MeshConfig(), jax.devices()[:1])
+    graph, params = nnx.split(model)
+    with jax.set_mesh(mesh):
+        return make_evaluate(run, graph, mesh, held_out())(params)
+
+
+@pytest.mark.parametrize(("packing", "sizes"), [("windows", None), ("documents", None), ("windows", dict(data=2, fsdp=2, tensor=2))])
+def test_the_numbers_are_those_of_the_logits(model, packing, sizes):
+    results = evaluate(run_for(packing), model, sizes)
+    source = held_out()
+    batches = pipeline.evaluation_batches(source, batch=100, window=16, packing=packing)
+    losses, _, places = losses_and_hits(model, next(batches))
+    assert results["tokens"] == len(source) == len(losses) and results["bytes"] == sum(map(len, DOCUMENTS))
+    assert results["loss"] == pytest.approx(losses.mean(), rel=1e-6)
+    assert results["bits_per_byte"] == pytest.approx(losses.sum() / math.log(2) / results["bytes"], rel=1e-6)
+    by_position = [losses[places == place].mean() for place in range(16)]
+    np.testing.assert_allclose(results["loss_by_position"], by_position, rtol=1e-5)
+
+    task = mqar.Task(2, 8, 5)
+    problems = next(pipeline.mqar_evaluation_batches(task, rows=3, batch=3, window=16, vocabulary=257))  # two a row: six
+    losses, hits, _ = losses_and_hits(model, problems)
+    assert len(losses) == 6 * 2
+    assert results["mqar_accuracy"] == pytest.approx(hits.mean())
+    assert results["mqar_loss"] == pytest.approx(losses.mean(), rel=1e-6)
+
+
+def test_part_of_the_text_is_whole_batches_and_its_own_bytes(model):
+    results = evaluate(run_for(tokens=40), model)
+    assert results["tokens"] == 64 and results["bytes"] == len(source_text(held_out(), 64))
+    losses, _, _ = losses_and_hits(model, next(pipeline.evaluation_batches(held_out(), batch=4, window=16)))
+    assert results["bits_per_byte"] == pytest.approx(losses.sum() / math.log(2) / results["bytes"], rel=1e-6)
+
+
+def test_places_where_nothing_is_scored_are_none(model):
+    results = evaluate(run_for(tokens=1), model)
+    assert results["tokens"] == 32 and None not in results["loss_by_position"]
+    long = small_run(model={"vocabulary": 300}, data={"window": 128}, evaluation={"batch": 1})
+    results = evaluate(long, model)
+    assert len(results["loss_by_position"]) == 128
+    assert [x is None for x in results["loss_by_position"]] == [place >= len(held_out()) for place in range(128)]
+
+
+def test_recall_that_does_not_fit_is_left_out_unless_it_is_trained(model):
+    short = small_run(model={"vocabulary": 300}, data={"window": 16, "mqar": {"length": 64}}, evaluation={"batch": 2})
+    assert "mqar_accuracy" not in evaluate(short, model)
+    wide = small_run(model={"vocabulary": 300}, data={"window": 16, "mqar": {"length": 16, "alphabet": 200, "share": 0.5}})
+    with pytest.raises(DataError, match="alphabet"):
+        evaluate(wide, model)
+
+
+def test_the_text_is_the_bytes_without_document_ends():
+    assert source_text(held_out(), len(held_out())) == b"".join(DOCUMENTS)
+    assert source_text(held_out(), 25) == b"".join(DOCUMENTS)[:24]
+
+
+def test_baselines():
+    text = b"aabb" * 100
+    assert unigram_bits_per_byte(text) == pytest.approx(1.0)
+    assert unigram_bits_per_byte(b"a" * 10) == 0
+    assert xz_bits_per_byte(text) == pytest.approx(8 * len(lzma.compress(text, preset=9)) / 400)
+    assert xz_bits_per_byte(np.random.default_rng(0).bytes(5000)) > 8

@@ -1,0 +1,241 @@
+"""What a run writes and shows: rows that survive a kill, numbers for people, advice, and the picture."""
+import json
+import re
+import struct
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax.config import ConfigError, LogConfig
+from hybrid_jax.data.token_source import ArraySource
+from hybrid_jax.data.tokenizers import ByteTokenizer
+from hybrid_jax.train import advice, plot, throughput
+from hybrid_jax.train.metrics import Metrics, by_doubling, read_rows
+from hybrid_jax.train.progress import Display, duration, quantity
+from hybrid_jax.train.report import Report
+from hybrid_jax.train.step import Metrics as StepMetrics
+from hybrid_jax.train.workdir import RunError
+from tests.hybrid_jax.train_runs import small_run
+
+QUIET = LogConfig(tensorboard=False)
+
+
+def test_rows_are_written_as_json_lines(tmp_path):
+    metrics = Metrics(tmp_path, QUIET, "run")
+    metrics.write(1, {"loss": 2.5, "loss_by_position": {"0": 3.0}})
+    metrics.write(2, {"loss": float("nan"), "loss_by_position": {"0": float("inf")}})
+    assert read_rows(tmp_path / "metrics.jsonl") == [  # readable at once, by whoever follows the file
+        {"step": 1, "loss": 2.5, "loss_by_position": {"0": 3.0}},
+        {"step": 2, "loss": None, "loss_by_position": {"0": None}},
+    ]
+    metrics.close()
+
+
+def test_a_run_that_goes_on_drops_the_rows_after_its_checkpoint(tmp_path):
+    metrics = Metrics(tmp_path, QUIET, "run")
+    for step in range(1, 6):
+        metrics.write(step, {"loss": 1.0 * step})
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # cut short by a kill
+    metrics = Metrics(tmp_path, QUIET, "run", start_step=3)
+    metrics.write(4, {"loss": 40.0})
+    metrics.close()
+    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_tensorboard_gets_every_scalar(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    metrics = Metrics(tmp_path, LogConfig(), "run", start_step=2)
+    metrics.write(3, {"loss": 2.5, "grad_norm": float("nan"), "evaluation": {"loss": 2.0, "tokens": 64}})
+    metrics.close()
+    (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    content, events = file.read_bytes(), []
+    while content:  # a record: its length, a checksum of that, the event, a checksum of that
+        (length,) = struct.unpack("<Q", content[:8])
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    version, start, row = events
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (3, SessionLog.START)
+    assert row.step == 3
+    assert {value.tag: value.simple_value for value in row.summary.value} == {"loss": 2.5, "evaluation/loss": 2.0, "evaluation/tokens": 64}
+
+
+def test_wandb_gets_every_scalar_and_the_same_run_again(tmp_path, monkeypatch):
+    started, logged = [], []
+    run = SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda: logged.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: started.append(options) or run))
+    for step in (1, 2):
+        metrics = Metrics(tmp_path, LogConfig(tensorboard=False, wandb_project="hybrid"), "run", step - 1)
+        metrics.write(step, {"loss": 1.0, "evaluation": {"loss": 2.0}})
+        metrics.close()
+    assert logged == [(1, {"loss": 1.0, "evaluation/loss": 2.0}), "finished", (2, {"loss": 1.0, "evaluation/loss": 2.0}), "finished"]
+    assert started[0] == started[1] and started[0]["resume"] == "allow"
+
+
+def test_wandb_that_is_not_installed_is_told_of(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    advice.check_logging(LogConfig())
+    with pytest.raises(ConfigError, match="pip install"):
+        advice.check_logging(LogConfig(wandb_project="hybrid"))
+
+
+def test_a_platform_that_is_not_there_is_told_of():
+    advice.check_platform("any")
+    advice.check_platform("cpu")
+    for platform in ("tpu", "gpu"):
+        with pytest.raises(ConfigError, match=f"'{platform}' was asked for and JAX finds only 'cpu'.*pip install"):
+            advice.check_platform(platform)
+
+
+def test_positions_are_averaged_by_doubling():
+    totals, weights = np.arange(10.0), np.ones(10)
+    weights[0] = 0
+    assert by_doubling(totals, weights) == {"1": 1.0, "2-3": 2.5, "4-7": 5.5, "8-9": 8.5}
+    assert by_doubling(np.array([6.0, 0, 1, 1]), np.array([2.0, 1, 4, 0])) == {"0": 3.0, "1": 0.0, "2-3": 0.5}
+
+
+# ---------------------------------------------------------------- what a person sees
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.4, "3 s"), (89, "89 s"), (600, "10 min"), (3600 * 3 + 1200, "3 h 20 min"), (86400 * 5 + 7200, "5 days 2 h")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0.5, "0.5"), (950, "950"), (12345, "12.3k"), (4.56e6, "4.56M"), (2e10, "20B")])
+def test_quantities(number, text):
+    assert quantity(number) == text
+
+
+def row(**changes):
+    return {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 1e4, "mfu": 0.25, "skipped": 0, **changes}
+
+
+def test_a_log_file_gets_plain_lines(capsys):
+    display = Display(300, 0)
+    display.step(9, row(), 100.0, line=False)
+    display.step(10, row(skipped=2), 3600.0, line=True)
+    display.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["step  10/300  loss 2.0000  10k tokens/s  MFU 25.0%  60 min left  2 skipped  gradient 1  rate 0.1"]
+
+
+def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    display = Display(300, 0)
+    display.step(150, row(), 100.0, line=False)
+    display.say("a line that stays")
+    display.close()
+    shown = capsys.readouterr().out
+    assert "150/300" in shown and "2 min left" in shown and "10k tokens/s" in shown and "a line that stays" in shown
+
+
+def step_metrics(loss=2.0, skipped=0, in_a_row=0):
+    scalars = (jnp.float32(loss), jnp.float32(1.0), jnp.float32(0.1), jnp.int32(skipped), jnp.int32(in_a_row))
+    return StepMetrics(*scalars, 24.0 * jnp.ones(12), 8.0 * jnp.ones(12))
+
+
+@pytest.fixture
+def peak(monkeypatch):
+    monkeypatch.setattr(throughput, "matmul_rate", lambda dtype, size: 1e9)
+
+
+def test_a_report_logs_every_few_steps_and_counts_what_was_skipped(tmp_path, peak, capsys):
+    run = small_run(train={"log_every": 2, "bad_steps": 2, "steps": 6}, log={"tensorboard": False})
+    report = Report(run, tmp_path, "run", 0)
+    for step, metrics in enumerate([step_metrics(), step_metrics(3.0), step_metrics(float("nan"), 1, 1), step_metrics(4.0, 1, 0)], 1):
+        report.step(step, metrics)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"], row["skipped"]) for row in rows] == [(1, 2.0, 0), (2, 3.0, 0), (4, 4.0, 1)]
+    assert rows[0]["tokens"] == 96 and rows[0]["loss_by_position"] == {"0": 3.0, "1": 3.0, "2-3": 3.0, "4-7": 3.0, "8-11": 3.0}
+    for row in rows:
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] / 96 * throughput.training_flops(run) / 1e9)
+    assert "step 3: the loss or its gradient is not finite; the step is skipped (1 in a row)" in capsys.readouterr().out
+    report.step(5, step_metrics(float("inf"), 2, 1))
+    with pytest.raises(RunError, match="stopped after step 6: .* 2 steps in a row .* still those of step 4.*learning_rate"):
+        report.step(6, step_metrics(float("inf"), 3, 2))
+    assert report.speed()["skipped"] == 3
+    report.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"),
+    [("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GB200", 2500e12)],
+)
+def test_known_chips_have_their_data_sheets_rate(monkeypatch, kind, rate):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind, platform="tpu")])
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert throughput.peak_flops()[0] == 4 * rate
+
+
+def test_other_devices_are_measured():
+    rate, source = throughput.peak_flops()
+    assert 1e8 < rate < 1e15 and "measured" in source
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "peak_rate", "expected"),
+    [
+        ({}, 10**6, 1e12, []),
+        ({"model": {"vocabulary": 32000}}, 10**6, 1e12, ["THIS IS NOT THE STUDY'S DATA.*--config.data.source"]),
+        ({}, 96, 1e12, ["reads its 96 tokens of text 20 times over"]),
+        ({"optimizer": {"warmup_steps": 20}}, 10**6, 1e12, ["never reaches its peak.*--config.optimizer.warmup_steps"]),
+        ({}, 10**6, 1e3, ["ONE STEP WILL TAKE AT LEAST .*:tiny.*--config.train.batch=8 --config.data.window=12"]),
+    ],
+)
+def test_advice_before_time_is_lost(changes, tokens, peak_rate, expected):
+    text = ArraySource(np.zeros(tokens, np.uint16), [tokens], tokenizer=ByteTokenizer(), bytes=tokens, name="text")
+    notes = advice.notes(small_run(**changes), text, peak_rate)
+    assert len(notes) == len(expected)
+    for note, pattern in zip(notes, expected, strict=True):
+        assert re.search(pattern, note), note
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def write_run(workdir, steps):
+    """The files of a run that was watched for ``steps`` steps, with a skipped one and three evaluations."""
+    with (workdir / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            loss = None if step == 3 else 1 + 4 / step
+            print(json.dumps({"step": step, "loss": loss}), file=file)
+            if steps >= 30 and step % (steps // 3) == 0:
+                found = {"loss": 1.5, "bits_per_byte": 2.2, "xz_bits_per_byte": 2.0, "unigram_bits_per_byte": 4.7, "mqar_accuracy": 0.5}
+                print(json.dumps({"step": step, "evaluation": found}), file=file)
+                positions = {"step": step, "loss_by_position": [None, *(3.0 / np.arange(1, 64)).tolist()]}
+                (workdir / f"eval-{step}.json").write_text(json.dumps(positions))
+
+
+@pytest.mark.parametrize("steps", [0, 5, 60])
+def test_a_picture_of_any_run(tmp_path, steps):
+    write_run(tmp_path, steps)
+    file = plot.plot_run(tmp_path)
+    content = file.read_bytes()
+    assert file == tmp_path / "summary.png" and content.startswith(b"\x89PNG") and len(content) > 20_000
+
+
+def test_smoothing_leaves_gaps_out_and_looks_back_a_tenth():
+    values = np.array([10.0, np.nan, *range(2, 40)])
+    smooth = plot.smoothed(values)
+    assert smooth[0] == 10 and np.isnan(smooth[1]) and smooth[5] == 5
+    assert smooth[39] == np.mean(range(35, 40))
+
+
+def test_positions_are_binned_on_a_log_scale():
+    losses = np.arange(1.0, 17.0)
+    losses[0] = np.nan
+    places, means = plot.by_log_bins(losses, per_doubling=1)
+    np.testing.assert_allclose(places, [2.5, 5.5, 11.5, 16])
+    np.testing.assert_allclose(means, [2.5, 5.5, 11.5, 16])

@@ -1,0 +1,131 @@
+"""Schedules, decay masks, Muon on stacked weights and schedule-free, against their equations in numpy."""
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from hybrid_jax.config import OptimizerConfig
+from hybrid_jax.train.optimizer import evaluation_params, make_optimizer, schedule
+from tests.helpers import relative_error
+
+STEPS = 100
+
+
+class Weights(nnx.Module):
+    """Parameters of every kind a model has: stacked matrices and vectors, an embedding, an output kernel, convolution taps."""
+
+    def __init__(self, seed=0):
+        keys = iter(jax.random.split(jax.random.key(seed), 6))
+        self.matrix = nnx.Param(jax.random.normal(next(keys), (2, 3, 8, 16)), axes=("embed", "mlp"))
+        self.tall = nnx.Param(jax.random.normal(next(keys), (16, 8)), axes=("mlp", "embed"))
+        self.gain = nnx.Param(jax.random.normal(next(keys), (2, 3, 8)), axes=("embed",))
+        self.table = nnx.Param(jax.random.normal(next(keys), (30, 8)), axes=("vocabulary", "embed"))
+        self.output = nnx.Param(jax.random.normal(next(keys), (8, 30)), axes=("embed", "vocabulary"))
+        self.taps = nnx.Param(jax.random.normal(next(keys), (2, 3, 4, 8)), axes=("taps", "embed"))
+
+
+def weights(seed=0) -> nnx.State:
+    return nnx.split(Weights(seed))[1]
+
+
+def arrays(params: nnx.State) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value, np.float64) for name, value in nnx.to_pure_dict(params).items()}
+
+
+def updates(config: OptimizerConfig, gradients: list[nnx.State], params: nnx.State):
+    """Parameters after each gradient, and the last state."""
+    optimizer = make_optimizer(config, STEPS, params)
+    state, history = optimizer.init(params), []
+    for gradient in gradients:
+        update, state = jax.jit(optimizer.update)(gradient, state, params)
+        params = optax.apply_updates(params, update)
+        history.append(params)
+    return history, state
+
+
+def test_the_schedule_warms_up_and_falls_as_a_cosine():
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=4, final_fraction=0.2)
+    rates = [float(schedule(config, 10)(n)) for n in range(12)]
+    warmup = [0.1 * (n + 1) / 5 for n in range(4)]
+    cosine = [0.1 * (0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * n / 6))) for n in range(7)]
+    np.testing.assert_allclose(rates, [*warmup, *cosine, cosine[-1]], rtol=1e-5)
+
+
+def test_schedules_at_their_edges():
+    assert float(schedule(OptimizerConfig(learning_rate=0.1, warmup_steps=0), 10)(0)) == pytest.approx(0.1)
+    endless = schedule(OptimizerConfig(learning_rate=0.1, warmup_steps=50), 10)  # longer than the run
+    np.testing.assert_allclose([endless(9), endless(50)], [0.1 * 10 / 51, 0.1], rtol=1e-5)
+    free = schedule(OptimizerConfig(name="schedule_free", learning_rate=0.1, warmup_steps=2), 10)
+    np.testing.assert_allclose([free(n) for n in (0, 2, 9)], [0.1 / 3, 0.1, 0.1], rtol=1e-6)
+
+
+def test_adamw_follows_its_equations_and_decays_no_vector():
+    config = OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0.3, clip_norm=1.0, final_fraction=1.0)
+    params, gradients = weights(0), [weights(seed) for seed in (1, 2, 3)]
+    history, _ = updates(config, gradients, params)
+    expected, m, v = arrays(params), dict.fromkeys(arrays(params), 0.0), dict.fromkeys(arrays(params), 0.0)
+    for n, gradient in enumerate(gradients, 1):
+        g = arrays(gradient)
+        norm = np.sqrt(sum((x**2).sum() for x in g.values()))
+        for name, w in expected.items():
+            clipped = g[name] / max(1.0, norm / config.clip_norm)
+            m[name] = 0.9 * m[name] + 0.1 * clipped
+            v[name] = 0.95 * v[name] + 0.05 * clipped**2
+            step = m[name] / (1 - 0.9**n) / (np.sqrt(v[name] / (1 - 0.95**n)) + config.eps)
+            decay = 0.0 if name == "gain" else config.weight_decay
+            expected[name] = w - 0.01 * (step + decay * w)
+        for name, value in arrays(history[n - 1]).items():
+            assert relative_error(value, expected[name]) < 1e-5, (n, name)
+
+
+def test_muon_orthogonalizes_each_stacked_matrix_by_itself_and_nothing_else():
+    config = OptimizerConfig(name="muon", learning_rate=0.01, warmup_steps=0, weight_decay=0.0, clip_norm=1e9, final_fraction=1.0)
+    params, gradient = weights(0), weights(1)
+    before, after, g = arrays(params), arrays(updates(config, [gradient], params)[0][0]), arrays(gradient)
+    for name in ("matrix", "tall"):
+        steps = ((before[name] - after[name]) / 0.01).reshape(-1, *before[name].shape[-2:])
+        for step, one in zip(steps, g[name].reshape(steps.shape), strict=True):
+            scale = 0.2 * np.sqrt(max(step.shape))
+            singular = np.linalg.svd(step / scale, compute_uv=False)
+            assert 0.5 < singular.min() and singular.max() < 1.5  # what the five Newton-Schulz steps promise
+            u, _, vt = np.linalg.svd(one, full_matrices=False)
+            cosine = (step * (u @ vt)).sum() / np.linalg.norm(step) / np.linalg.norm(u @ vt)
+            assert cosine > 0.95  # the gradient's own singular vectors, not those of its neighbours in the stack
+    first = 0.9 * 0.1 / (1 - 0.9**2) + 1  # Nesterov-Adam's first step, of which Adam's is the sign of the gradient
+    for name in ("gain", "table", "output", "taps"):
+        np.testing.assert_allclose((before[name] - after[name]) / 0.01, first * np.sign(g[name]), atol=1e-2)
+
+
+def test_muon_decays_what_it_orthogonalizes():
+    plain = OptimizerConfig(name="muon", learning_rate=0.01, warmup_steps=0, weight_decay=0.0)
+    decayed = OptimizerConfig(name="muon", learning_rate=0.01, warmup_steps=0, weight_decay=0.3)
+    params, gradient = weights(0), weights(1)
+    without, with_decay = (arrays(updates(config, [gradient], params)[0][0]) for config in (plain, decayed))
+    for name, value in arrays(params).items():
+        expected = 0.01 * 0.3 * value if name in ("matrix", "tall") else np.zeros_like(value)
+        np.testing.assert_allclose(without[name] - with_decay[name], expected, atol=1e-6)
+
+
+def test_schedule_free_evaluates_the_average_of_its_iterates():
+    config = OptimizerConfig(name="schedule_free", learning_rate=0.01, warmup_steps=0, weight_decay=0.0, clip_norm=1e9)
+    params, gradients = weights(0), [weights(seed) for seed in (1, 2, 3)]
+    history, state = updates(config, gradients, params)
+    averaged = arrays(evaluation_params(config, history[-1], state))
+    z, x = arrays(params), arrays(params)
+    v = dict.fromkeys(z, 0.0)
+    for n, gradient in enumerate(gradients, 1):
+        for name, g in arrays(gradient).items():
+            v[name] = 0.95 * v[name] + 0.05 * g**2
+            z[name] = z[name] - 0.01 * g / (np.sqrt(v[name] / (1 - 0.95**n)) + config.eps)
+            x[name] = x[name] + (z[name] - x[name]) / n
+    for name in z:
+        assert relative_error(averaged[name], x[name]) < 1e-5
+        assert relative_error(arrays(history[-1])[name], 0.9 * x[name] + 0.1 * z[name]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_other_optimizers_evaluate_the_parameters_themselves(name):
+    params = weights()
+    optimizer = make_optimizer(OptimizerConfig(name=name), STEPS, params)
+    assert evaluation_params(OptimizerConfig(name=name), params, jax.eval_shape(optimizer.init, params)) is params
