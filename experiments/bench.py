@@ -10,6 +10,7 @@ FLOPs are the chunked algorithm's own matmuls, three times the forward's with th
 FLOP/s over that of a plain matmul, measured right before and after it. An implementation that does not give the reference's
 outputs and gradients is not timed: its row holds the errors, and the exit status is 1.
 """
+
 import dataclasses
 import fnmatch
 import functools

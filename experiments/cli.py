@@ -4,6 +4,7 @@ A configuration file has ``get_config(size)`` (or ``get_config()``) that returns
 ``hybrid_jax.config.RunConfig``. Any field can be overridden: ``--config.train.steps=100``. All of it is checked before
 JAX is started, and what is wrong is said in one line on stderr, with exit code 2.
 """
+
 import difflib
 import errno
 import importlib.util

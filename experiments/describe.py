@@ -12,9 +12,7 @@ from experiments import cli
 from hybrid_jax import costs, layout
 from hybrid_jax.config import ModelConfig
 
-CONTEXT = flags.DEFINE_integer(
-    "context", None, "Tokens of a sequence; default: the training window.", lower_bound=1
-)
+CONTEXT = flags.DEFINE_integer("context", None, "Tokens of a sequence; default: the training window.", lower_bound=1)
 
 
 def layer_map(model: ModelConfig) -> str:

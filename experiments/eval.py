@@ -7,6 +7,7 @@
 Prints a table, writes WORKDIR/eval-STEP.json and draws WORKDIR/summary.png anew, also while the run is under way.
 Without --tokens the numbers are those that training wrote for that step.
 """
+
 import dataclasses
 from pathlib import Path
 

@@ -7,6 +7,7 @@
 Every run has its own folder, SWEEP/NAME-SIZE, and log; run the same command again to continue: runs that ended are not
 repeated. Exit code 1 where any run failed; the table names it and its log.
 """
+
 import fnmatch
 import json
 import subprocess

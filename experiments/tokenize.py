@@ -6,6 +6,7 @@
 Reads .txt (a document a file), .jsonl (plain, .gz, .zst) and .parquet. Killed, it goes on where it was when the same command
 is run again. Ends with the command that trains on the store.
 """
+
 import contextlib
 import os
 import sys

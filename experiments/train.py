@@ -10,6 +10,7 @@ was asked for.
 
 This file is the order in which things happen; what they are is in hybrid_jax/train.
 """
+
 import time
 from contextlib import closing
 

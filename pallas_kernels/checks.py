@@ -1,4 +1,5 @@
 """Argument checks shared by the operators: a wrong shape, dtype or name is a ValueError that says what to do."""
+
 from collections.abc import Mapping
 
 import jax
@@ -19,7 +20,7 @@ def bind_shapes(operator: str, arguments: Mapping[str, tuple[jax.Array | None, s
         letters = axes.split()
         if array.ndim != len(letters):
             raise ValueError(f"{operator}: {name} has shape {array.shape}, needs {len(letters)} axes [{','.join(letters)}]")
-        for letter, size in zip(letters, array.shape):
+        for letter, size in zip(letters, array.shape, strict=True):
             if letter in sizes and sizes[letter] != size:
                 origin = f" (from {source[letter]})" if letter in source else ""
                 raise ValueError(

@@ -1,4 +1,5 @@
 """What the tests share: errors measured one way, and rows of documents worth testing."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -5,6 +5,7 @@ of its own and renames it into place when it is whole, so a part of the store is
 that are not there are made. When all are, they are laid end to end into the store, and last its manifest says "complete".
 So the store does not depend on the number of workers, or on how often it was begun.
 """
+
 import contextlib
 import errno
 import fcntl

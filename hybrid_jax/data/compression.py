@@ -1,4 +1,5 @@
 """What a model's bits per byte are held against: a general-purpose compressor and a model of single tokens."""
+
 import lzma
 
 import numpy as np

@@ -2,6 +2,7 @@
 
 Everything streams: what is held is a document, not a file. An error names the file and the line, and what to do.
 """
+
 import glob
 import io
 import itertools

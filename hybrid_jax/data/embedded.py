@@ -3,6 +3,7 @@
 Documents are files in the order of their paths; about one in twenty, chosen by a hash of its path, is held out. What the
 text is, and so every number measured on it, depends on the version of Python.
 """
+
 import hashlib
 import os
 import sysconfig

@@ -9,6 +9,7 @@ unlike there, the answer follows its query in the input, so that a target is alw
 
 A problem is a function of (seed, index) alone, and can be had without those before it.
 """
+
 from dataclasses import dataclass
 
 import numpy as np

@@ -8,6 +8,7 @@ Every token of the text is a target exactly once an epoch. What the model sees b
 packed documents before the first of each, is ``document_end``. So one definition serves training and evaluation, and with
 packed documents nothing is predicted from another document's text.
 """
+
 import sys
 import threading
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
 """From the name of a source in a config to its two splits."""
+
 from hybrid_jax.data import embedded
 from hybrid_jax.data.store import TokenStore
 from hybrid_jax.data.token_source import TokenSource

@@ -1,11 +1,12 @@
 """The token store: tokens and document boundaries as sharded zarr arrays, read with TensorStore from a disk or a bucket.
 
-    STORE/manifest.json            what is in it, from which tokenizer; "complete" once everything is
-    STORE/tokenizer.json           (and tokenizer_config.json) the tokenizer itself
-    STORE/SPLIT/tokens/            [tokens] uint16 or uint32: documents end to end, each closed by the tokenizer's document_end
-    STORE/SPLIT/documents/         [documents] int64: where each document ends
-    with SPLIT "train" or "validation"
+STORE/manifest.json            what is in it, from which tokenizer; "complete" once everything is
+STORE/tokenizer.json           (and tokenizer_config.json) the tokenizer itself
+STORE/SPLIT/tokens/            [tokens] uint16 or uint32: documents end to end, each closed by the tokenizer's document_end
+STORE/SPLIT/documents/         [documents] int64: where each document ends
+with SPLIT "train" or "validation"
 """
+
 import json
 from functools import cached_property
 from pathlib import Path

@@ -1,4 +1,5 @@
 """What the pipeline reads from: a long row of tokens and where its documents end."""
+
 import abc
 import hashlib
 from functools import cached_property

@@ -3,6 +3,7 @@
 A tokenizer has ``encode``, ``encode_batch``, ``decode``, ``vocabulary`` (ids are below it), ``document_end`` (the id that
 closes every document), ``name``, ``fingerprint`` (equal for tokenizers that give equal ids) and ``save``.
 """
+
 import hashlib
 import json
 from collections.abc import Iterable
@@ -99,7 +100,7 @@ def load_tokenizer(spec, document_end: str | None = None) -> Tokenizer:
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.exists():
-        raise DataError(f"no tokenizer at {path}: give \"bytes\", a Hugging Face tokenizer.json, or a folder that holds one")
+        raise DataError(f'no tokenizer at {path}: give "bytes", a Hugging Face tokenizer.json, or a folder that holds one')
     config = path.parent / "tokenizer_config.json"
     config = config.read_bytes() if config.exists() else None
     return tokenizer_from_files(path.read_bytes(), config, name=str(path), document_end=document_end)

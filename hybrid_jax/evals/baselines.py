@@ -1,4 +1,5 @@
 """What a model's bits per byte are to be held against: a general compressor, and letters without order."""
+
 import lzma
 
 import numpy as np

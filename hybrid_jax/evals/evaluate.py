@@ -1,4 +1,5 @@
 """What a model is measured by, during training and after: held-out text and multi-query associative recall."""
+
 import json
 import math
 from collections.abc import Callable, Iterator

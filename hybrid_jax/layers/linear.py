@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybrid_jax.sharding import constrain
+
 
 class Linear(nnx.Module):
     """y = x W (+ b), x [..., I] -> [..., O]; W ~ N(0, std), b = 0."""
@@ -26,4 +28,5 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.table[...].astype(self.dtype)[tokens]
+        # Whole rows on every device before the look-up: what is gathered then lies as the tokens do, over the batch.
+        return constrain(self.table[...].astype(self.dtype), "vocabulary", None)[tokens]

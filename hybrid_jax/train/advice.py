@@ -1,4 +1,5 @@
 """What to tell a person before hours are spent: the platform asked for, the time a step takes, what the data is not."""
+
 import dataclasses
 import importlib.util
 

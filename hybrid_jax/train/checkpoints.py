@@ -1,4 +1,5 @@
 """Orbax checkpoints of a run: saved in the background, kept by policy, restored on any mesh, with a way back from a broken one."""
+
 import warnings
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,5 @@
 """Batches on their way to the devices."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

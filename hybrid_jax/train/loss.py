@@ -8,6 +8,7 @@ At 32 000 tokens of vocabulary the float32 logits of a batch outweigh everything
 cut into blocks; a scan makes a block's logits, its losses and, when gradients are wanted, at once its share of dh and dW.
 The backward pass is then a multiplication by a scalar: three matmuls of that size in all, none of them done twice.
 """
+
 from functools import partial
 from typing import NamedTuple
 

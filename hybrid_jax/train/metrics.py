@@ -1,4 +1,5 @@
 """What a run writes down as it goes: JSON lines, TensorBoard and, when asked for, Weights & Biases."""
+
 import json
 import math
 import time

@@ -1,4 +1,5 @@
 """The optimisers a run can name, all of them optax's, and which parameters they decay or orthogonalise."""
+
 from typing import Any
 
 import jax

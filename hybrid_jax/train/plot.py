@@ -1,4 +1,5 @@
 """One picture of a run: how the loss fell, what the evaluations say, where in the window, and recall."""
+
 import json
 from pathlib import Path
 

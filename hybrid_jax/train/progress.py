@@ -1,4 +1,5 @@
 """What a person sees of a run: a bar with the time left in a terminal, plain lines in a log file."""
+
 import sys
 
 import jax

@@ -1,4 +1,5 @@
 """Steps and evaluations as they happen: measured, shown, written down, and stopped where they go nowhere."""
+
 import time
 from pathlib import Path
 from typing import Any

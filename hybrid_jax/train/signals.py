@@ -1,4 +1,5 @@
 """Stopping when asked: SIGTERM (a scheduler, a preempted machine) and SIGINT (Ctrl-C)."""
+
 import signal
 
 import jax

@@ -1,4 +1,5 @@
 """The training step: gradients accumulated over microbatches, clipped, applied if finite; and the state it carries."""
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple

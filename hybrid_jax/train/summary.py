@@ -1,4 +1,5 @@
 """The end of a run: what it came to, as a table, as summary.json, and as the commands that come next."""
+
 import json
 import platform
 import resource
@@ -72,7 +73,6 @@ def show(summary: dict[str, Any], workdir: Path) -> None:
     table.add_row("picture", str(workdir / "summary.png"))
     _print(table)
     print(f"to evaluate it again:  python -m experiments.eval --workdir={workdir}")
-    print(f"to sample from it:     python -m experiments.generate --workdir={workdir} --prompt='def '")
     print("to train longer:       the same command with more --config.train.steps and another --workdir")
 
 

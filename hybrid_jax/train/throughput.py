@@ -1,4 +1,5 @@
 """How fast a run goes, beside how fast its devices could go."""
+
 import time
 
 import jax

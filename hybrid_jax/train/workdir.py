@@ -1,11 +1,12 @@
 """A run's folder: which run it holds, and whether there is room for it.
 
-    WORKDIR/config.json          what the run is
-    WORKDIR/checkpoints/STEP/    Orbax
-    WORKDIR/metrics.jsonl        a line for each logged step and each evaluation; tensorboard/ holds the same
-    WORKDIR/eval-STEP.json       an evaluation in full
-    WORKDIR/summary.json, summary.png
+WORKDIR/config.json          what the run is
+WORKDIR/checkpoints/STEP/    Orbax
+WORKDIR/metrics.jsonl        a line for each logged step and each evaluation; tensorboard/ holds the same
+WORKDIR/eval-STEP.json       an evaluation in full
+WORKDIR/summary.json, summary.png
 """
+
 import json
 import os
 import shutil

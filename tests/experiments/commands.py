@@ -1,4 +1,5 @@
 """Running the commands inside a test: on one device, on a model that compiles in seconds."""
+
 import io
 import sys
 import tempfile

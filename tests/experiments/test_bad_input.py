@@ -1,4 +1,5 @@
 """Every mistake gets one clear line that names the cause and the remedy, before time or data is lost."""
+
 import json
 import re
 import shutil

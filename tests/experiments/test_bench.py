@@ -1,4 +1,5 @@
 """The benchmark on tiny shapes: whole rows, memory rows, and no time for what is wrong."""
+
 import json
 import os
 import subprocess

@@ -1,4 +1,5 @@
 """The evaluation command: the numbers of the training run, to the last bit."""
+
 import json
 import shutil
 

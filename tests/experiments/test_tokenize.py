@@ -1,4 +1,5 @@
 """`python -m experiments.tokenize` as it is run: its output, its errors, and kill -9 at any moment."""
+
 import random
 import signal
 import subprocess

@@ -1,4 +1,5 @@
 """The training command from start to end: what it leaves behind, and that nothing it survives changes a bit of it."""
+
 import json
 import os
 import shutil

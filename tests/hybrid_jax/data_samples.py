@@ -1,4 +1,5 @@
 """Documents, tokenizers and sources that the tests of the data share."""
+
 import gzip
 import json
 
@@ -12,7 +13,7 @@ from hybrid_jax.data.tokenizers import ByteTokenizer
 def texts(count: int, seed: int = 0, longest: int = 300) -> list[str]:
     """``count`` different texts, of ASCII and of characters two to four bytes long, with line breaks and quotes in them."""
     rng = np.random.default_rng(seed)
-    alphabet = np.array(list("abcdefgh \n\r\t\"\\{}0123é\u2028漢😀"))
+    alphabet = np.array(list('abcdefgh \n\r\t"\\{}0123é\u2028漢😀'))
     return [f"{i}: " + "".join(rng.choice(alphabet, rng.integers(0, longest))) for i in range(count)]
 
 

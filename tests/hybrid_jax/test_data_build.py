@@ -2,6 +2,7 @@
 
 That a kill at any moment loses and doubles nothing is shown in tests/experiments/test_tokenize.py, on the command.
 """
+
 import errno
 import json
 
@@ -150,7 +151,7 @@ def test_full_disk_in_a_worker(tmp_path, monkeypatch):
     [
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
-        ValueError('RESOURCE_EXHAUSTED: Error writing local file "c/1": No space left on device [os_error_code=\'28\']'),  # TensorStore's
+        ValueError("RESOURCE_EXHAUSTED: Error writing local file \"c/1\": No space left on device [os_error_code='28']"),  # TensorStore's
     ],
 )
 def test_full_disk_while_merging(tmp_path, monkeypatch, error):

@@ -1,4 +1,5 @@
 """Files to documents: every format gives the same ones however it is cut into units, and bad input is named by file and line."""
+
 import json
 
 import pytest

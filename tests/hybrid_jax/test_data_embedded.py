@@ -1,4 +1,5 @@
 """The embedded default: the standard library's source, its split, and what simple models make of it."""
+
 import lzma
 import math
 import os

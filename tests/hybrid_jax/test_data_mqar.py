@@ -1,4 +1,5 @@
 """MQAR: every answer is the paired value, problems are functions of (seed, index), gaps follow their law."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings

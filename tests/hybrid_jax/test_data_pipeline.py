@@ -1,4 +1,5 @@
 """Batches: each token of the text a target once an epoch, segments where documents are, and step n a function of (seed, n)."""
+
 import itertools
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Token stores: what was built is what is read, from a folder or a bucket, and what is no whole store is refused."""
+
 import json
 import shutil
 

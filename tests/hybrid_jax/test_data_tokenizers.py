@@ -1,4 +1,5 @@
 """Tokenizers: round trips, what a document ends with, saving, and what is refused."""
+
 import json
 
 import pytest

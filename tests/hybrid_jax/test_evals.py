@@ -1,4 +1,5 @@
 """Evaluation against the model's own logits, token by token in float64."""
+
 import lzma
 import math
 

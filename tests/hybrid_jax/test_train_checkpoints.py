@@ -1,4 +1,5 @@
 """Checkpoints: exact, on any mesh, kept by policy, with a way back from a broken one; and what a workdir refuses."""
+
 import errno
 import json
 import shutil
@@ -180,9 +181,7 @@ def test_schedule_free_loads_its_average(tmp_path):
     assert_same(params, evaluation_params(run.optimizer, state.params, state.opt_state))
 
 
-@pytest.mark.parametrize(
-    ("step", "expected"), [(9, "has no checkpoint of step 9; it has 1, 2, 3"), (None, "holds no checkpoint yet")]
-)
+@pytest.mark.parametrize(("step", "expected"), [(9, "has no checkpoint of step 9; it has 1, 2, 3"), (None, "holds no checkpoint yet")])
 def test_a_checkpoint_that_is_not_there(workdir, step, expected):
     if step is None:
         shutil.rmtree(workdir / "checkpoints")

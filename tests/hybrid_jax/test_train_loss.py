@@ -1,4 +1,5 @@
 """The blockwise cross-entropy against a plain log-softmax in float64."""
+
 import re
 
 import jax

@@ -1,4 +1,5 @@
 """What a run writes and shows: rows that survive a kill, numbers for people, advice, and the picture."""
+
 import json
 import re
 import struct

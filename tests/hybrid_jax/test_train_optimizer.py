@@ -1,4 +1,5 @@
 """Schedules, decay masks, Muon on stacked weights and schedule-free, against their equations in numpy."""
+
 import jax
 import numpy as np
 import optax

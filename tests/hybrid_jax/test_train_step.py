@@ -1,4 +1,5 @@
 """The training step: exact accumulation, the same on every mesh, compiled once, and unmoved by what is not finite."""
+
 from collections import Counter
 
 import jax
@@ -49,9 +50,7 @@ def whole_batch(program):
     [(2, None), (1, dict(data=2, fsdp=2, tensor=2)), (4, dict(data=1, fsdp=2, seq=2, tensor=2))],
 )
 def test_microbatches_and_meshes_change_nothing_but_rounding(whole_batch, microbatch, sizes):
-    state, history, compiled = train(
-        small_run(train={"microbatch": microbatch}), make_mesh(MeshConfig(**sizes)) if sizes else one_device()
-    )
+    state, history, compiled = train(small_run(train={"microbatch": microbatch}), make_mesh(MeshConfig(**sizes)) if sizes else one_device())
     expected_state, expected_history, _ = whole_batch
     assert compiled == 1
     for metrics, expected in zip(history, expected_history, strict=True):

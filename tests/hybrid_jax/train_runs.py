@@ -1,4 +1,5 @@
 """Runs small enough to compile in seconds, for the tests of training."""
+
 import jax
 import numpy as np
 
