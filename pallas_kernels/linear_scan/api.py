@@ -1,0 +1,72 @@
+"""The public face of the gated elementwise recurrence: h_t = a_t * h_{t-1} + x_t."""
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import checks, segments
+from pallas_kernels.linear_scan import associative_scan, reference, xla
+
+IMPLEMENTATIONS = {
+    "reference": reference.linear_scan,
+    "xla": xla.linear_scan,
+    "associative_scan": associative_scan.linear_scan,
+}
+
+
+def linear_scan(
+    decay: jax.Array,
+    x: jax.Array,
+    *,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Gated elementwise recurrence, h_t = decay_t * h_{t-1} + x_t (HGRN, Qin et al. 2023, eq. 4, with x = (1 - decay) * v).
+
+    decay: [B,T,D], the linear (not log) decay, in [0, 1].
+    x: [B,T,D], any T >= 1.
+    initial_state: [B,D], h before the first real token; zeros where None.
+    segment_ids: [B,T] integers. The state starts at zero where the id changes; 0 marks padding, which changes no state and
+        whose output is 0. ``initial_state`` belongs to the first real token's segment, the final state to the last one's.
+    implementation: "reference" (token by token), "xla" (blocks side by side) or "associative_scan"; None takes "xla", the
+        fastest measured.
+
+    Returns (h [B,T,D] in x's dtype, final_state [B,D] in float32). Sums run in float32, in float64 where an input is float64.
+    Differentiable in decay, x and initial_state. Raises ValueError for shapes, dtypes or names that do not fit.
+    """
+    operator = "linear_scan"
+    sizes = checks.bind_shapes(
+        operator,
+        {"x": (x, "B T D"), "decay": (decay, "B T D"), "initial_state": (initial_state, "B D"), "segment_ids": (segment_ids, "B T")},
+    )
+    checks.check_floating(operator, decay=decay, x=x, initial_state=initial_state)
+    checks.check_segment_ids(operator, segment_ids)
+    if sizes["T"] == 0:
+        raise ValueError(f"{operator}: x has shape {x.shape}, needs T >= 1")
+    scan = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla")
+
+    dtype = jnp.promote_types(jnp.promote_types(decay.dtype, x.dtype), jnp.float32)
+    if initial_state is None:
+        initial_state = jnp.zeros_like(x[:, 0])
+    out_dtype = x.dtype
+    decay, x, initial_state = decay.astype(dtype), x.astype(dtype), initial_state.astype(dtype)
+    if segment_ids is None:
+        h, final_state = scan(decay, x, initial_state)
+        return h.astype(out_dtype), final_state
+
+    # Padding keeps the state (decay 1, input 0); a document's first token forgets it (decay 0).
+    index, real = segments.number(segment_ids)
+    starts = jnp.diff(index, axis=1, prepend=0) > 0
+    decay = jnp.where(real[..., None], jnp.where(starts[..., None], 0, decay), 1)
+    x = jnp.where(real[..., None], x, 0)
+    h, final_state = scan(decay, x, initial_state)
+    return jnp.where(real[..., None], h, 0).astype(out_dtype), final_state
+
+
+def linear_scan_step(decay: jax.Array, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One token of :func:`linear_scan`: decay, x and state [B,D] -> (h in x's dtype, state in float32 or wider)."""
+    operator = "linear_scan_step"
+    checks.bind_shapes(operator, {"x": (x, "B D"), "decay": (decay, "B D"), "state": (state, "B D")})
+    checks.check_floating(operator, decay=decay, x=x, state=state)
+    dtype = jnp.promote_types(jnp.promote_types(decay.dtype, x.dtype), jnp.float32)
+    state = decay.astype(dtype) * state.astype(dtype) + x.astype(dtype)
+    return state.astype(x.dtype), state
