@@ -2,7 +2,7 @@
 
     python -m experiments.sweep --size=tiny --config.train.steps=50            # all 31 models of the study
     python -m experiments.sweep --size=tiny --models='gla_*,transformer'       # some of them
-    python -m experiments.sweep --size=tiny --output=experiments/results/tiny.jsonl
+    python -m experiments.sweep --size=tiny --rows=experiments/results/tiny.jsonl
 
 Every run has its own folder, SWEEP/NAME-SIZE, and log; run the same command again to continue: runs that ended are not
 repeated. Exit code 1 where any run failed; the table names it and its log.
@@ -26,7 +26,7 @@ from hybrid_jax.config import ConfigError
 SIZE = flags.DEFINE_string("size", "tiny", "Of the models: tiny, 340m or 1b3.")
 MODELS = flags.DEFINE_list("models", ["*"], "Names, with wildcards, of files in experiments/configs.")
 FOLDER = flags.DEFINE_string("sweep", "runs/sweep", "Folder of the runs.")
-OUTPUT = flags.DEFINE_string("output", None, "JSON lines file that each run's summary is appended to, once all have ended.")
+ROWS = flags.DEFINE_string("rows", None, "JSON lines file that each run's summary is appended to, once all have ended.")
 
 
 def chosen(patterns: list[str]) -> list[str]:
@@ -75,8 +75,8 @@ def main(overrides: list[str]) -> int:
     for name, summary in summaries.items():
         table.add_row(*row(name, summary, folder / f"{name}-{size}.log"))
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
-    if OUTPUT.value and all(summaries.values()):
-        with Path(OUTPUT.value).open("a") as file:
+    if ROWS.value and all(summaries.values()):
+        with Path(ROWS.value).open("a") as file:
             file.writelines(json.dumps(summary) + "\n" for summary in summaries.values())
     return 0 if all(summaries.values()) else 1
 

@@ -19,7 +19,7 @@ SUMMARY = {
 @pytest.fixture
 def started(tmp_path, monkeypatch):
     """Names whose training was asked for; `retnet_r3` fails."""
-    flags.FLAGS(["sweep", f"--sweep={tmp_path / 'runs'}", f"--output={tmp_path / 'rows.jsonl'}", "--models=gla_r6,retnet_r3"])
+    flags.FLAGS(["sweep", f"--sweep={tmp_path / 'runs'}", f"--rows={tmp_path / 'rows.jsonl'}", "--models=gla_r6,retnet_r3"])
     names = []
 
     def train(name, size, folder, overrides):
@@ -29,7 +29,7 @@ def started(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "train", train)
     yield names
     flags.FLAGS.unparse_flags()
-    for name in ("sweep", "output", "models"):
+    for name in ("sweep", "rows", "models"):
         flags.FLAGS[name].unparse()
 
 

@@ -1,4 +1,4 @@
-"""Train a small model on one device and on meshes of eight, and print each one's losses as JSON. Run by test_sharding.py."""
+"""Train a small model on one device and on the named meshes of eight; print each one's losses as JSON. Run by test_sharding.py."""
 
 import json
 import sys
@@ -10,7 +10,6 @@ from hybrid_jax import config, sharding
 from hybrid_jax.train.step import make_program
 
 MESHES = {
-    "one": None,
     "fsdp 8": dict(fsdp=8),
     "fsdp 2, tensor 4": dict(fsdp=2, tensor=4),
     "data 2, fsdp 2, tensor 2": dict(data=2, fsdp=2, tensor=2),
@@ -35,7 +34,7 @@ def losses(run: config.RunConfig, mesh: jax.sharding.Mesh) -> list[float]:
     return found
 
 
-def main(mixer: config.Mixer) -> None:
+def main(mixer: config.Mixer, meshes: list[str]) -> None:
     model = config.ModelConfig(
         mixer=mixer, attention=config.Attention(heads=4), layers=2, ratio=2, width=32, vocabulary=64, mlp_width=64, dtype="float32"
     )
@@ -45,9 +44,11 @@ def main(mixer: config.Mixer) -> None:
         optimizer=config.OptimizerConfig(learning_rate=0.01, warmup_steps=0),
         train=config.TrainConfig(steps=10, batch=16, microbatch=8),
     )
-    one = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-    print(json.dumps({name: losses(run, sharding.make_mesh(config.MeshConfig(**axes)) if axes else one) for name, axes in MESHES.items()}))
+    found = {"one": losses(run, sharding.make_mesh(config.MeshConfig(), jax.devices()[:1]))}
+    for name in meshes:
+        found[name] = losses(run, sharding.make_mesh(config.MeshConfig(**MESHES[name])))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(config.from_dict(config.Mixer, json.loads(sys.argv[1])))
+    main(config.from_dict(config.Mixer, json.loads(sys.argv[1])), sys.argv[2:])

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_jax import config, sharding
 from hybrid_jax.model import abstract
+from tests.hybrid_jax.sharded_training import MESHES
 
 MIXERS = {
     "hgrn": {},
@@ -23,18 +24,20 @@ MIXERS = {
 }
 
 
-SLOW = set(MIXERS) - {"gla", "gated_delta_net"}  # half a minute each, and these two have every kind of parameter
+SHORT = [(name, ["fsdp 2, tensor 4"]) for name in ("gla", "gated_delta_net")]  # these two have every kind of parameter
+FULL = [(name, list(MESHES)) for name in MIXERS]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MIXERS])
-def test_a_mesh_changes_no_loss(name):
+@pytest.mark.parametrize("name, meshes", [*SHORT, *(pytest.param(*case, marks=pytest.mark.slow) for case in FULL)])
+def test_a_mesh_changes_no_loss(name, meshes):
     mixer = {"name": name} | MIXERS[name]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.hybrid_jax.sharded_training", json.dumps(mixer)]
+    command = [sys.executable, "-m", "tests.hybrid_jax.sharded_training", json.dumps(mixer), *meshes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     losses = json.loads(done.stdout.splitlines()[-1])
     one = losses.pop("one")
+    assert list(losses) == meshes
     assert one[0] != one[-1]
     for mesh, found in losses.items():
         # sums over devices are taken in another order: float32 rounding, grown through three steps of Adam

@@ -77,8 +77,8 @@ def example(seed, case, segment_ids=None):
         "initial_state": rng.normal(size=(B, HV, K, V)),
     }
     if segment_ids is not None:
-        for array in arguments.values():
-            if array.shape[:2] == (B, T):
+        for name, array in arguments.items():
+            if name != "initial_state" and array.ndim > 1:
                 array[np.asarray(segment_ids) == 0] = np.nan
     return arguments
 
@@ -115,7 +115,7 @@ def value_and_gradients(arguments, segment_ids, implementation, scale=None):
 
     def loss(arguments):
         o, state = gated_linear_attention(**arguments, segment_ids=segment_ids, implementation=implementation, scale=scale)
-        wave = [jnp.cos(jnp.arange(a.size, dtype=jnp.float32)).reshape(a.shape) for a in (o, state)]
+        wave = [np.cos(np.arange(a.size)).reshape(a.shape).astype(state.dtype) for a in (o, state)]
         return jnp.sum(o.astype(state.dtype) * wave[0]) + jnp.sum(state * wave[1]), (o, state)
 
     (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(arguments)
@@ -180,7 +180,7 @@ def test_any_documents(seed, mean_length, padding, axes):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_any_shapes(data):
     H = data.draw(st.integers(1, 3))

@@ -57,7 +57,7 @@ def value_and_gradients(arguments, segment_ids, implementation):
 
     def loss(arguments):
         h, state = linear_scan(**arguments, segment_ids=segment_ids, implementation=implementation)
-        wave = [jnp.cos(jnp.arange(a.size, dtype=jnp.float32)).reshape(a.shape) for a in (h, state)]
+        wave = [np.cos(np.arange(a.size)).reshape(a.shape).astype(state.dtype) for a in (h, state)]
         return jnp.sum(h.astype(state.dtype) * wave[0]) + jnp.sum(state * wave[1]), (h, state)
 
     (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(arguments)
