@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
     for i in range(30):
         (folder / f"my_texts/{i}.txt").write_text(f"Text number {i}. " * 40)
     (folder / "fineweb-edu/sample/100BT").mkdir(parents=True)
-    table = pyarrow.table({"text": [f"Document {i} says what it says. " * 9 for i in range(90)], "id": [str(i) for i in range(90)]})
+    table = pyarrow.table({"text": [f"Document {i} says what it says. " * 9 for i in range(2000)], "id": [str(i) for i in range(2000)]})
     pyarrow.parquet.write_table(table, folder / "fineweb-edu/sample/100BT/000_00000.parquet")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
