@@ -1,21 +1,14 @@
-"""The embedded default: the standard library's source, its split, and what simple models make of it."""
+"""The embedded default: the standard library's source and its split."""
 
-import lzma
-import math
 import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from hybrid_jax.data import DataError, embedded
-from hybrid_jax.data.build import build_store
-from hybrid_jax.data.compression import baselines, unigram_bits_per_byte
 from hybrid_jax.data.sources import make_sources
-from hybrid_jax.data.token_source import ArraySource
-from hybrid_jax.data.tokenizers import ByteTokenizer
-from tests.hybrid_jax.data_samples import bpe_tokenizer, documents_of, texts, write_texts
+from tests.hybrid_jax.data_samples import documents_of, write_texts
 
 
 def test_standard_library():
@@ -59,29 +52,3 @@ def test_workers_start_without_jax():
     """What a tokenizing process imports."""
     code = "import sys, hybrid_jax.data.build, hybrid_jax.data.sources; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-
-
-def source_of(documents: list[bytes]) -> ArraySource:
-    tokens = np.array([token for document in documents for token in (*document, 256)], np.uint16)
-    ends = np.cumsum([len(document) + 1 for document in documents])
-    return ArraySource(tokens, ends, tokenizer=ByteTokenizer(), bytes=sum(map(len, documents)), name="a sample")
-
-
-def test_baselines():
-    train, held_out = [b"aab" * 50, b"\xff" * 10], [b"ab\xffa", b"zz"]
-    found = baselines(source_of(train), source_of(held_out))
-    assert found["xz -9"] == 8 * len(lzma.compress(b"ab\xffazz", preset=9)) / 6
-    everything = [*b"".join(train), 256, 256]
-    nats = sum(-math.log((everything.count(token) + 1) / (len(everything) + 257)) for token in [*b"ab\xffa", 256, *b"zz", 256])
-    assert found["unigram"] == pytest.approx(nats / math.log(2) / 6, rel=1e-12)
-
-
-def test_baselines_of_a_store_with_another_tokenizer(tmp_path):
-    """xz sees the text, whatever the tokens; the unigram model is of tokens, its score by byte of text."""
-    (tmp_path / "tokenizer.json").write_bytes(bpe_tokenizer(["</s>"]))
-    write_texts(tmp_path / "in", texts(60))
-    for name, tokenizer in ("bpe", str(tmp_path)), ("bytes", "bytes"):
-        build_store([str(tmp_path / "in")], tmp_path / name, tokenizer=tokenizer, validation_fraction=0.3)
-    bpe, plain = make_sources(str(tmp_path / "bpe")), make_sources(str(tmp_path / "bytes"))
-    assert bpe[1].bytes == plain[1].bytes and baselines(*bpe)["xz -9"] == baselines(*plain)["xz -9"]
-    assert 2 < unigram_bits_per_byte(*bpe) < 8
