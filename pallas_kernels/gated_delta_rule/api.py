@@ -34,7 +34,7 @@ def gated_delta_rule(
         as long as beta_t |k_t|^2 <= 2.
     v: [B,T,HV,V] with HV a multiple of H: value head j reads the query and key head j // (HV / H).
     beta: [B,T,HV].
-    log_decay: g <= 0, [B,T,HV,K], [B,T,HV], [HV], or None for no decay. None and one decay a head cost less than one a channel.
+    log_decay: finite g <= 0, [B,T,HV,K], [B,T,HV], [HV], or None for no decay. None and one a head cost less than one a channel.
     scale: K**-0.5 where None.
     initial_state: [B,HV,K,V], of the document of the first real token; zeros where None.
     segment_ids: [B,T] int; the state starts at zero wherever the id changes. 0 marks padding, whatever it holds: it changes no state

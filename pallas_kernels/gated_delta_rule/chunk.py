@@ -156,15 +156,15 @@ def _sums_by_halves(log_decay: jax.Array):
     """Sums of g [G,C,K]: for s = 1, 2, ..., C/2 those (early, late) of :func:`_decayed_per_channel`, each [G*blocks,s,K]; and
     from the chunk's start to a token and from it to the end, [G,C,K].
 
-    Products with triangles of ones inside blocks of 16 tokens, then sums of whole blocks: six of seven parts of the work fall away.
+    Products with triangles of ones inside blocks of 16 tokens, then sums of whole blocks: a fifth of the work of C x C triangles.
     """
     G, C, K = log_decay.shape
     block, blocks = triangular.BLOCK, C // triangular.BLOCK
-    inside = _add(_interval_ends(block, 1), log_decay.reshape(G * blocks, block, K))
+    inside = _add(_intervals(block, 1), log_decay.reshape(G * blocks, block, K))
     *small, from_start, to_end = jnp.split(inside, inside.shape[1] // block, axis=1)
     halves = [(_half(x, 1 << level, 0), _half(x, 1 << level, 1)) for level, x in enumerate(small)]
     if blocks > 1:
-        between = _add(_interval_ends(blocks, 0), from_start[:, -1].reshape(G, blocks, K))
+        between = _add(_intervals(blocks, 0), from_start[:, -1].reshape(G, blocks, K))
         *large, before, after = (x.reshape(G * blocks, 1, K) for x in jnp.split(between, between.shape[1] // blocks, axis=1))
         for level, x in enumerate(large):
             size = block << level
@@ -178,7 +178,7 @@ def _add(intervals: np.ndarray, x: jax.Array) -> jax.Array:
     return jnp.einsum("git,gtk->gik", ones, x, precision=jax.lax.Precision.HIGHEST)
 
 
-def _interval_ends(n: int, own: int) -> np.ndarray:
+def _intervals(n: int, own: int) -> np.ndarray:
     """[(log2(n)+2)*n,n] of 0 and 1: the places t that a sum for place i runs over. For halves of 1, 2, ..., n/2 places, from the
     boundary to i where i is late, with ``own`` = 1 with i itself, and from behind i to the boundary where it is early; then all
     up to i, likewise, and all behind i."""
