@@ -18,7 +18,7 @@ from pallas_kernels.segments import Segments
 def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments | None, scale):
     """Arguments as :mod:`.api` prepares them: [B,T,HV,V] outputs in v's dtype and the final state [B,HV,K,V]."""
     T = q.shape[1]
-    inputs, span = xla.whole_chunks((q, k, v, beta, log_decay), segments)
+    inputs, span = xla.whole_chunks(xla.chunk_length(T), (q, k, v, beta, log_decay), segments)
     output, final_state = _run(scale, inputs, initial_state, span)
     return output[:, :T], final_state
 
@@ -67,13 +67,13 @@ def _run_forward(scale, inputs, initial_state, span):
     prepared = _prepare(scale, initial_state.dtype, span, inputs)
     M, N = (x.reshape(B, -1, HV, *x.shape[1:]) for x in transition(prepared))
     states, final_state = _scan_states(M, N, initial_state)
-    output, _ = chunk.forward(prepared, states.reshape(-1, K, V))
+    output, _, solution = chunk.forward(prepared, states.reshape(-1, K, V))
     output = chunk.token_rows(output, output.shape[0] // HV).reshape(v.shape).astype(v.dtype)
-    return (output, final_state), (inputs, states, span)
+    return (output, final_state), (inputs, states, solution, span)
 
 
 def _run_backward(scale, residuals, cotangents):
-    inputs, states, span = residuals
+    inputs, states, solution, span = residuals
     d_output, d_final_state = cotangents
     (K, V), dtype = states.shape[3:], states.dtype
     prepared, pull = jax.vjp(partial(_prepare, scale, dtype, span), inputs)
@@ -82,11 +82,11 @@ def _run_backward(scale, residuals, cotangents):
 
     # The gradient of a state is M^T times that of the next one, plus what the chunk's own outputs give it.
     flat = states.reshape(-1, K, V)
-    _, own = chunk.backward(prepared, flat, d_output, jnp.zeros_like(flat))
+    _, own = chunk.backward(prepared, flat, solution, d_output, jnp.zeros_like(flat))
     M, _ = transition(prepared)
     M = jnp.swapaxes(M, 1, 2).reshape(*states.shape[:3], K, K)
     d_next, d_state = _scan_states(M, own.reshape(states.shape), d_final_state, reverse=True)
-    d_prepared, _ = chunk.backward(prepared, flat, d_output, d_next.reshape(-1, K, V))
+    d_prepared, _ = chunk.backward(prepared, flat, solution, d_output, d_next.reshape(-1, K, V))
     return pull(d_prepared)[0], d_state, None
 
 

@@ -1,8 +1,8 @@
-"""The chunked gated delta rule as a loop over chunks, with a VJP that keeps its inputs and one state a chunk.
+"""The chunked gated delta rule as a loop over chunks, with a VJP that keeps its inputs, one state a chunk and what was solved there.
 
 All products of a chunk are computed inside the loop: batched over all chunks outside of it they are larger but go through
-memory, which was measured to cost more. For the same reason a CPU takes a few heads at a time through all of T, few enough
-for a chunk's arrays to stay in its cache; other devices take all heads at once.
+memory, which was measured to cost more. For the same reason a CPU takes shorter chunks, and a few heads at a time through
+all of T, few enough for a chunk's arrays to stay in its cache; other devices take all heads at once.
 """
 from functools import partial
 from typing import NamedTuple
@@ -14,26 +14,28 @@ from pallas_kernels.gated_delta_rule import chunk
 from pallas_kernels.segments import Segments
 
 CHUNK = 64
-HEADS_ON_CPU = 2
+CHUNK_ON_CPU = 32
+HEADS_ON_CPU = 8
 
 
 def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments | None, scale):
     """Arguments as :mod:`.api` prepares them: [B,T,HV,V] outputs in v's dtype and the final state [B,HV,K,V]."""
-    T = q.shape[1]
-    inputs, span = whole_chunks((q, k, v, beta, log_decay), segments)
-    output, final_state = _run(scale, inputs, initial_state, span)
-    return output[:, :T], final_state
+    (B, T, H), HV = q.shape[:3], v.shape[2]
+    across = next(n for n in range(1, H + 1) if H % n == 0 and (HV // n <= HEADS_ON_CPU or n == H))
+    few = _Tiles(B, 1, across, chunk_length(T, CHUNK_ON_CPU))
+    whole = _Tiles(1, B, 1, chunk_length(T))
+    arguments = (q, k, v, beta, log_decay), initial_state, segments
+    return jax.lax.platform_dependent(*arguments, cpu=partial(_chunked, scale, few), default=partial(_chunked, scale, whole))
 
 
-def chunk_length(T: int) -> int:
-    """CHUNK, or for a short sequence the smallest power of 2 from 16 on that holds it."""
-    return min(CHUNK, max(16, 1 << (T - 1).bit_length()))
+def chunk_length(T: int, longest: int = CHUNK) -> int:
+    """``longest``, or for a short sequence the smallest power of 2 from 16 on that holds it."""
+    return min(longest, max(16, 1 << (T - 1).bit_length()))
 
 
-def whole_chunks(inputs, segments: Segments | None):
+def whole_chunks(C: int, inputs, segments: Segments | None):
     """The inputs with T padded to whole chunks by zeros, which change no state, and all their spans: [B,T], [B,T], [B,N]."""
     T = inputs[0].shape[1]
-    C = chunk_length(T)
 
     def pad(x, **kind):
         return x if T % C == 0 else jnp.pad(x, [(0, 0), (0, -T % C)] + [(0, 0)] * (x.ndim - 2), **kind)
@@ -46,30 +48,28 @@ def whole_chunks(inputs, segments: Segments | None):
     return inputs, chunk.Span(index, pad(segments.real), before)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(scale, inputs, initial_state, span):
-    return _on_platform(partial(_forward_loop, scale, False), inputs, initial_state, span)[:2]
+def _chunked(scale, tiles: "_Tiles", inputs, initial_state, segments):
+    T = inputs[0].shape[1]
+    inputs, span = whole_chunks(tiles.C, inputs, segments)
+    output, final_state = _run(scale, tiles, inputs, initial_state, span)
+    return output[:, :T], final_state
 
 
-def _run_forward(scale, inputs, initial_state, span):
-    output, final_state, states = _on_platform(partial(_forward_loop, scale, True), inputs, initial_state, span)
-    return (output, final_state), (inputs, states, span)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(scale, tiles, inputs, initial_state, span):
+    return _forward_loop(scale, False, tiles, inputs, initial_state, span)[:2]
 
 
-def _run_backward(scale, residuals, cotangents):
-    return *_on_platform(partial(_backward_loop, scale), *residuals, *cotangents), None
+def _run_forward(scale, tiles, inputs, initial_state, span):
+    output, final_state, kept = _forward_loop(scale, True, tiles, inputs, initial_state, span)
+    return (output, final_state), (inputs, kept, span)
+
+
+def _run_backward(scale, tiles, residuals, cotangents):
+    return *_backward_loop(scale, tiles, *residuals, *cotangents), None
 
 
 _run.defvjp(_run_forward, _run_backward)
-
-
-def _on_platform(loop, inputs, *args):
-    """``loop`` over all heads at once, or over a few at a time where the program is lowered for a CPU."""
-    (B, T, H), HV = inputs[0].shape[:3], inputs[2].shape[2]
-    C = chunk_length(T)
-    across = next(n for n in range(1, H + 1) if H % n == 0 and (HV // n <= HEADS_ON_CPU or n == H))
-    few, whole = _Tiles(B, 1, across, C), _Tiles(1, B, 1, C)
-    return jax.lax.platform_dependent(inputs, *args, cpu=partial(loop, few), default=partial(loop, whole))
 
 
 class _Tiles(NamedTuple):
@@ -102,42 +102,58 @@ class _Tiles(NamedTuple):
     def chunk_inputs(self, inputs, i, n):
         return jax.tree.map(lambda x: self.take(x, i, n, self.C), inputs)
 
-    def state(self, states, i, n):
-        """Of [B,N,HV,K,V], as [G,K,V]."""
-        return self.take(states, i, n, 1).reshape(-1, *states.shape[3:])
+    def take_chunk(self, x, i, n):
+        """Chunk ``n`` of part ``i`` of [B,N,HV,...], as [G,...]."""
+        return self.take(x, i, n, 1).reshape(-1, *x.shape[3:])
 
-    def put_state(self, states, state, i, n):
-        return self.put(states, state.reshape(self.rows, 1, -1, *state.shape[1:]), i, n)
+    def put_chunk(self, x, part, i, n):
+        return self.put(x, part.reshape(self.rows, 1, -1, *part.shape[1:]), i, n)
 
 
-def _forward_loop(scale, keep_states, tiles: _Tiles, inputs, initial_state, span):
-    """Outputs [B,T,HV,V], the final state [B,HV,K,V] and, if asked for, the states that chunks start from, [B,N,HV,K,V]."""
+class Kept(NamedTuple):
+    """What the forward pass keeps of every chunk for the backward pass, each [B,N,HV,...]."""
+
+    state: jax.Array  # that the chunk starts from
+    solution: chunk.Solution
+
+
+def _forward_loop(scale, keep, tiles: _Tiles, inputs, initial_state, span):
+    """Outputs [B,T,HV,V], the final state [B,HV,K,V] and, if asked for, what is kept for the backward pass."""
     v, dtype = inputs[2], initial_state.dtype
     N = v.shape[1] // tiles.C
     initial_state = initial_state[:, None]
 
     def part(i, carry):
         def step(n, carry):
-            state, output, states = carry
+            state, output, kept = carry
             prepared = chunk.prepare(*tiles.chunk_inputs(inputs, i, n), tiles.span(span, i, n), scale, dtype)
-            out, next_state = chunk.forward(prepared, state)
-            states = tiles.put_state(states, state, i, n) if keep_states else None
-            return next_state, tiles.put(output, chunk.token_rows(out, tiles.rows), i, n), states
+            out, next_state, solution = chunk.forward(prepared, state)
+            if keep:
+                kept = jax.tree.map(lambda x, part: tiles.put_chunk(x, part, i, n), kept, Kept(state, solution))
+            return next_state, tiles.put(output, chunk.token_rows(out, tiles.rows), i, n), kept
 
-        output, final_state, states = carry
-        state, output, states = jax.lax.fori_loop(0, N, step, (tiles.state(initial_state, i, 0), output, states))
-        return output, tiles.put_state(final_state, state, i, 0), states
+        output, final_state, kept = carry
+        state, output, kept = jax.lax.fori_loop(0, N, step, (tiles.take_chunk(initial_state, i, 0), output, kept))
+        return output, tiles.put_chunk(final_state, state, i, 0), kept
 
-    B, _, *shape = initial_state.shape
-    states = jnp.zeros_like(initial_state, shape=(B, N, *shape)) if keep_states else None
-    empty = jnp.zeros_like(v), jnp.zeros_like(initial_state), states
-    output, final_state, states = jax.lax.fori_loop(0, tiles.down * tiles.across, part, empty)
-    return output, final_state[:, 0], states
+    kept = _empty(initial_state, N, tiles.C) if keep else None
+    empty = jnp.zeros_like(v), jnp.zeros_like(initial_state), kept
+    output, final_state, kept = jax.lax.fori_loop(0, tiles.down * tiles.across, part, empty)
+    return output, final_state[:, 0], kept
 
 
-def _backward_loop(scale, tiles: _Tiles, inputs, states, span, d_output, d_final_state):
+def _empty(initial_state, N, C) -> Kept:
+    B, _, HV, K, V = initial_state.shape
+
+    def zeros(*shape):
+        return jnp.zeros_like(initial_state, shape=(B, N, HV, *shape))
+
+    return Kept(zeros(K, V), chunk.Solution(zeros(C, V), zeros(C, C)))
+
+
+def _backward_loop(scale, tiles: _Tiles, inputs, kept: Kept, span, d_output, d_final_state):
     """Gradients of the inputs and of the initial state."""
-    N, dtype = states.shape[1], states.dtype
+    N, dtype = kept.state.shape[1], kept.state.dtype
     d_final_state = d_final_state[:, None]
 
     def part(i, carry):
@@ -146,13 +162,14 @@ def _backward_loop(scale, tiles: _Tiles, inputs, states, span, d_output, d_final
             n = N - 1 - m
             here = tiles.span(span, i, n)
             prepared, pull = jax.vjp(lambda x: chunk.prepare(*x, here, scale, dtype), tiles.chunk_inputs(inputs, i, n))
+            state, solution = jax.tree.map(lambda x: tiles.take_chunk(x, i, n), kept)
             d_out = chunk.head_rows(chunk.select_real(tiles.take(d_output, i, n, tiles.C), here).astype(dtype))
-            d_prepared, d_state = chunk.backward(prepared, tiles.state(states, i, n), d_out, d_next)
+            d_prepared, d_state = chunk.backward(prepared, state, solution, d_out, d_next)
             return d_state, jax.tree.map(lambda d, x: tiles.put(d, x, i, n), d_inputs, pull(d_prepared)[0])
 
         d_inputs, d_initial_state = carry
-        d_state, d_inputs = jax.lax.fori_loop(0, N, step, (tiles.state(d_final_state, i, 0), d_inputs))
-        return d_inputs, tiles.put_state(d_initial_state, d_state, i, 0)
+        d_state, d_inputs = jax.lax.fori_loop(0, N, step, (tiles.take_chunk(d_final_state, i, 0), d_inputs))
+        return d_inputs, tiles.put_chunk(d_initial_state, d_state, i, 0)
 
     empty = jax.tree.map(jnp.zeros_like, inputs), jnp.zeros_like(d_final_state)
     d_inputs, d_initial_state = jax.lax.fori_loop(0, tiles.down * tiles.across, part, empty)

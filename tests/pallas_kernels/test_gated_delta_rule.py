@@ -312,7 +312,7 @@ def _program(T, implementation):
         output, state = gated_delta_rule(q, k, v, beta, log_decay, implementation=implementation)
         return jnp.sum(output**2) + jnp.sum(state**2)
 
-    shape = (1, T, 4, 32)
+    shape = (2, T, 8, 64)
     x, gate = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     return jax.jit(jax.grad(loss, argnums=tuple(range(5)))), (x, x, x, gate, gate)
 
@@ -324,7 +324,7 @@ def test_no_state_is_kept_for_each_token():
         program, arguments = _program(T, implementation)
         return program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
-    state = 4 * 32 * 32 * 4
+    state = 2 * 8 * 64 * 64 * 4
     xla = {T: temporary(T, "xla") for T in (2048, 4096)}
     assert temporary(4096, "reference") > 4096 * state
     assert xla[4096] < 4096 * state / 8
@@ -336,8 +336,8 @@ def test_lowers_for_a_tpu_on_a_cpu():
     """The form for the platform is chosen where the program is lowered: all heads at once on a TPU, a few at a time on a CPU."""
     program, arguments = _program(128, None)
     text = {p: jax.export.export(program, platforms=[p])(*arguments).mlir_module() for p in ("tpu", "cpu")}
-    assert "tensor<4x128x64xf32>" in text["tpu"] and "tensor<2x128x64xf32>" not in text["tpu"]
-    assert "tensor<2x128x64xf32>" in text["cpu"] and "tensor<4x128x64xf32>" not in text["cpu"]
+    assert "tensor<16x128x64xf32>" in text["tpu"] and "tensor<8x64x32xf32>" not in text["tpu"]
+    assert "tensor<8x64x32xf32>" in text["cpu"] and "tensor<16x128x64xf32>" not in text["cpu"]
     both = jax.export.export(program, platforms=["cpu", "tpu"])(*arguments)
     assert both.platforms == ("cpu", "tpu")
 
