@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.gated_linear_attention import decays
 
@@ -36,7 +37,7 @@ def forward(inputs, state: jax.Array, span: Span | None, *, scale: float, length
 
     per_channel = log_decay.ndim == q.ndim
     scores, since_start, until_end = (decays.per_channel if per_channel else decays.per_head)(q, k, log_decay)
-    total = since_start[..., -1, :]
+    total = _last(since_start) if per_channel else since_start[..., -1, :]
     if span is not None:
         index = span.index.reshape(span.index.shape[0], 1, -1, length)
         before, last = span.before[:, None, :, None], index[..., -1:]
@@ -71,6 +72,13 @@ def weighted(weights: jax.Array, x: jax.Array) -> jax.Array:
         # As an einsum, since then the derivative by the weights is one too: XLA's reduction of a product is several times slower on a CPU.
         return jnp.einsum("...c,...ck->...ck", weights[..., 0], x)
     return weights * x
+
+
+def _last(x):
+    """x[...,-1,:], as a product: of a slice, XLA would compute the decays anew for every element of the state that they are multiplied with."""
+    C = x.shape[-2]
+    row = jnp.broadcast_to(np.arange(C) == C - 1, x.shape[:-1]).astype(x.dtype)
+    return jnp.einsum("...t,...tk->...k", row, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def _chunked(x, length):
