@@ -29,7 +29,7 @@ def main(run: cli.Run) -> int:
     from hybrid_jax.train.optimizer import evaluation_params
     from hybrid_jax.train.report import Report
     from hybrid_jax.train.signals import Stop
-    from hybrid_jax.train.step import compile_step, make_program, state_bytes
+    from hybrid_jax.train.step import TrainState, compile_step, make_program, state_bytes
     from hybrid_jax.train.workdir import check_room, claim, evaluation_file, finished, gigabytes
 
     config, workdir, steps = run.config, cli.workdir(run), run.config.train.steps
@@ -52,10 +52,12 @@ def main(run: cli.Run) -> int:
     check_room(workdir, config.checkpoint, state_bytes(program.state))
 
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop() as stop:
-        # ---- The state: the newest checkpoint, or fresh parameters.
+        # ---- The state: the newest checkpoint, parameters that were given, or fresh ones.
         state, warnings = checkpoints.restore(program.state)
         if state is None:
             state = program.init(jax.random.key(config.train.seed))
+        elif not isinstance(state, TrainState):
+            state = program.begin(state)
         first = step = int(state.step)
 
         with closing(Report(config, workdir, run.name, first)) as report, closing(Feed(config, text, mesh, first)) as batches:
