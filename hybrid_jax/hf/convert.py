@@ -8,6 +8,7 @@ float32 holds every bfloat16 and float16, so that there and back is the same bit
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
 
 from hybrid_jax.config import CheckpointConfig, ConfigError, MeshConfig, RunConfig
 from hybrid_jax.data.store import TokenStore
@@ -57,7 +59,9 @@ class Folder:
     def params(self, device: jax.Device, advance: Advance = lambda *_: None) -> nnx.State:
         """The parameters, float32, on ``device``; each is filled by its tensors one after the other."""
         filled, total = [], names.elements(self.slots)
-        for path, leaf in nnx.to_flat_state(abstract(self.model)[1]):
+        parameters = nnx.to_flat_state(abstract(self.model)[1])
+        # the largest first: putting one on the device takes its size once more, and then the others are not there yet
+        for path, leaf in sorted(parameters, key=lambda pair: -math.prod(pair[1].shape)):
             stacked = np.empty(leaf.shape, np.float32)
             for name, slot in self.slots.items():
                 if slot.path == path:
@@ -84,7 +88,7 @@ def from_hf(folder: Path, workdir: Path, advance: Advance = lambda *_: None) -> 
             shutil.copyfile(folder / name, carried / name)
     _write_json(carried / "config.json", source.options)
     _write_json(carried / "dtypes.json", {name: tensor.dtype for name, tensor in source.tensors.items()})
-    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+    with _sparing_memory(run), Checkpoints(workdir, CheckpointConfig()) as checkpoints:
         checkpoints.save_params(source.params(_cpu(), advance))
     return run
 
@@ -107,7 +111,8 @@ def to_hf(workdir: Path, folder: Path, step: int | None = None, dtype: str | Non
     dtypes = {name: tensors.DTYPES[dtype or before.get(name, "float32")] for name in slots}
     total = names.elements(slots)
     mesh = make_mesh(MeshConfig(), [_cpu()])
-    step, params = load_params(workdir, run, mesh, step)
+    with _sparing_memory(run):
+        step, params = load_params(workdir, run, mesh, step)
     arrays = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(params)}
 
     def tensor(name: str) -> np.ndarray:
@@ -139,6 +144,13 @@ def load(folder: Path, device: jax.Device) -> Model:
 def _tokens(run: RunConfig) -> dict[str, Any]:
     end = 256 if run.data.source == "stdlib" else TokenStore.open(run.data.source, "train").tokenizer.document_end
     return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
+
+
+def _sparing_memory(run: RunConfig) -> ocp.Context:
+    """Orbax with one parameter at a time on its way from or to the disk, so that there is never a second copy of them all."""
+    largest = max(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract(run.model)[1]))
+    limit = largest + 1  # Orbax wants less than the limit
+    return ocp.Context(memory_options=ocp.options.MemoryOptions(write_concurrent_bytes=limit, read_concurrent_bytes=limit))
 
 
 def _cpu() -> jax.Device:

@@ -14,7 +14,7 @@ import safetensors.numpy
 from hybrid_jax.config import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 10**9
+SHARD_BYTES = 5 * 10**8
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as a safetensors file says it
 
