@@ -22,6 +22,7 @@ def main(run: cli.Run) -> int:
 
     from hybrid_jax.data.sources import make_sources
     from hybrid_jax.evals.evaluate import make_evaluate
+    from hybrid_jax.hf.convert import carried_tokenizer
     from hybrid_jax.sharding import make_mesh
     from hybrid_jax.train import advice, summary
     from hybrid_jax.train.checkpoints import Checkpoints
@@ -42,7 +43,7 @@ def main(run: cli.Run) -> int:
     advice.check_logging(config.log)
     mesh = make_mesh(config.mesh)
     program = make_program(config, mesh)
-    text, held_out = make_sources(config.data.source)
+    text, held_out = make_sources(config.data.source, carried_tokenizer(workdir))
     text.check_vocabulary(config.model.vocabulary)
     evaluate = make_evaluate(config, program.graph, mesh, held_out)
     Feed(config, text, mesh).close()

@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from hybrid_jax.config import CheckpointConfig, ConfigError, MeshConfig, RunConfig
 from hybrid_jax.data.store import TokenStore
+from hybrid_jax.data.tokenizers import FILES, Tokenizer, load_tokenizer
 from hybrid_jax.hf import names, options, tensors
 from hybrid_jax.model import Model, abstract
 from hybrid_jax.sharding import make_mesh
@@ -135,6 +136,12 @@ def to_hf(workdir: Path, folder: Path, step: int | None = None, dtype: str | Non
     return step
 
 
+def carried_tokenizer(workdir: Path) -> Tokenizer | None:
+    """The tokenizer that came with the model in ``workdir``; None where none did. Raises DataError where it can not be read."""
+    carried = workdir / "huggingface"
+    return load_tokenizer(carried) if any((carried / name).exists() for name in FILES) else None
+
+
 def load(folder: Path, device: jax.Device) -> Model:
     """The model in a Hugging Face folder, on ``device``. Raises ConfigError as :class:`Folder`."""
     source = Folder(folder)
@@ -150,7 +157,12 @@ def _sparing_memory(run: RunConfig) -> ocp.Context:
     """Orbax with one parameter at a time on its way from or to the disk, so that there is never a second copy of them all."""
     largest = max(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract(run.model)[1]))
     limit = largest + 1  # Orbax wants less than the limit
-    return ocp.Context(memory_options=ocp.options.MemoryOptions(write_concurrent_bytes=limit, read_concurrent_bytes=limit))
+    options = ocp.options
+    chunks = options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=2**26)  # each is encoded in memory
+    return ocp.Context(
+        memory_options=options.MemoryOptions(write_concurrent_bytes=limit, read_concurrent_bytes=limit),
+        array_options=options.ArrayOptions(saving=options.ArrayOptions.Saving(storage_options=chunks)),
+    )
 
 
 def _cpu() -> jax.Device:

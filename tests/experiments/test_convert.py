@@ -44,9 +44,9 @@ def test_evaluated_trained_resumed_and_given_back(workdir):
     result = run(train.main, f"--workdir={workdir}", *SHORT)
     assert result.code == 0, result.err
     assert "step 0 of 10" in result.out
-    rows = read_rows(workdir)
+    rows = read_rows(workdir / "metrics.jsonl")
     again = run(train.main, f"--workdir={workdir}")
-    assert again.code == 0 and read_rows(workdir) == rows
+    assert again.code == 0 and read_rows(workdir / "metrics.jsonl") == rows
     assert json.loads((workdir / "eval-10.json").read_text())["loss"] < untrained
 
     back = run_convert(f"--to_hf={workdir.parent / 'back'}", f"--workdir={workdir}", "--dtype=bfloat16")
