@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hybrid_jax.model import Model, abstract
 from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train import workdir as workdirs
 from hybrid_jax.train.checkpoints import Checkpoints, load_params
+from hybrid_jax.train.step import abstract_state
 
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -111,14 +113,11 @@ def to_hf(workdir: Path, folder: Path, step: int | None = None, dtype: str | Non
     before = _read_json(carried / "dtypes.json") if came else {}
     dtypes = {name: tensors.DTYPES[dtype or before.get(name, "float32")] for name in slots}
     total = names.elements(slots)
-    mesh = make_mesh(MeshConfig(), [_cpu()])
-    with _sparing_memory(run):
-        step, params = load_params(workdir, run, mesh, step)
-    arrays = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(params)}
+    step, parameter = _parameters(workdir, run, step)
 
     def tensor(name: str) -> np.ndarray:
         slot = slots[name]
-        value = np.ascontiguousarray(slot.theirs(arrays[slot.path][slot.index]), dtypes[name])
+        value = np.ascontiguousarray(slot.theirs(parameter(slot.path)[slot.index]), dtypes[name])
         if dtypes[name].itemsize < 4 and not np.isfinite(value.astype(np.float32)).all():
             raise ConfigError(f"{name} has values that are no {dtypes[name].name}: choose another --dtype")
         advance(value.size, total)
@@ -134,6 +133,27 @@ def to_hf(workdir: Path, folder: Path, step: int | None = None, dtype: str | Non
     key = "dtype" if "dtype" in described else "torch_dtype"
     _write_json(folder / "config.json", described | {key: dtypes["model.embeddings.weight"].name})  # last: now it is whole
     return step
+
+
+def _parameters(workdir: Path, run: RunConfig, step: int | None) -> tuple[int, Callable[[tuple], np.ndarray]]:
+    """(the step read, a function that gives its parameter at a path); one parameter is in memory at a time.
+
+    Those of a schedule-free run are an average of sequences, made of all at once.
+    """
+    mesh = make_mesh(MeshConfig(), [_cpu()])
+    if run.optimizer.name == "schedule_free":
+        step, params = load_params(workdir, run, mesh, step)
+        return step, {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(params)}.__getitem__
+    leaves = nnx.to_flat_state(abstract_state(run, mesh).state.params)
+
+    def read(wanted: tuple, step: int | None) -> tuple[int, np.ndarray]:
+        one = nnx.from_flat_state([(path, leaf if path == wanted else leaf.replace(ocp.PLACEHOLDER)) for path, leaf in leaves])
+        with _sparing_memory(run), Checkpoints(workdir) as checkpoints:
+            step, loaded = checkpoints.load(step, {"params": one})
+        return step, np.asarray(dict(nnx.to_flat_state(loaded["params"]))[wanted][...])
+
+    step, _ = read(("norm", "scale"), step)  # the newest that can be read
+    return step, lru_cache(maxsize=1)(lambda path: read(path, step)[1])
 
 
 def carried_tokenizer(workdir: Path) -> Tokenizer | None:
@@ -156,13 +176,10 @@ def _tokens(run: RunConfig) -> dict[str, Any]:
 def _sparing_memory(run: RunConfig) -> ocp.Context:
     """Orbax with one parameter at a time on its way from or to the disk, so that there is never a second copy of them all."""
     largest = max(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract(run.model)[1]))
-    limit = largest + 1  # Orbax wants less than the limit
-    options = ocp.options
-    chunks = options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=2**26)  # each is encoded in memory
-    return ocp.Context(
-        memory_options=options.MemoryOptions(write_concurrent_bytes=limit, read_concurrent_bytes=limit),
-        array_options=options.ArrayOptions(saving=options.ArrayOptions.Saving(storage_options=chunks)),
-    )
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = largest + 1  # Orbax wants less than the limit
+    context.array.saving.storage_options.chunk_byte_size = 2**26  # each is encoded in memory
+    return context
 
 
 def _cpu() -> jax.Device:
