@@ -23,9 +23,9 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from hybrid_jax.config import ConfigError, RunConfig, from_dict
+from hybrid_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from hybrid_jax.data import DataError
-from hybrid_jax.train.workdir import RunError
+from hybrid_jax.train.workdir import RunError, read_config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, metrics, summary and picture.")
 STEP = flags.DEFINE_integer("step", None, "The step whose checkpoint is read; the newest if not given.", lower_bound=0)
@@ -101,8 +101,14 @@ def parse(argv: list[str], doc: str) -> list[str]:
 
 
 def load_run(arguments: list[str], command: str) -> Run:
-    """The run that ``--config=PATH[:size] --config.FIELD=VALUE ...`` describe. Raises ConfigError for whatever is wrong with it."""
+    """The run that ``--config=PATH[:size] --config.FIELD=VALUE ...`` describe; without PATH, the one in ``--workdir``.
+
+    Raises ConfigError for whatever is wrong with it.
+    """
     given = [arg.split("=", 1)[1] for arg in arguments if re.match("--?config=", arg)]
+    if not given and WORKDIR.value:
+        config = ConfigDict(to_dict(read_config(Path(WORKDIR.value))))
+        return Run(from_dict(RunConfig, _override(config, arguments).to_dict()), Path(WORKDIR.value).name, command)
     if len(given) != 1:
         raise ConfigError(f"give one --config=configs/NAME.py[:size], such as --config=configs/gla_r6.py:tiny ({len(given)} were given)")
     path, _, size = given[0].partition(":")

@@ -32,6 +32,7 @@ def main() -> int:
 
     from hybrid_jax.data.sources import make_sources
     from hybrid_jax.evals.evaluate import make_evaluate, write_evaluation
+    from hybrid_jax.hf.convert import carried_tokenizer
     from hybrid_jax.model import abstract
     from hybrid_jax.sharding import make_mesh
     from hybrid_jax.train import summary
@@ -39,7 +40,7 @@ def main() -> int:
     from hybrid_jax.train.plot import plot_run
 
     mesh = make_mesh(config.mesh)
-    _, held_out = make_sources(config.data.source)
+    _, held_out = make_sources(config.data.source, carried_tokenizer(workdir))
     with jax.set_mesh(mesh):
         step, params = load_params(workdir, config, mesh, cli.STEP.value)
         results = make_evaluate(config, abstract(config.model)[0], mesh, held_out)(params)

@@ -22,6 +22,7 @@ def main(run: cli.Run) -> int:
 
     from hybrid_jax.data.sources import make_sources
     from hybrid_jax.evals.evaluate import make_evaluate
+    from hybrid_jax.hf.convert import carried_tokenizer
     from hybrid_jax.sharding import make_mesh
     from hybrid_jax.train import advice, summary
     from hybrid_jax.train.checkpoints import Checkpoints
@@ -29,7 +30,7 @@ def main(run: cli.Run) -> int:
     from hybrid_jax.train.optimizer import evaluation_params
     from hybrid_jax.train.report import Report
     from hybrid_jax.train.signals import Stop
-    from hybrid_jax.train.step import compile_step, make_program, state_bytes
+    from hybrid_jax.train.step import TrainState, compile_step, make_program, state_bytes
     from hybrid_jax.train.workdir import check_room, claim, evaluation_file, finished, gigabytes
 
     config, workdir, steps = run.config, cli.workdir(run), run.config.train.steps
@@ -42,7 +43,7 @@ def main(run: cli.Run) -> int:
     advice.check_logging(config.log)
     mesh = make_mesh(config.mesh)
     program = make_program(config, mesh)
-    text, held_out = make_sources(config.data.source)
+    text, held_out = make_sources(config.data.source, carried_tokenizer(workdir))
     text.check_vocabulary(config.model.vocabulary)
     evaluate = make_evaluate(config, program.graph, mesh, held_out)
     Feed(config, text, mesh).close()
@@ -52,10 +53,12 @@ def main(run: cli.Run) -> int:
     check_room(workdir, config.checkpoint, state_bytes(program.state))
 
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop() as stop:
-        # ---- The state: the newest checkpoint, or fresh parameters.
+        # ---- The state: the newest checkpoint, parameters that were given, or fresh ones.
         state, warnings = checkpoints.restore(program.state)
         if state is None:
             state = program.init(jax.random.key(config.train.seed))
+        elif not isinstance(state, TrainState):
+            state = program.begin(state)
         first = step = int(state.step)
 
         with closing(Report(config, workdir, run.name, first)) as report, closing(Feed(config, text, mesh, first)) as batches:

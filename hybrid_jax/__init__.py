@@ -1,13 +1,13 @@
 """Hybrid linear-attention language models in JAX.
 
 model = hybrid_jax.build(config, seed=0)          # fresh parameters
-model = hybrid_jax.load(folder)                   # a run's workdir, its newest or a named step
+model = hybrid_jax.load(folder)                   # a run's workdir, its newest or a named step; or a Hugging Face folder
 logits = model(tokens, segment_ids=None)          # [B,T] int -> [B,T,vocabulary] float32
 """
 
 import importlib
 
-_HOME = {"Model": "hybrid_jax.model", "build": "hybrid_jax.model", "load": "hybrid_jax.train.checkpoints"}
+_HOME = {"Model": "hybrid_jax.model", "build": "hybrid_jax.model", "load": "hybrid_jax.loading"}
 __all__ = sorted(_HOME)
 
 

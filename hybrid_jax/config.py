@@ -33,6 +33,8 @@ def _divides(part: int, whole: int, message: str) -> None:
 #
 # One dataclass a mixer, its fields the choices of the layers in flash-linear-attention; the defaults are the study's.
 
+FeatureMap = Literal["relu", "sigmoid", "logsigmoid", "silu", "sqrelu", "gelu"]
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -58,6 +60,8 @@ class HGRN:
 
     expand_ratio: int = 1
     conv_width: int = 0  # 0: no short convolution
+    lower_bound: bool = True  # False: the forget gate may close entirely in every layer
+    norm_scale: bool = True  # a learned scale in the output norm
 
     def check(self, width: int) -> None:
         _need(self.expand_ratio >= 1, f"hgrn expand_ratio={self.expand_ratio} must be at least 1")
@@ -70,6 +74,8 @@ class HGRN2:
 
     expand_ratio: int = 128
     conv_width: int = 0
+    lower_bound: bool = True
+    norm_scale: bool = True
 
     def check(self, width: int) -> None:
         _divides(self.expand_ratio, width, f"hgrn2 expand_ratio={self.expand_ratio} must divide model.width={width}")
@@ -85,6 +91,8 @@ class RetNet:
     expand_k: float = 1.0
     expand_v: float = 2.0
     output_gate: bool = True
+    feature_map: FeatureMap | None = None  # of queries and keys, before they are rotated
+    norm_scale: bool = True
 
     def check(self, width: int) -> None:
         _check_expanded_heads("retnet", self, width)
@@ -103,6 +111,8 @@ class GLA:
     output_gate: bool = True
     conv_width: int = 0
     log_decay_min: float | None = None  # fla's clamp_min
+    feature_map: FeatureMap | None = None  # of queries and keys
+    norm_scale: bool = True
 
     def check(self, width: int) -> None:
         _check_expanded_heads("gla", self, width)
@@ -138,6 +148,7 @@ class GatedDeltaNet:
     expand_v: float = 1.0
     conv_width: int = 4
     output_gate: bool = True
+    gate_activation: Literal["silu", "sigmoid"] = "silu"  # of the output gate
     negative_eigenvalues: bool = False
     # "intended": A ~ U(0, 16), dt ~ log U(1e-3, 1e-1). "zero": A_log = dt_bias = 0, what the study's runs probably had.
     decay_init: Literal["intended", "zero"] = "intended"

@@ -85,7 +85,7 @@ class Model(nnx.Module):
         self.config = config
         self.embedding = Embedding(config.vocabulary, config.width, std=config.init_std, dtype=dtype, rngs=rngs)
         self.stages = nnx.List([Stage(stage, config, rngs=rngs) for stage in layout.stages(config.layer_kinds)])
-        bounded = isinstance(config.mixer, (HGRN, HGRN2))
+        bounded = isinstance(config.mixer, (HGRN, HGRN2)) and config.mixer.lower_bound
         self.lower_bounds = nnx.Param(jnp.zeros((config.layers, _gate_width(config))), axes=("layers", None)) if bounded else None
         self.norm = RMSNorm(config.width, config.norm_eps)
         init = dict(std=config.init_std, dtype=dtype, rngs=rngs)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from experiments import cli
 from hybrid_jax import sharding
 from hybrid_jax.train.feed import batch_shapes
 from hybrid_jax.train.step import make_program
+from tests.hybrid_jax import hf_folders
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 ROOT = Path(__file__).parent.parent
@@ -39,7 +41,7 @@ OURS = [command for command in commands() if command.startswith("python -m ")]
 
 def is_slow(command: str) -> bool:
     """Whether it starts a model of the study's size, which takes minutes and gigabytes."""
-    return "experiments.train" in command and ":tiny" not in command
+    return "experiments.train" in command and ":tiny" not in command and "--config=" in command
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,9 @@ def folder(tmp_path_factory):
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"])
     tokenizer.train_from_iterator(table["text"].to_pylist(), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
+    described = hf_folders.fla_options("gla", vocab_size=400, attn=hf_folders.ATTN)  # 1.3B in its name alone
+    hf_folders.write(folder / "gla-1.3B", described, hf_folders.random_tensors(described))
+    shutil.copy(folder / "tokenizer.json", folder / "gla-1.3B")
     return folder
 
 

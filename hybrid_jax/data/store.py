@@ -1,7 +1,7 @@
 """The token store: tokens and document boundaries as sharded zarr arrays, read with TensorStore from a disk or a bucket.
 
 STORE/manifest.json            what is in it, from which tokenizer; "complete" once everything is
-STORE/tokenizer.json           (and tokenizer_config.json) the tokenizer itself
+STORE/tokenizer.json           (or .model, and tokenizer_config.json) the tokenizer itself
 STORE/SPLIT/tokens/            [tokens] uint16 or uint32: documents end to end, each closed by the tokenizer's document_end
 STORE/SPLIT/documents/         [documents] int64: where each document ends
 with SPLIT "train" or "validation"
@@ -16,7 +16,7 @@ import tensorstore as ts
 
 from hybrid_jax.data import DataError
 from hybrid_jax.data.token_source import TokenSource
-from hybrid_jax.data.tokenizers import Tokenizer, tokenizer_from_files
+from hybrid_jax.data.tokenizers import FILES, Tokenizer, tokenizer_from_files
 
 VERSION = 1
 SHARD = 1 << 26  # items a file: what is written, listed and copied
@@ -119,9 +119,11 @@ class TokenStore(TokenSource):
             )
         url = store_url(location)
         files = ts.KvStore.open(url, context=CONTEXT).result()
-        content, config = (files.read(name).result() for name in ("tokenizer.json", "tokenizer_config.json"))
+        read = {name: files.read(name).result() for name in (*FILES, "tokenizer_config.json")}
+        file = next((name for name in FILES if read[name].state == "value"), FILES[0])
+        config = read["tokenizer_config.json"]
         config = config.value if config.state == "value" else None
-        tokenizer = tokenizer_from_files(content.value, config, name=f"{location}/tokenizer.json")
+        tokenizer = tokenizer_from_files(read[file].value, config, name=f"{location}/{file}")
         if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
             raise DataError(f"the tokenizer in {location} is not the one that built the store: copy the store again from where it is whole")
         return cls(url, split, manifest, tokenizer)

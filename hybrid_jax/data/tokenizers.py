@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or any Hugging Face `tokenizer.json`.
+"""Text to token ids and back: bytes, any Hugging Face `tokenizer.json`, or a SentencePiece `tokenizer.model`.
 
 A tokenizer has ``encode``, ``encode_batch``, ``decode``, ``vocabulary`` (ids are below it), ``document_end`` (the id that
 closes every document), ``name``, ``fingerprint`` (equal for tokenizers that give equal ids) and ``save``.
@@ -12,11 +12,12 @@ from etils import epath
 
 from hybrid_jax.data import DataError
 
+FILES = ("tokenizer.json", "tokenizer.model")  # what a folder's tokenizer is in, the first of them that is there
 DOCUMENT_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")  # tried where no tokenizer_config.json says
 
 
 class Tokenizer:
-    """What the two kinds share: the files they are saved in, and the fingerprint of those files."""
+    """What all kinds share: the files they are saved in, and the fingerprint of those files."""
 
     files: dict[str, bytes]
 
@@ -84,8 +85,28 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.decode([int(i) for i in ids])
 
 
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `tokenizer.model`, used without its own marks."""
+
+    def __init__(self, content: bytes, document_end: str, name: str):
+        self.name = name
+        self.files = {"tokenizer.model": content, "tokenizer_config.json": json.dumps({"eos_token": document_end}).encode()}
+        self._pieces = _parse_pieces(content, name)
+        self.vocabulary = self._pieces.get_piece_size()
+        self.document_end = self._pieces.piece_to_id(document_end)
+        if self._pieces.id_to_piece(self.document_end) != document_end:  # of what it does not know it gives <unk>
+            raise DataError(f"documents are to end with {document_end!r}, which is not in the vocabulary of {name}: name a token that is")
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._pieces.encode(texts)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``, control symbols dropped."""
+        return self._pieces.decode([int(i) for i in ids])
+
+
 def load_tokenizer(spec, document_end: str | None = None) -> Tokenizer:
-    """The tokenizer named by ``spec``: "bytes", a Hugging Face `tokenizer.json`, or a folder that holds one.
+    """The tokenizer named by ``spec``: "bytes", a `tokenizer.json` or `tokenizer.model`, or a folder that holds one (the former first).
 
     ``document_end`` is the token that closes a document. Left open, it is the ``eos_token`` of the `tokenizer_config.json`
     in the same folder, or else the one token of `DOCUMENT_ENDS` that the vocabulary holds.
@@ -98,7 +119,7 @@ def load_tokenizer(spec, document_end: str | None = None) -> Tokenizer:
         return ByteTokenizer()
     path = epath.Path(spec)
     if path.is_dir():
-        path = path / "tokenizer.json"
+        path = next((path / name for name in FILES if (path / name).exists()), path / FILES[0])
     if not path.exists():
         raise DataError(f'no tokenizer at {path}: give "bytes", a Hugging Face tokenizer.json, or a folder that holds one')
     config = path.parent / "tokenizer_config.json"
@@ -107,9 +128,13 @@ def load_tokenizer(spec, document_end: str | None = None) -> Tokenizer:
 
 
 def tokenizer_from_files(content: bytes, config: bytes | None, *, name: str, document_end: str | None = None) -> Tokenizer:
-    """The tokenizer whose `tokenizer.json` and `tokenizer_config.json` (None: there is none) were read from somewhere."""
+    """The tokenizer whose file ``name`` (of `FILES`) and `tokenizer_config.json` (None: there is none) were read from somewhere."""
     if content == ByteTokenizer.files["tokenizer.json"]:
         return ByteTokenizer()
+    if name.endswith(".model"):
+        pieces = _parse_pieces(content, name)
+        own = pieces.id_to_piece(pieces.eos_id()) if pieces.eos_id() >= 0 else None
+        return SentencePieceTokenizer(content, document_end or _stated_document_end(config, name) or own, name)
     return HuggingFaceTokenizer(content, document_end or _find_document_end(content, config, name), name)
 
 
@@ -122,13 +147,26 @@ def _parse(content: bytes, name: str):
         raise DataError(f"{name} is not a Hugging Face tokenizer.json: {error}") from None
 
 
-def _find_document_end(content: bytes, config: bytes | None, name: str) -> str:
+def _parse_pieces(content: bytes, name: str):
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=content)
+    except Exception as error:  # the library raises several
+        raise DataError(f"{name} is not a SentencePiece model: {error}") from None
+
+
+def _stated_document_end(config: bytes | None, name: str) -> str | None:
     try:
         eos = json.loads(config or b"{}").get("eos_token")
     except (ValueError, AttributeError):
         raise DataError(f"the tokenizer_config.json beside {name} is not a JSON object: mend it or take it away") from None
-    if eos is not None:
-        return eos["content"] if isinstance(eos, dict) else eos
+    return eos["content"] if isinstance(eos, dict) else eos
+
+
+def _find_document_end(content: bytes, config: bytes | None, name: str) -> str:
+    if eos := _stated_document_end(config, name):
+        return eos
     vocabulary = _parse(content, name).get_vocab()
     found = [token for token in DOCUMENT_ENDS if token in vocabulary]
     if len(found) != 1:

@@ -6,17 +6,23 @@ from flax import nnx
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * w over the last axis, optionally times silu(gate); output in x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * w over the last axis, optionally times an activated gate; output in x's dtype.
 
-    def __init__(self, width: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+    ``scale=False`` leaves w out; ``activation`` is the gate's, "silu" or "sigmoid".
+    """
+
+    def __init__(self, width: int, eps: float, *, scale: bool = True, activation: str = "silu"):
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,)) if scale else None
         self.eps = eps
+        self.activation = getattr(jax.nn, activation)
 
     def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        if self.scale is not None:
+            y = y * self.scale[...]
         if gate is not None:
-            y = y * jax.nn.silu(gate.astype(jnp.float32))
+            y = y * self.activation(gate.astype(jnp.float32))
         return y.astype(x.dtype)
 
 

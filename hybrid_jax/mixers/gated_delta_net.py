@@ -39,7 +39,7 @@ class GatedDeltaNet(nnx.Module):
         self.A_log = nnx.Param(A_log, axes=("heads",))
         self.dt_bias = nnx.Param(dt_bias, axes=("heads",))
         self.g_proj = proj(values) if mixer.output_gate else None
-        self.o_norm = RMSNorm(value_width, model.norm_eps)
+        self.o_norm = RMSNorm(value_width, model.norm_eps, activation=mixer.gate_activation)
         self.o_proj = heads_out(values, model, rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:

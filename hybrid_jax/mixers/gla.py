@@ -7,7 +7,7 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import Linear, RMSNorm
 from hybrid_jax.mixers.context import Context
-from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.mixers.projections import FEATURE_MAPS, heads_in, heads_out, merge_heads, short_convolution, split_heads
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 
 GATE_RANK = 16  # of the low-rank decay projection
@@ -31,7 +31,8 @@ class GLA(nnx.Module):
         self.decay_in = Linear(model.width, GATE_RANK, ("embed", "rank"), **init)
         self.decay_out = Linear(GATE_RANK, keys, ("rank", "heads"), bias=True, **init)
         self.g_proj = proj(values) if mixer.output_gate else None
-        self.g_norm = RMSNorm(values // self.heads, model.norm_eps)
+        self.feature_map = FEATURE_MAPS[mixer.feature_map]
+        self.g_norm = RMSNorm(values // self.heads, model.norm_eps, scale=mixer.norm_scale)
         self.o_proj = heads_out(values, model, rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
@@ -40,6 +41,7 @@ class GLA(nnx.Module):
             q = self.q_conv(q, context.segment_ids)
             k = self.k_conv(k, context.segment_ids)
             v = self.v_conv(v, context.segment_ids)
+        q, k = self.feature_map(q), self.feature_map(k)
         log_decay = jax.nn.log_sigmoid(self.decay_out(self.decay_in(x)).astype(jnp.float32)) / GATE_NORMALIZER
         if self.log_decay_min is not None:
             log_decay = jnp.maximum(log_decay, self.log_decay_min)

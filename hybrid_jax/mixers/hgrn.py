@@ -21,7 +21,7 @@ class HGRN(nnx.Module):
         conv = short_convolution(mixer.conv_width, None, model, rngs)
         self.i_proj, self.f_proj, self.g_proj = proj(inner), proj(inner), proj(inner)
         self.i_conv, self.f_conv = conv(inner), conv(inner)
-        self.g_norm = RMSNorm(inner, model.norm_eps)
+        self.g_norm = RMSNorm(inner, model.norm_eps, scale=mixer.norm_scale)
         self.o_proj = heads_out(inner, model, rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:

@@ -24,7 +24,7 @@ class HGRN2(nnx.Module):
         conv = short_convolution(mixer.conv_width, None, model, rngs)
         self.q_proj, self.f_proj, self.i_proj = proj(keys), proj(keys), proj(model.width)
         self.q_conv, self.f_conv, self.i_conv = conv(keys), conv(keys), conv(model.width)
-        self.g_norm = RMSNorm(model.width, NORM_EPS)
+        self.g_norm = RMSNorm(model.width, NORM_EPS, scale=mixer.norm_scale)
         self.o_proj = heads_out(model.width, model, rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:

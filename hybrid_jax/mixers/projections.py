@@ -9,6 +9,17 @@ from flax import nnx
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers import Linear, ShortConvolution
 
+# What queries and keys may pass before the recurrence, element by element; the names are flash-linear-attention's.
+FEATURE_MAPS = {
+    None: lambda x: x,
+    "relu": jax.nn.relu,
+    "sigmoid": jax.nn.sigmoid,
+    "logsigmoid": jax.nn.log_sigmoid,
+    "silu": jax.nn.silu,
+    "sqrelu": lambda x: jnp.square(jax.nn.relu(x)),
+    "gelu": partial(jax.nn.gelu, approximate=True),
+}
+
 
 def heads_in(model: ModelConfig, rngs: nnx.Rngs):
     """``proj(O, bias=False)``: a projection from the model's width to O = heads times head width."""

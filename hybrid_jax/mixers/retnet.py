@@ -8,7 +8,7 @@ from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.rotary import rotate
 from hybrid_jax.mixers.context import Context
-from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, split_heads
+from hybrid_jax.mixers.projections import FEATURE_MAPS, heads_in, heads_out, merge_heads, split_heads
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 
 ROPE_THETA = 10000.0
@@ -25,12 +25,13 @@ class RetNet(nnx.Module):
         self.k_proj = proj(keys // self.heads * self.kv_heads)
         self.v_proj = proj(values // self.heads * self.kv_heads)
         self.g_proj = proj(values) if mixer.output_gate else None
-        self.g_norm = RMSNorm(values // self.heads, model.norm_eps)
+        self.feature_map = FEATURE_MAPS[mixer.feature_map]
+        self.g_norm = RMSNorm(values // self.heads, model.norm_eps, scale=mixer.norm_scale)
         self.o_proj = heads_out(values, model, rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        q = split_heads(self.q_proj(x), self.heads)
-        k = split_heads(self.k_proj(x), self.kv_heads)
+        q = split_heads(self.feature_map(self.q_proj(x)), self.heads)
+        k = split_heads(self.feature_map(self.k_proj(x)), self.kv_heads)
         v = split_heads(self.v_proj(x), self.kv_heads)
         group = self.heads // self.kv_heads
         o, _ = gated_linear_attention(

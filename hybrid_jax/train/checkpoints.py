@@ -9,12 +9,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from hybrid_jax.config import CheckpointConfig, ConfigError, MeshConfig, RunConfig
-from hybrid_jax.model import Model, abstract
-from hybrid_jax.sharding import make_mesh
+from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig
 from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import TrainState, abstract_state, state_bytes
-from hybrid_jax.train.workdir import RunError, gigabytes, read_config
+from hybrid_jax.train.workdir import RunError, gigabytes
 
 
 class Checkpoints:
@@ -55,6 +53,16 @@ class Checkpoints:
         except Exception as error:
             raise self._explained(error, step, state_bytes(state)) from error
 
+    def save_params(self, params: nnx.State) -> None:
+        """Save parameters alone as step 0, for a run that starts from them with a fresh optimiser; returns when they are written.
+
+        Raises RunError where they can not be.
+        """
+        try:
+            self._orbax.save_checkpointables(0, {"params": params})
+        except Exception as error:
+            raise self._explained(error, 0, state_bytes(params)) from error
+
     def wait(self) -> None:
         """Return when the last save is whole. Raises RunError where it could not be written."""
         try:
@@ -62,22 +70,24 @@ class Checkpoints:
         except Exception as error:
             raise self._explained(error) from error
 
-    def restore(self, state: TrainState) -> tuple[TrainState | None, list[str]]:
-        """The newest state that can be read, placed as the shapes in ``state`` say, or None where there is none yet; and warnings.
+    def restore(self, state: TrainState) -> tuple[TrainState | nnx.State | None, list[str]]:
+        """The newest state that can be read, placed as the shapes in ``state`` say, and warnings.
 
+        Of a run that starts from given parameters (:meth:`save_params`) these alone; None where there is no checkpoint yet.
         A checkpoint that can not be read is told of and moved to WORKDIR/unreadable-STEP. Raises RunError if none can.
         """
         broken: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
-                loaded = self._orbax.load_checkpointables(step, _checkpointables(state))
+                given = step == 0 and self._orbax.checkpointables_metadata(step).metadata.keys() == {"params"}
+                loaded = self._orbax.load_checkpointables(step, {"params": state.params} if given else _checkpointables(state))
             except Exception as error:  # each layer of storage has errors of its own
                 broken[step] = reason(error)
                 continue
             told = [self._move_aside(bad, why, step) for bad, why in broken.items()]
             if told:
                 self._orbax.reload()
-            return TrainState(loaded["params"], loaded["opt_state"], **loaded["counters"]), told
+            return loaded["params"] if given else TrainState(loaded["params"], loaded["opt_state"], **loaded["counters"]), told
         if broken:
             shown = "; ".join(f"step {step}: {why}" for step, why in broken.items())
             raise RunError(f"no checkpoint in {self.folder} can be read ({shown}): put one back, or start anew in another --workdir")
@@ -146,14 +156,3 @@ def load_params(workdir: Path, config: RunConfig, mesh: Mesh, step: int | None =
     with Checkpoints(workdir) as checkpoints:
         step, loaded = checkpoints.load(step, {name: state[name] for name in names})
     return step, evaluation_params(config.optimizer, loaded["params"], loaded.get("opt_state"))
-
-
-def load(folder, step: int | None = None) -> Model:
-    """The model of a training run, from its workdir: the checkpoint of ``step``, or the newest, on the first device.
-
-    Raises ConfigError where ``folder`` holds no run, or no such checkpoint.
-    """
-    config = read_config(Path(folder))
-    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
-    _, params = load_params(Path(folder), config, mesh, step)
-    return nnx.merge(abstract(config.model)[0], params)

@@ -78,9 +78,9 @@ class Metrics:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The rows of a metrics.jsonl, none where there is none yet; a last line cut short by a kill is left out."""
     rows = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text().splitlines() if file.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

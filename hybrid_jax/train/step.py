@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +55,7 @@ class Program(NamedTuple):
     graph: nnx.GraphDef
     state: TrainState  # of ShapeDtypeStructs with their shardings
     init: Callable[[jax.Array], TrainState]  # key -> state, each device drawing its own part
+    begin: Callable[[nnx.State], TrainState]  # the state before the first step, of given parameters (donated)
     step: Callable[[TrainState, dict], tuple[TrainState, Metrics]]  # the state is donated
 
 
@@ -98,6 +100,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
         graph,
         state,
         jax.jit(_initial(config, optimizer), out_shardings=shardings),
+        jax.jit(partial(_begin, optimizer), out_shardings=shardings, donate_argnums=0),
         # one sharding in and out: what a step returns is what the next one takes, and it is compiled once
         jax.jit(
             step,
@@ -110,10 +113,13 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
 
 def _initial(config: RunConfig, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
     def init(key: jax.Array) -> TrainState:
-        params = initialize(config.model, key)
-        return TrainState(params, optimizer.init(params), *(jnp.zeros((), jnp.int32) for _ in range(3)))
+        return _begin(optimizer, initialize(config.model, key))
 
     return init
+
+
+def _begin(optimizer: optax.GradientTransformation, params: nnx.State) -> TrainState:
+    return TrainState(params, optimizer.init(params), *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:

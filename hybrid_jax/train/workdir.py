@@ -14,6 +14,8 @@ from pathlib import Path
 
 from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig, from_dict, to_dict
 
+# What of its model makes no difference to parameters that a run is given at its start, and starts from.
+GIVEN = ("model.dtype", "model.remat", "model.init_std")
 # What may change between two starts of one run: how it is watched, kept and spread over devices, not what it computes.
 FREE = ("train.microbatch", "train.log_every", "train.bad_steps", "model.remat", "evaluation", "checkpoint", "mesh", "log", "platform")
 
@@ -28,8 +30,13 @@ def claim(workdir: Path, config: RunConfig) -> None:
     Raises ConfigError where it has checkpoints of a run that computes something else, or can not be written to.
     """
     file = workdir / "config.json"
-    if saved_steps(workdir):
-        refused = [(path, old, new) for path, old, new in differences(read_config(workdir), config) if not _is_free(path)]
+    if steps := saved_steps(workdir):
+        untrained = steps == [0]  # given parameters, and no step taken from them: only the model is settled
+        refused = [
+            (path, old, new)
+            for path, old, new in differences(read_config(workdir), config)
+            if not (_is_free(path) or untrained and (path in GIVEN or not path.startswith("model.")))
+        ]
         if refused:
             shown = "; ".join(f"{path}: {old!r} -> {new!r}" for path, old, new in refused)
             raise ConfigError(

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-import hybrid_jax.train.checkpoints
+import hybrid_jax
 from hybrid_jax.train.metrics import read_rows
 from tests.experiments.commands import run_eval, run_train
 
@@ -47,7 +47,7 @@ def test_more_tokens_can_be_asked_for(workdir):
 
 
 def test_a_model_loads_from_the_workdir(workdir):
-    model = hybrid_jax.train.checkpoints.load(workdir, step=4)
+    model = hybrid_jax.load(workdir, step=4)
     assert model.config.vocabulary == 264
 
 

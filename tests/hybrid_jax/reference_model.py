@@ -17,8 +17,23 @@ def silu(x):
     return x * sigmoid(x)
 
 
+FEATURE_MAPS = {
+    None: lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "sigmoid": sigmoid,
+    "logsigmoid": lambda x: -np.logaddexp(0, -x),
+    "silu": silu,
+    "sqrelu": lambda x: np.maximum(x, 0) ** 2,
+    "gelu": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+}
+
+
 def rms_norm(x, scale, eps):
     return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps) * scale
+
+
+def norm_scale(p, name):
+    return p[name]["scale"] if name in p else 1.0  # a norm without a scale has no parameters
 
 
 def softmax(x, axis=-1):
@@ -94,7 +109,7 @@ def hgrn(m: config.HGRN, model, p, x, bound):
     for t in range(len(x)):
         h = a[t] * h + silu(i[t]) * (1 - a[t])
         hs.append(h)
-    return linear(rms_norm(np.stack(hs), p["g_norm"]["scale"], model.norm_eps) * silu(linear(x, p["g_proj"])), p["o_proj"])
+    return linear(rms_norm(np.stack(hs), norm_scale(p, "g_norm"), model.norm_eps) * silu(linear(x, p["g_proj"])), p["o_proj"])
 
 
 def hgrn2(m: config.HGRN2, model, p, x, bound):
@@ -104,18 +119,19 @@ def hgrn2(m: config.HGRN2, model, p, x, bound):
     H = model.width // m.expand_ratio
     a = heads(bound + (1 - bound) * sigmoid(f), H)
     o = recurrence(heads(silu(q), H), 1 - a, heads(v, H), a)
-    return linear(rms_norm(o.reshape(len(x), -1), p["g_norm"]["scale"], 1e-5), p["o_proj"])
+    return linear(rms_norm(o.reshape(len(x), -1), norm_scale(p, "g_norm"), 1e-5), p["o_proj"])
 
 
-def gated_norm(o, x, p, norm, eps):
-    y = rms_norm(o, p[norm]["scale"], eps)
-    y = y * silu(heads(linear(x, p["g_proj"]), o.shape[1])) if "g_proj" in p else y
+def gated_norm(o, x, p, norm, eps, activation=silu):
+    y = rms_norm(o, norm_scale(p, norm), eps)
+    y = y * activation(heads(linear(x, p["g_proj"]), o.shape[1])) if "g_proj" in p else y
     return linear(y.reshape(len(x), -1), p["o_proj"])
 
 
 def retnet(m: config.RetNet, model, p, x, bound):
     H, HK = m.heads, m.kv_heads or m.heads
     q, k, v = (heads(linear(x, p[f"{n}_proj"]), h) for n, h in (("q", H), ("k", HK), ("v", HK)))
+    q, k = FEATURE_MAPS[m.feature_map](q), FEATURE_MAPS[m.feature_map](k)
     k, v = np.repeat(rotate(k, 1e4), H // HK, axis=1), np.repeat(v, H // HK, axis=1)
     decay = np.broadcast_to((1 - 2.0 ** (-5 - np.arange(H)))[None, :, None], k.shape)
     return gated_norm(recurrence(rotate(q, 1e4), k, v, decay), x, p, "g_norm", model.norm_eps)
@@ -126,6 +142,7 @@ def gla(m: config.GLA, model, p, x, bound):
     q, k, v = (linear(x, p[f"{n}_proj"]) for n in "qkv")
     if m.conv_width:
         q, k, v = (conv(a, p[f"{n}_conv"], silu) for n, a in zip("qkv", (q, k, v), strict=True))
+    q, k = FEATURE_MAPS[m.feature_map](q), FEATURE_MAPS[m.feature_map](k)
     g = np.log(sigmoid(linear(linear(x, p["decay_in"]), p["decay_out"]))) / 16
     if m.log_decay_min is not None:
         g = np.maximum(g, m.log_decay_min)
@@ -160,7 +177,8 @@ def gated_delta_net(m: config.GatedDeltaNet, model, p, x, bound):
     g = -np.exp(p["A_log"]) * np.log1p(np.exp(linear(x, p["a_proj"]) + p["dt_bias"]))
     beta = sigmoid(linear(x, p["b_proj"])) * (2 if m.negative_eigenvalues else 1)
     decay = np.broadcast_to(np.exp(g)[..., None], k.shape)
-    return gated_norm(recurrence(q, k, heads(v, HV), decay, beta), x, p, "o_norm", model.norm_eps)
+    activation = {"silu": silu, "sigmoid": sigmoid}[m.gate_activation]
+    return gated_norm(recurrence(q, k, heads(v, HV), decay, beta), x, p, "o_norm", model.norm_eps, activation)
 
 
 MIXERS = {f.__name__: f for f in (attention, hgrn, hgrn2, retnet, gla, delta_net, gated_delta_net)}

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from hybrid_jax.data import DataError, embedded
 from hybrid_jax.data.sources import make_sources
+from hybrid_jax.data.tokenizers import ByteTokenizer
 from tests.hybrid_jax.data_samples import documents_of, write_texts
 
 
@@ -52,3 +54,17 @@ def test_workers_start_without_jax():
     """What a tokenizing process imports."""
     code = "import sys, hybrid_jax.data.build, hybrid_jax.data.sources; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_tokens_of_another_tokenizer(tmp_path):
+    for i in range(60):
+        (tmp_path / f"module_{i}.py").write_text(f"value_{i} = {i}\n")
+    plain, _ = embedded.standard_library(tmp_path)
+    upper = ByteTokenizer()
+    upper.encode_batch = lambda texts: [list(text.upper().encode()) for text in texts]
+    source, held_out = embedded.standard_library(tmp_path, upper)
+    assert (source.bytes, len(source)) == (plain.bytes, len(plain)) and len(held_out) > 0
+    np.testing.assert_array_equal(source.documents, plain.documents)
+    first = slice(0, source.documents[0] - 1)
+    assert bytes(source.tokens[first].tolist()) == bytes(plain.tokens[first].tolist()).upper()
+    assert source.tokens[source.documents[0] - 1] == upper.document_end

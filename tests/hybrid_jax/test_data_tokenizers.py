@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,3 +99,25 @@ def test_refused(tmp_path):
     refuses("it has </s> and <eos> of", file)
     (tmp_path / "tokenizer_config.json").write_text("{")
     refuses("tokenizer_config.json beside .* is not a JSON object", file)
+
+
+def test_a_sentencepiece_model(tmp_path):
+    """As old checkpoints have it: tokenizer.model alone in a folder, the end of a document its own."""
+    texts = [f"The {i}th line of {i * i} words, of which some are the same." for i in range(200)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "tokenizer"), vocab_size=90, model_type="bpe", byte_fallback=False
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocabulary, tokenizer.document_end) == (90, 2)
+    for text in (texts[7], "some words"):
+        ids = tokenizer.encode(text)
+        assert max(ids) < 90 and tokenizer.decode([*ids, tokenizer.document_end]) == text
+    assert tokenizer.encode_batch(texts[:3]) == [tokenizer.encode(text) for text in texts[:3]]
+    assert tokenizer.document_end not in tokenizer.encode("a document that spells </s>")
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
+    with pytest.raises(DataError, match="'<end>', which is not in the vocabulary"):
+        load_tokenizer(tmp_path, document_end="<end>")
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(DataError, match="tokenizer.model is not a SentencePiece model"):
+        load_tokenizer(tmp_path)

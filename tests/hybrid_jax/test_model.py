@@ -26,6 +26,11 @@ FAMILIES = {
 OPTIONS = {
     "hgrn wide, conv": config.HGRN(expand_ratio=2, conv_width=4),
     "hgrn2 conv": config.HGRN2(expand_ratio=8, conv_width=3),
+    "hgrn unbounded, no scale": config.HGRN(lower_bound=False, norm_scale=False),
+    "hgrn2 unbounded, no scale": config.HGRN2(expand_ratio=8, lower_bound=False, norm_scale=False),
+    **{f"gla {name}": config.GLA(heads=2, feature_map=name, norm_scale=False) for name in ("relu", "sigmoid", "logsigmoid", "silu")},
+    **{f"retnet {name}": config.RetNet(heads=2, feature_map=name, norm_scale=False) for name in ("sqrelu", "gelu")},
+    "gated_delta_net sigmoid gate": config.GatedDeltaNet(heads=2, head_width=8, gate_activation="sigmoid"),
     "retnet shared keys, no gate": config.RetNet(heads=4, kv_heads=2, expand_k=0.5, expand_v=1.0, output_gate=False),
     "gla shared keys, conv, bounded": config.GLA(heads=4, kv_heads=2, expand_k=1.0, conv_width=4, log_decay_min=-0.04),
     "gla no gate": config.GLA(heads=2, output_gate=False),

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from hybrid_jax.config import CheckpointConfig, ConfigError, MeshConfig, RunConfig
+from hybrid_jax.loading import load
 from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train import checkpoints as module
-from hybrid_jax.train.checkpoints import Checkpoints, load, load_params
+from hybrid_jax.train.checkpoints import Checkpoints, load_params
 from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import abstract_state, state_bytes
 from hybrid_jax.train.workdir import RunError, check_room, claim, differences, read_config, saved_steps

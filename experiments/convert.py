@@ -1,0 +1,60 @@
+"""Take a Hugging Face checkpoint of flash-linear-attention (fla) as a run of ours, or give a run back as one.
+
+    python -m experiments.convert --from_hf=FOLDER --workdir=runs/theirs        # config.json and safetensors, to a run at step 0
+    python -m experiments.train --workdir=runs/theirs --config.train.steps=100  # goes on from there
+    python -m experiments.convert --to_hf=FOLDER --workdir=runs/theirs          # what fla and transformers load
+
+There and back is bit for bit. Tokenizer files come along, in WORKDIR/huggingface.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from experiments import cli
+from hybrid_jax.config import ConfigError
+
+FROM_HF = flags.DEFINE_string("from_hf", None, "The Hugging Face folder to read; --workdir becomes a run that starts from it.")
+TO_HF = flags.DEFINE_string("to_hf", None, "The folder to write as a Hugging Face checkpoint, from the run in --workdir.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "Of what --to_hf writes; default: what it came in (a run of ours: float32)."
+)
+
+
+def main() -> int:
+    if (FROM_HF.value is None) == (TO_HF.value is None):
+        raise ConfigError("give one of --from_hf=FOLDER (to read) and --to_hf=FOLDER (to write)")
+    if cli.WORKDIR.value is None:
+        raise ConfigError("give the --workdir of the run: the one to make (--from_hf), or the one to write (--to_hf)")
+    if FROM_HF.value is not None and (DTYPE.value or cli.STEP.value is not None):
+        raise ConfigError("--dtype and --step are of --to_hf: parameters are read as they are, and become step 0")
+    workdir = Path(cli.WORKDIR.value)
+
+    from hybrid_jax import costs
+    from hybrid_jax.hf import convert
+    from hybrid_jax.train.workdir import read_config
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(highlight=False)) as bar:
+        task = bar.add_task("reading" if FROM_HF.value is not None else "writing", total=None)
+
+        def advance(elements: int, total: int) -> None:
+            bar.update(task, advance=elements, total=total)
+
+        if FROM_HF.value is not None:
+            run = convert.from_hf(Path(FROM_HF.value), workdir, advance)
+        else:
+            step = convert.to_hf(workdir, Path(TO_HF.value), cli.STEP.value, DTYPE.value, advance)
+            run = read_config(workdir)
+    size = f"{costs.parameters(run.model):,} parameters"
+    if FROM_HF.value is not None:
+        print(f"{workdir}: {size} at step 0. To go on from there: python -m experiments.train --workdir={workdir}")
+    else:
+        print(f"{TO_HF.value}: {size} of {workdir}, step {step}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.start_without_config(main)

@@ -1,0 +1,203 @@
+"""A Hugging Face folder of fla to a run's workdir and back, tensor by tensor.
+
+WORKDIR/config.json, checkpoints/0/      as of any run: the configuration, and the parameters in float32
+WORKDIR/huggingface/                     what came along: config.json, tokenizer and generation files
+WORKDIR/huggingface/dtypes.json          tensor -> the dtype it came in, and goes back in
+
+float32 holds every bfloat16 and float16, so that there and back is the same bits.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from hybrid_jax.config import CheckpointConfig, ConfigError, MeshConfig, RunConfig
+from hybrid_jax.data.store import TokenStore
+from hybrid_jax.data.tokenizers import FILES, Tokenizer, load_tokenizer
+from hybrid_jax.hf import names, options, tensors
+from hybrid_jax.model import Model, abstract
+from hybrid_jax.sharding import make_mesh
+from hybrid_jax.train import workdir as workdirs
+from hybrid_jax.train.checkpoints import Checkpoints, load_params
+from hybrid_jax.train.step import abstract_state
+
+CARRIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+Advance = Callable[[int, int], None]  # told, as each tensor is done, its elements and those of the whole model
+
+
+def is_folder(folder: Path) -> bool:
+    """Whether ``folder`` holds a Hugging Face model: a config.json with a model_type."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+class Folder:
+    """A Hugging Face folder, checked: its configuration is understood and its tensors are those of the model. None is read yet."""
+
+    def __init__(self, folder: Path):
+        """Raises ConfigError, naming it, for an option or a tensor that is missing, unknown or not supported."""
+        self.path = folder
+        self.options = options.modern(_read_json(folder / "config.json"))
+        options.family(self.options)
+        self.tensors = tensors.find(folder)
+        computes = {self.tensors[name].dtype for name in ("model.embeddings.weight",) if name in self.tensors}
+        self.model = options.model_config(self.options, "bfloat16" if computes == {"bfloat16"} else "float32")
+        self.slots = names.slots(self.model, self.options)
+        tensors.check(self.tensors, {name: slot.shape for name, slot in self.slots.items()}, folder)
+
+    def params(self, device: jax.Device, advance: Advance = lambda *_: None) -> nnx.State:
+        """The parameters, float32, on ``device``; each is filled by its tensors one after the other."""
+        filled, total = [], names.elements(self.slots)
+        parameters = nnx.to_flat_state(abstract(self.model)[1])
+        # the largest first: putting one on the device takes its size once more, and then the others are not there yet
+        for path, leaf in sorted(parameters, key=lambda pair: -math.prod(pair[1].shape)):
+            stacked = np.empty(leaf.shape, np.float32)
+            for name, slot in self.slots.items():
+                if slot.path == path:
+                    stacked[slot.index] = slot.ours(self.tensors[name].read())
+                    advance(stacked[slot.index].size, total)
+            filled.append((path, leaf.replace(jax.device_put(stacked, device))))
+        return nnx.from_flat_state(filled)
+
+
+def from_hf(folder: Path, workdir: Path, advance: Advance = lambda *_: None) -> RunConfig:
+    """Make ``workdir`` a run that starts, at step 0, from the model in ``folder``; its configuration.
+
+    Raises ConfigError where the folder holds no model that is supported, or ``workdir`` has checkpoints already.
+    """
+    source = Folder(folder)
+    if workdirs.saved_steps(workdir):
+        raise ConfigError(f"{workdir} has checkpoints already: give another --workdir")
+    run = RunConfig(model=source.model)
+    workdirs.claim(workdir, run)
+    carried = workdir / "huggingface"
+    carried.mkdir(exist_ok=True)
+    for name in CARRIED:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, carried / name)
+    _write_json(carried / "config.json", source.options)
+    _write_json(carried / "dtypes.json", {name: tensor.dtype for name, tensor in source.tensors.items()})
+    with _sparing_memory(run), Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        checkpoints.save_params(source.params(_cpu(), advance))
+    return run
+
+
+def to_hf(workdir: Path, folder: Path, step: int | None = None, dtype: str | None = None, advance: Advance = lambda *_: None) -> int:
+    """Write the checkpoint of ``step`` (None: the newest) in ``workdir`` as the Hugging Face ``folder``; the step written.
+
+    ``dtype`` is of all tensors ("float32", "bfloat16" or "float16"); None: each that it came in, float32 for a model of our own.
+    Raises ConfigError where there is no such checkpoint, fla has no such model, ``folder`` has files already, or a value
+    does not fit the dtype.
+    """
+    run = workdirs.read_config(workdir)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} has files already: give an empty or a new folder")
+    carried = workdir / "huggingface"
+    came = carried.is_dir()
+    described = _read_json(carried / "config.json") if came else options.fla_options(run.model) | _tokens(run)
+    slots = names.slots(run.model, described)
+    before = _read_json(carried / "dtypes.json") if came else {}
+    dtypes = {name: tensors.DTYPES[dtype or before.get(name, "float32")] for name in slots}
+    total = names.elements(slots)
+    step, parameter = _parameters(workdir, run, step)
+
+    def tensor(name: str) -> np.ndarray:
+        slot = slots[name]
+        value = np.ascontiguousarray(slot.theirs(parameter(slot.path)[slot.index]), dtypes[name])
+        if dtypes[name].itemsize < 4 and not np.isfinite(value.astype(np.float32)).all():
+            raise ConfigError(f"{name} has values that are no {dtypes[name].name}: choose another --dtype")
+        advance(value.size, total)
+        return value
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors.write(folder, {name: (slot.shape, dtypes[name]) for name, slot in slots.items()}, tensor)
+    for name in CARRIED:
+        if came and (carried / name).exists():
+            shutil.copyfile(carried / name, folder / name)
+    if not came and run.data.source != "stdlib":  # whose tokens are bytes, of which transformers has no tokenizer
+        TokenStore.open(run.data.source, "train").tokenizer.save(folder)
+    key = "dtype" if "dtype" in described else "torch_dtype"
+    _write_json(folder / "config.json", described | {key: dtypes["model.embeddings.weight"].name})  # last: now it is whole
+    return step
+
+
+def _parameters(workdir: Path, run: RunConfig, step: int | None) -> tuple[int, Callable[[tuple], np.ndarray]]:
+    """(the step read, a function that gives its parameter at a path); one parameter is in memory at a time.
+
+    Those of a schedule-free run are an average of sequences, made of all at once.
+    """
+    mesh = make_mesh(MeshConfig(), [_cpu()])
+    if run.optimizer.name == "schedule_free":
+        step, params = load_params(workdir, run, mesh, step)
+        return step, {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(params)}.__getitem__
+    leaves = nnx.to_flat_state(abstract_state(run, mesh).state.params)
+
+    def read(wanted: tuple, step: int | None) -> tuple[int, np.ndarray]:
+        one = nnx.from_flat_state([(path, leaf if path == wanted else leaf.replace(ocp.PLACEHOLDER)) for path, leaf in leaves])
+        with _sparing_memory(run), Checkpoints(workdir) as checkpoints:
+            step, loaded = checkpoints.load(step, {"params": one})
+        return step, np.asarray(dict(nnx.to_flat_state(loaded["params"]))[wanted][...])
+
+    step, _ = read(("norm", "scale"), step)  # the newest that can be read
+    return step, lru_cache(maxsize=1)(lambda path: read(path, step)[1])
+
+
+def carried_tokenizer(workdir: Path) -> Tokenizer | None:
+    """The tokenizer that came with the model in ``workdir``; None where none did. Raises DataError where it can not be read."""
+    carried = workdir / "huggingface"
+    return load_tokenizer(carried) if any((carried / name).exists() for name in FILES) else None
+
+
+def load(folder: Path, device: jax.Device) -> Model:
+    """The model in a Hugging Face folder, on ``device``. Raises ConfigError as :class:`Folder`."""
+    source = Folder(folder)
+    return nnx.merge(abstract(source.model)[0], source.params(device))
+
+
+def _tokens(run: RunConfig) -> dict[str, Any]:
+    end = 256 if run.data.source == "stdlib" else TokenStore.open(run.data.source, "train").tokenizer.document_end
+    return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
+
+
+def _sparing_memory(run: RunConfig) -> ocp.Context:
+    """Orbax with one parameter at a time on its way from or to the disk, so that there is never a second copy of them all."""
+    largest = max(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract(run.model)[1]))
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = largest + 1  # Orbax wants less than the limit
+    context.array.saving.storage_options.chunk_byte_size = 2**26  # each is encoded in memory
+    return context
+
+
+def _cpu() -> jax.Device:
+    """Conversion needs no accelerator, and a host has more memory."""
+    return jax.local_devices(backend="cpu")[0]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{file.parent} holds no Hugging Face model: it has no {file.name}") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON ({error}): copy it again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} is not a JSON object: copy it again")
+    return values
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,217 @@
+"""Folders to workdirs and back, on folders made here: bit for bit, in every layout and dtype, old names, and refusals."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import hybrid_jax
+import hybrid_jax.model
+from hybrid_jax.config import GLA, Attention, ConfigError, ModelConfig, RunConfig
+from hybrid_jax.hf import convert, names, options, tensors
+from hybrid_jax.train.checkpoints import Checkpoints
+from hybrid_jax.train.workdir import claim, read_config
+from tests.hybrid_jax import hf_folders
+from tests.hybrid_jax.hf_folders import ATTN, BFLOAT16, fla_options, random_tensors
+
+
+def read_back(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in safetensors.numpy.load_file(file).items()}
+
+
+def assert_same_bits(out, expected):
+    assert out.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert out[name].dtype == tensor.dtype, name
+        assert out[name].shape == tensor.shape and out[name].tobytes() == tensor.tobytes(), name
+
+
+def there_and_back(tmp_path, **given):
+    convert.from_hf(tmp_path / "theirs", tmp_path / "run")
+    convert.to_hf(tmp_path / "run", tmp_path / "back", **given)
+    return read_back(tmp_path / "back")
+
+
+CASES = {
+    "hgrn": ("hgrn", {}, np.float32, 1),
+    "hgrn2 hybrid, bfloat16": ("hgrn2", {"attn": ATTN}, BFLOAT16, 1),
+    "retnet hybrid, float16, sharded": ("retnet", {"attn": ATTN}, np.float16, 3),
+    "gla hybrid, list form, sharded": ("gla", {"attn": [{"layers": [0], "num_heads": 2}, {"layers": [3], "num_heads": 2}]}, BFLOAT16, 2),
+    "gla conv, not fused": ("gla", {"use_short_conv": True, "fuse_norm": False}, np.float32, 1),
+    "delta_net tied": ("delta_net", {"tie_word_embeddings": True}, BFLOAT16, 1),
+    "gated_deltanet hybrid": ("gated_deltanet", {"attn": ATTN}, np.float32, 2),
+    "transformer": ("transformer", {"qkv_bias": True, "qk_norm": True}, np.float16, 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back_bit_for_bit(case, tmp_path):
+    model_type, changes, dtype, shards = CASES[case]
+    described = fla_options(model_type, **changes)
+    given = random_tensors(described, dtype)
+    hf_folders.write(tmp_path / "theirs", described, given, shards)
+    assert_same_bits(there_and_back(tmp_path), given)
+    written = json.loads((tmp_path / "back/config.json").read_text())
+    assert written.pop("torch_dtype") == np.dtype(dtype).name
+    assert written == described
+    assert read_config(tmp_path / "run").model.dtype == ("bfloat16" if dtype is BFLOAT16 else "float32")
+
+
+def test_each_tensor_goes_back_in_the_dtype_it_came_in_or_in_the_one_asked_for(tmp_path):
+    described = fla_options("gated_deltanet")
+    given = random_tensors(described, BFLOAT16)
+    given |= {name: tensor.astype(np.float32) for name, tensor in given.items() if "A_log" in name}
+    hf_folders.write(tmp_path / "theirs", described, given)
+    assert_same_bits(there_and_back(tmp_path), given)
+    convert.to_hf(tmp_path / "run", tmp_path / "wide", dtype="float32")
+    assert_same_bits(read_back(tmp_path / "wide"), {name: tensor.astype(np.float32) for name, tensor in given.items()})
+
+
+def test_values_that_do_not_fit_the_dtype_are_named(tmp_path):
+    described = fla_options("hgrn")
+    given = random_tensors(described)
+    given["model.norm.weight"][0] = 1e6
+    hf_folders.write(tmp_path / "theirs", described, given)
+    with pytest.raises(ConfigError, match="model.norm.weight has values that are no float16: choose another --dtype"):
+        there_and_back(tmp_path, dtype="float16")
+
+
+def test_a_large_model_is_written_in_shards(tmp_path, monkeypatch):
+    described = fla_options("gla")
+    given = random_tensors(described)
+    hf_folders.write(tmp_path / "theirs", described, given)
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 20_000)
+    assert_same_bits(there_and_back(tmp_path), given)
+    index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in (tmp_path / "back").glob("model-*.safetensors")}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in given.values())
+    assert len(set(index["weight_map"].values())) > 2
+    shutil.rmtree(tmp_path / "run")
+    convert.from_hf(tmp_path / "back", tmp_path / "run")
+
+
+def test_the_loaded_model_is_the_converted_one(tmp_path):
+    described = fla_options("gated_deltanet", attn=ATTN)
+    folder = hf_folders.write(tmp_path / "theirs", described, random_tensors(described))
+    tokens = np.arange(20)[None] % 61
+    direct = hybrid_jax.load(folder)
+    assert direct.config.layer_kinds == ("gated_delta_net", "attention") * 2
+    convert.from_hf(folder, tmp_path / "run")
+    np.testing.assert_array_equal(jax.jit(direct)(tokens), jax.jit(hybrid_jax.load(tmp_path / "run"))(tokens))
+
+
+def test_old_names(tmp_path):
+    """The MLP's two halves in one, DeltaNet's norm, and the unused D and q_conv1d: the new names come back."""
+    for model_type in ("delta_net", "gated_deltanet", "hgrn"):
+        described = fla_options(model_type, use_short_conv=True)
+        given = random_tensors(described)
+        old = {name.replace("attn.o_norm", "attn.norm"): x for name, x in given.items()} if model_type == "delta_net" else dict(given)
+        for layer in range(4):
+            mlp = f"model.layers.{layer}.mlp"
+            old[f"{mlp}.gate_proj.weight"] = np.concatenate([old[f"{mlp}.gate_proj.weight"], old.pop(f"{mlp}.up_proj.weight")])
+            if model_type == "gated_deltanet":
+                old[f"model.layers.{layer}.attn.D"] = np.zeros(2, np.float32)
+            if model_type == "hgrn":
+                old[f"model.layers.{layer}.attn.q_conv1d.weight"] = np.zeros((32, 1, 4), np.float32)
+        hf_folders.write(tmp_path / model_type / "theirs", described, old)
+        assert_same_bits(there_and_back(tmp_path / model_type), given)
+
+
+def test_tensors_that_are_missing_too_many_or_misshapen_are_named(tmp_path):
+    described = fla_options("gla")
+    given = random_tensors(described)
+    del given["model.layers.2.attn.gk_proj.1.bias"]
+    given["model.layers.4.attn.q_proj.weight"] = np.zeros((16, 32), np.float32)
+    given["lm_head.weight"] = np.zeros((60, 32), np.float32)
+    folder = hf_folders.write(tmp_path / "theirs", described, given)
+    with pytest.raises(ConfigError) as refused:
+        convert.from_hf(folder, tmp_path / "run")
+    for wrong in (
+        "model.layers.2.attn.gk_proj.1.bias is missing",
+        "model.layers.4.attn.q_proj.weight is not a tensor of this model",
+        "lm_head.weight is [60, 32], not [61, 32]",
+    ):
+        assert wrong in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def damage(folder, how):
+    file = folder / "model-00002-of-00002.safetensors"
+    match how:
+        case "a shard is missing":
+            file.unlink()
+        case "a shard is cut short":
+            file.write_bytes(file.read_bytes()[:-100])
+        case "an index that leads out of the folder":
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../x.safetensors"}}))
+        case "an index that is none":
+            (folder / "model.safetensors.index.json").write_text("[]")
+        case "a pickle alone":
+            for safe in folder.glob("model*"):
+                safe.unlink()
+            (folder / "pytorch_model.bin").write_bytes(b"\x80")
+        case "integers":
+            safetensors.numpy.save_file({"model.norm.weight": np.zeros(32, np.int8)}, file)
+        case "no config":
+            (folder / "config.json").unlink()
+        case "a config that is not JSON":
+            (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "how, told",
+    [
+        ("a shard is missing", "has no model-00002-of-00002.safetensors"),
+        ("a shard is cut short", "is not a whole safetensors file"),
+        ("an index that leads out of the folder", "no file of this folder"),
+        ("an index that is none", "is not an index of safetensors"),
+        ("a pickle alone", "has no model.safetensors .not pytorch_model.bin, a pickle, which is never opened"),
+        ("integers", "tensor model.norm.weight of .* is I8: only F32, BF16, F16 are supported"),
+        ("no config", "holds no Hugging Face model: it has no config.json"),
+        ("a config that is not JSON", "config.json is not JSON"),
+    ],
+)
+def test_damaged_folders(how, told, tmp_path):
+    described = fla_options("hgrn")
+    folder = hf_folders.write(tmp_path / "theirs", described, random_tensors(described), shards=2)
+    damage(folder, how)
+    with pytest.raises(ConfigError, match=told):
+        convert.from_hf(folder, tmp_path / "run")
+
+
+def test_tokenizer_files_come_along(tmp_path):
+    described = fla_options("hgrn")
+    folder = hf_folders.write(tmp_path / "theirs", described, random_tensors(described))
+    files = {"tokenizer.json": b"{}", "tokenizer.model": b"\x00pieces", "tokenizer_config.json": b'{"eos_token": "</s>"}'}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    there_and_back(tmp_path)
+    for name, content in files.items():
+        assert (tmp_path / "back" / name).read_bytes() == content
+
+
+def test_a_run_of_our_own(tmp_path):
+    """What fla's config.json says of it gives the same model, and the parameters are the same."""
+    model = ModelConfig(
+        mixer=GLA(heads=2), layers=3, width=32, mlp_width=48, vocabulary=300, ratio=3, attention=Attention(heads=2), dtype="float32"
+    )
+    claim(tmp_path / "run", RunConfig(model=model))
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save_params(jax.jit(lambda: hybrid_jax.model.initialize(model, jax.random.key(0)))())
+    assert convert.to_hf(tmp_path / "run", tmp_path / "ours") == 0
+    assert json.loads((tmp_path / "ours/config.json").read_text())["eos_token_id"] == 256
+    tokens = np.arange(20)[None]
+    np.testing.assert_array_equal(hybrid_jax.load(tmp_path / "ours")(tokens), hybrid_jax.load(tmp_path / "run")(tokens))
+    with pytest.raises(ConfigError, match="has files already"):
+        convert.to_hf(tmp_path / "run", tmp_path / "ours")
+
+
+def test_every_parameter_has_its_tensor():
+    for model_type in hf_folders.FAMILIES:
+        model = options.model_config(fla_options(model_type), "float32")
+        found = names.slots(model, {})
+        assert names.elements(found) == sum(leaf.size for leaf in jax.tree.leaves(hybrid_jax.model.abstract(model)[1]))
