@@ -13,6 +13,7 @@ the gradients in the other direction, with u_t = a_{t+1} e_{t+1} between the tok
 So it reads a, x and dh and writes da and dx, once. Documents and padding are a code a token, applied as a and x are loaded.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -31,14 +32,23 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 class Chunk(NamedTuple):
-    """span: consecutive tokens a row of vector registers goes through, a multiple of 128; groups: G, the runs they are cut into."""
+    """span: consecutive tokens that a row of vector registers goes through, a multiple of 128.
+    groups: G, the runs they are cut into.
+    row_bytes: the width of a block of the grid, some columns of 128 channels that share the work on the codes.
+    """
 
     span: int
     groups: int
+    row_bytes: int
 
     @property
     def tokens(self) -> int:
         return ROWS * self.span
+
+    @property
+    def pitch(self) -> int:
+        """Odd, so that the 8 tokens of a step lie in the 8 banks of VMEM and are loaded at once."""
+        return self.span + 1
 
     @property
     def steps(self) -> int:
@@ -46,7 +56,7 @@ class Chunk(NamedTuple):
 
 
 # The chunk for each TPU generation. DEFAULT is within the VMEM of all.
-DEFAULT = Chunk(span=128, groups=8)
+DEFAULT = Chunk(span=128, groups=8, row_bytes=1024)
 TUNED: dict[str, Chunk] = {}
 
 
@@ -107,12 +117,13 @@ class _Blocks(NamedTuple):
     codes: pl.BlockSpec  # [B,N,8,span]
     state: pl.BlockSpec  # [B,1,D]
     starts: pl.BlockSpec  # [B,N,1,D], the state before each chunk
-    width: int
+    scratch: Callable  # the number of [8 span,128] buffers -> scratch shapes: the state, the codes, the buffers
 
 
 def _blocks(chunk: Chunk, x: jax.Array, reverse: bool) -> _Blocks:
     B, T, D = x.shape
-    N, width = pl.cdiv(T, chunk.tokens), min(D, LANES)
+    N, column = pl.cdiv(T, chunk.tokens), min(D, LANES)
+    width = column * min(chunk.row_bytes // (column * x.dtype.itemsize), pl.cdiv(D, column))
 
     def at(n):
         return N - 1 - n if reverse else n
@@ -123,7 +134,11 @@ def _blocks(chunk: Chunk, x: jax.Array, reverse: bool) -> _Blocks:
         pl.BlockSpec((1, 1, ROWS, chunk.span), lambda b, d, n: (b, at(n), 0, 0)),
         pl.BlockSpec((1, 1, width), lambda b, d, n: (b, 0, d)),
         pl.BlockSpec((1, 1, 1, width), lambda b, d, n: (b, at(n), 0, d)),
-        width,
+        lambda buffers: [
+            pltpu.VMEM((1, width), jnp.float32),
+            pltpu.VMEM((chunk.span, ROWS, column), jnp.int32),
+            *[pltpu.VMEM((ROWS * chunk.pitch, column), jnp.float32)] * buffers,
+        ],
     )
 
 
@@ -134,7 +149,6 @@ def _forward_call(chunk, decay, x, initial_state, codes):
     """(h [B,T,D], final state [B,1,D], the states before each chunk [B,N,1,D])."""
     B, T, D = x.shape
     blocks = _blocks(chunk, x, reverse=False)
-    rows = pltpu.VMEM((chunk.tokens, blocks.width), jnp.float32)
     return platforms.pallas_call(
         partial(_forward_kernel, chunk),
         name="linear_scan_forward",
@@ -146,7 +160,7 @@ def _forward_call(chunk, decay, x, initial_state, codes):
             jax.ShapeDtypeStruct((B, 1, D), jnp.float32),
             jax.ShapeDtypeStruct((B, blocks.grid[2], 1, D), jnp.float32),
         ),
-        scratch_shapes=[pltpu.VMEM((1, blocks.width), jnp.float32), rows, rows],
+        scratch_shapes=blocks.scratch(2),
         compiler_params=_PARAMS,
         cost_estimate=_cost(decay, x, arrays=3, flops=2),
     )(decay, x, initial_state, codes)
@@ -156,7 +170,6 @@ def _backward_call(chunk, decay, x, codes, starts, dh, d_final_state):
     """(d_decay, dx [B,T,D], d_initial_state [B,1,D])."""
     B, T, D = x.shape
     blocks = _blocks(chunk, x, reverse=True)
-    rows = pltpu.VMEM((chunk.tokens, blocks.width), jnp.float32)
     return platforms.pallas_call(
         partial(_backward_kernel, chunk),
         name="linear_scan_backward",
@@ -168,7 +181,7 @@ def _backward_call(chunk, decay, x, codes, starts, dh, d_final_state):
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((B, 1, D), jnp.float32),
         ),
-        scratch_shapes=[pltpu.VMEM((1, blocks.width), jnp.float32), rows, rows, rows],
+        scratch_shapes=blocks.scratch(3),
         compiler_params=_PARAMS,
         cost_estimate=_cost(decay, x, arrays=5, flops=6),
     )(decay, x, codes, starts, dh, d_final_state)
@@ -180,7 +193,7 @@ def _cost(decay, x, arrays, flops) -> pl.CostEstimate:
     return pl.CostEstimate(flops=flops * x.size, bytes_accessed=moved, transcendentals=0)
 
 
-def _forward_kernel(chunk, decay_ref, x_ref, initial_ref, codes_ref, h_ref, final_ref, starts_ref, state, decay, x):
+def _forward_kernel(chunk, decay_ref, x_ref, initial_ref, codes_ref, h_ref, final_ref, starts_ref, state, codes, decay, x):
     n = pl.program_id(2)
 
     @pl.when(n == 0)
@@ -188,9 +201,8 @@ def _forward_kernel(chunk, decay_ref, x_ref, initial_ref, codes_ref, h_ref, fina
         state[...] = initial_ref[0]
 
     starts_ref[0, 0] = state[...]
-    decay[...] = decay_ref[0].astype(jnp.float32)
-    x[...] = x_ref[0].astype(jnp.float32)
-    load = partial(_load, chunk, codes_ref[0, 0], decay, x)
+    _spread_codes(codes_ref[0, 0], codes)
+    load = partial(_load, chunk, codes, decay, x)
 
     def write(token, h):
         rows, a, x_t, code = load(token)
@@ -198,9 +210,14 @@ def _forward_kernel(chunk, decay_ref, x_ref, initial_ref, codes_ref, h_ref, fina
         x[rows, :] = jnp.where(code == PADDING, 0, h)
         return h
 
-    runs, state[...] = _run_starts(chunk, lambda token: load(token)[1:3], state[...], reverse=False)
-    _each_token(chunk, write, runs, reverse=False)
-    h_ref[0] = x[...].astype(h_ref.dtype)
+    def column(lanes):
+        _spread(chunk, decay_ref.at[0, :, lanes], decay)
+        _spread(chunk, x_ref.at[0, :, lanes], x)
+        runs, state[:, lanes] = _run_starts(chunk, lambda token: load(token)[1:3], state[:, lanes], reverse=False)
+        _each_token(chunk, write, runs, reverse=False)
+        _gather(chunk, x, h_ref.at[0, :, lanes])
+
+    _each_column(state, column)
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _():
@@ -208,7 +225,7 @@ def _forward_kernel(chunk, decay_ref, x_ref, initial_ref, codes_ref, h_ref, fina
 
 
 def _backward_kernel(
-    chunk, decay_ref, x_ref, codes_ref, starts_ref, dh_ref, d_final_ref, d_decay_ref, dx_ref, d_initial_ref, d_state, decay, x, dh
+    chunk, decay_ref, x_ref, codes_ref, starts_ref, dh_ref, d_final_ref, d_decay_ref, dx_ref, d_initial_ref, d_state, codes, decay, x, dh
 ):
     n = pl.program_id(2)
 
@@ -216,19 +233,14 @@ def _backward_kernel(
     def _():
         d_state[...] = d_final_ref[0]
 
-    decay[...] = decay_ref[0].astype(jnp.float32)
-    x[...] = x_ref[0].astype(jnp.float32)
-    dh[...] = dh_ref[0].astype(jnp.float32)
-    load_x = partial(_load, chunk, codes_ref[0, 0], decay, x)
-    load_dh = partial(_load, chunk, codes_ref[0, 0], decay, dh)
+    _spread_codes(codes_ref[0, 0], codes)
+    load_x = partial(_load, chunk, codes, decay, x)
+    load_dh = partial(_load, chunk, codes, decay, dh)
 
     def keep_previous(token, h):
         rows, a, x_t, _ = load_x(token)
         x[rows, :] = h
         return a * h + x_t
-
-    runs, _ = _run_starts(chunk, lambda token: load_x(token)[1:3], starts_ref[0, 0], reverse=False)
-    _each_token(chunk, keep_previous, runs, reverse=False)
 
     def map_of(token):
         _, a, dh_t, _ = load_dh(token)
@@ -241,14 +253,51 @@ def _backward_kernel(
         x[rows, :] = jnp.where(code == CONTINUES, e * x[rows, :], 0)  # no other token's decay is the caller's
         return a * e
 
-    runs, d_state[...] = _run_starts(chunk, map_of, d_state[...], reverse=True)
-    _each_token(chunk, write, runs, reverse=True)
-    d_decay_ref[0] = x[...].astype(d_decay_ref.dtype)
-    dx_ref[0] = dh[...].astype(dx_ref.dtype)
+    def column(lanes):
+        _spread(chunk, decay_ref.at[0, :, lanes], decay)
+        _spread(chunk, x_ref.at[0, :, lanes], x)
+        _spread(chunk, dh_ref.at[0, :, lanes], dh)
+        runs, _ = _run_starts(chunk, lambda token: load_x(token)[1:3], starts_ref[0, 0, :, lanes], reverse=False)
+        _each_token(chunk, keep_previous, runs, reverse=False)
+        runs, d_state[:, lanes] = _run_starts(chunk, map_of, d_state[:, lanes], reverse=True)
+        _each_token(chunk, write, runs, reverse=True)
+        _gather(chunk, x, d_decay_ref.at[0, :, lanes])
+        _gather(chunk, dh, dx_ref.at[0, :, lanes])
+
+    _each_column(d_state, column)
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _():
         d_initial_ref[0] = d_state[...]
+
+
+def _each_column(state, body):
+    """body(lanes) for the columns of 128 channels of a block, whose ``state`` is [1,W]."""
+    width = min(state.shape[1], LANES)
+
+    @pl.loop(0, state.shape[1] // width)
+    def _(column):
+        body(pl.ds(pl.multiple_of(column * width, width), width))
+
+
+def _spread(chunk, block, out):
+    """Copy a block [8 span,W] into scratch, each row of runs ``chunk.pitch`` after the one before."""
+    for row in range(ROWS):
+        tokens = block[row * chunk.span : (row + 1) * chunk.span, :]
+        out[row * chunk.pitch : row * chunk.pitch + chunk.span, :] = tokens.astype(out.dtype)
+
+
+def _gather(chunk, scratch, block):
+    """The inverse of :func:`_spread`."""
+    for row in range(ROWS):
+        tokens = scratch[row * chunk.pitch : row * chunk.pitch + chunk.span, :]
+        block[row * chunk.span : (row + 1) * chunk.span, :] = tokens.astype(block.dtype)
+
+
+def _spread_codes(codes, out):
+    """codes [8,span] -> [span,8,W]: the codes of a step's 8 tokens, in every lane."""
+    for token in range(codes.shape[1]):
+        out[token] = jnp.broadcast_to(codes[:, token : token + 1], out.shape[1:])
 
 
 def _load(chunk, codes, decay, x, token):
@@ -256,9 +305,9 @@ def _load(chunk, codes, decay, x, token):
 
     A start forgets the state (decay 0); padding keeps it (decay 1) and adds nothing (input 0).
     """
-    rows = pl.ds(token, ROWS, stride=chunk.span)
+    rows = pl.ds(token, ROWS, stride=chunk.pitch)
     a, x = decay[rows, :], x[rows, :]
-    code = jnp.broadcast_to(pltpu.roll(codes, (chunk.span - token) % chunk.span, 1)[:, :1], a.shape)
+    code = codes[token]
     a = jnp.where(code == CONTINUES, a, jnp.where(code == PADDING, 1.0, 0.0))
     return rows, a, jnp.where(code == PADDING, 0.0, x), code
 
