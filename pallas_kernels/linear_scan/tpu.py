@@ -32,7 +32,7 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 class Chunk(NamedTuple):
-    """span: consecutive tokens that a row of vector registers goes through, a multiple of 128.
+    """span: consecutive tokens that a row of vector registers goes through, an even number.
     groups: G, the runs they are cut into.
     row_bytes: the width of a block of the grid, some columns of 128 channels that share the work on the codes.
     """
@@ -49,6 +49,11 @@ class Chunk(NamedTuple):
     def pitch(self) -> int:
         """Odd, so that the 8 tokens of a step lie in the 8 banks of VMEM and are loaded at once."""
         return self.span + 1
+
+    def within(self, T: int) -> "Chunk":
+        """This chunk, or for a short sequence the least power of two that holds it."""
+        span = min(self.span, max(8, pl.next_power_of_2(pl.cdiv(T, ROWS))))
+        return self._replace(span=span, groups=min(self.groups, span))
 
     @property
     def steps(self) -> int:
@@ -73,7 +78,7 @@ def linear_scan(decay: jax.Array, x: jax.Array, initial_state: jax.Array, segmen
     for name, array in (("decay", decay), ("x", x)):
         if array.dtype not in DTYPES:
             raise ValueError(f"linear_scan: {name} has dtype {array.dtype}, needs float32 or bfloat16 for implementation='pallas'")
-    chunk = TUNED.get(platforms.generation(), DEFAULT)
+    chunk = TUNED.get(platforms.generation(), DEFAULT).within(x.shape[1])
     h, final_state = _scan(chunk, decay, x, initial_state.astype(jnp.float32)[:, None], _codes(chunk, x, segments))
     return h, final_state[:, 0]
 
