@@ -49,9 +49,10 @@ def check_segment_ids(operator: str, segment_ids: jax.Array | None) -> None:
 def choose(operator: str, implementations: Mapping[str, Callable], name: str | None, default: str, on_tpu: str | None = None) -> Callable:
     """The implementation called ``name``; where it is None the ``default``, or ``on_tpu`` where that is lowered for a TPU.
 
+    ``on_tpu`` is a kernel: in a program that XLA partitions over devices by itself None stands for the ``default`` on TPU too.
     Raises ValueError for an unknown one.
     """
-    if name is None and on_tpu not in (None, default):
+    if name is None and on_tpu is not None and not platforms.is_partitioned():
         return platforms.on_tpu(implementations[on_tpu], elsewhere=implementations[default])
     name = default if name is None else name
     if name not in implementations:

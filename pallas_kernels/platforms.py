@@ -6,6 +6,7 @@ kernel has to know of the chip while it is traced (how large a block may be) com
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 from jax.experimental import pallas as pl
@@ -35,6 +36,12 @@ def generation() -> str | None:
     return GENERATIONS.get(device.device_kind)
 
 
+def is_partitioned() -> bool:
+    """Whether XLA partitions the program over the mesh in force, which it cannot do with a kernel: only ``shard_map`` can."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(size > 1 and kind != jax.sharding.AxisType.Manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
+
+
 def on_tpu(kernel: Callable, elsewhere: Callable) -> Callable:
     """A function that is ``kernel`` where it is lowered for a TPU and ``elsewhere`` on any other platform.
 
@@ -58,22 +65,37 @@ def on_tpu(kernel: Callable, elsewhere: Callable) -> Callable:
     return run
 
 
-def pallas_call(kernel: Callable, *, name: str, out_shape: tuple[jax.ShapeDtypeStruct, ...], **keywords) -> Callable:
-    """``pl.pallas_call`` of a Mosaic TPU kernel that is compiled for TPU and interpreted on CPU.
+def kernel(name: str, run: Callable[..., object]) -> Callable:
+    """``run(*arrays, interpret=)``, which contains Mosaic TPU kernels: compiled where it is lowered for TPU, interpreted on CPU.
 
-    Lowered for any other platform it raises NotImplementedError with the kernel's name. The results vary over the axes of a
-    mesh that the operands vary over, as ``shard_map`` wants to know.
+    Lowered for any other platform it raises NotImplementedError with the kernel's name.
     """
 
-    def run(*operands):
+    def call(*arrays):
+        def refuse(*arrays):
+            jaxpr, results = jax.make_jaxpr(interpreted, return_shape=True)(*arrays)
+            return jax.tree.unflatten(jax.tree.structure(results), _refusal.bind(name=name, shapes=tuple(jaxpr.out_avals)))
+
+        compiled, interpreted = partial(run, interpret=False), partial(run, interpret=True)
+        return jax.lax.platform_dependent(*arrays, tpu=compiled, cpu=interpreted, default=refuse)
+
+    return call
+
+
+def pallas_call(body: Callable, *, name: str, out_shape: tuple[jax.ShapeDtypeStruct, ...], **keywords) -> Callable:
+    """``pl.pallas_call`` of a Mosaic TPU kernel, as a :func:`kernel`; keywords as there.
+
+    The results vary over the axes of a mesh that the operands vary over, as ``shard_map`` wants to know.
+    """
+
+    def run(*operands, interpret):
         varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
         operands = [_vary(a, varying) for a in operands]
         axes = jax.typeof(operands[0]).manual_axis_type
         shapes = tuple(jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=axes) for s in out_shape)
-        compiled, interpreted = (pl.pallas_call(kernel, name=name, out_shape=shapes, interpret=i, **keywords) for i in (False, True))
-        return jax.lax.platform_dependent(*operands, tpu=compiled, cpu=interpreted, default=lambda *_: _refuse(name, shapes))
+        return pl.pallas_call(body, name=name, out_shape=shapes, interpret=interpret, **keywords)(*operands)
 
-    return run
+    return kernel(name, run)
 
 
 def _vary(x, axes):
@@ -84,15 +106,7 @@ def _vary(x, axes):
 # A stand-in for a kernel on a platform that it does not run on: has its results' shapes, and fails when it is lowered.
 _refusal = Primitive("no_such_kernel")
 _refusal.multiple_results = True
-
-
-def _refuse(name, shapes):
-    return tuple(_refusal.bind(name=name, shapes=shapes))
-
-
-@_refusal.def_abstract_eval
-def _refusal_shapes(*, name, shapes):
-    return [jax.core.ShapedArray(s.shape, s.dtype, manual_axis_type=s.manual_axis_type) for s in shapes]
+_refusal.def_abstract_eval(lambda *, name, shapes: shapes)
 
 
 def _refusal_lowering(context, *, name, shapes):

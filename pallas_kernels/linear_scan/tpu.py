@@ -53,7 +53,7 @@ class Chunk(NamedTuple):
     def within(self, T: int) -> "Chunk":
         """This chunk, or for a short sequence the least power of two that holds it."""
         span = min(self.span, max(8, pl.next_power_of_2(pl.cdiv(T, ROWS))))
-        return self._replace(span=span, groups=min(self.groups, span))
+        return self._replace(span=span, groups=min(self.groups, span // 8))
 
     @property
     def steps(self) -> int:
