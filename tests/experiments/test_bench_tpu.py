@@ -80,7 +80,7 @@ def test_instructions_are_counted_by_the_trips_of_loops_and_slices_by_what_they_
 def test_a_missing_compiler_is_one_line(monkeypatch):
     monkeypatch.setattr(tpu_static.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(tpu_static.NoCompiler, match=r"--target=tpu:v6e needs the TPU compiler, libtpu: pip install -e '.\[tpu\]'"):
-        tpu_static.suite("tpu:v6e")
+        tpu_static.suite("tpu:v6e").__enter__()
 
 
 @pytest.mark.slow
