@@ -1,5 +1,6 @@
 """Costs read from what the TPU compiler wrote: loops, calls of kernels, bytes; and one row from the compiler itself."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -29,8 +30,12 @@ def test_loops_are_weighted_by_their_trips():
     assert len(bundles) == 10
     assert schedule.trips(bundles) == ([1, *[16] * 8, 1], 0)
     assert schedule.trips([b.replace("smov 0", "smov %s0") for b in bundles]) == ([1] * 10, 1)
-    # The grid's loop: two trips more than it has steps.
-    assert schedule.trips([*bundles, "iteration_bounds: (2, 7)"])[0][1] == 14
+    # The grid's loop has two trips more than the grid has steps; a loop inside it does not.
+    grid = "iteration_bounds: (2, 7)"
+    assert schedule.trips([*bundles, grid])[0][1] == 14
+    renames = {"%s1": "%t1", "%s2": "%t2", "%s3": "%t3", "%p4": "%q4", "region 7": "region 6", "$region7": "$region6"}
+    outer = list(schedule._bundle_texts(functools.reduce(lambda text, pair: text.replace(*pair), renames.items(), BUNDLES)))
+    assert schedule.trips([*outer[:2], *bundles, *outer[2:], grid])[0][4] == 14 * 16
 
 
 MODULE = """\
