@@ -24,6 +24,8 @@ _EXIT = re.compile(r"%(\w+) = scmp\.(ge|eq|gt)\.s32\.totalorder (?:\(!?%\w+\), )
 _ADD = re.compile(r"%(\w+) = sadd\.s32 (?:\(!?%\w+\), )?(?:(\d+), %(\w+)|%(\w+), (\d+))")
 _PHI = re.compile(r"%(\w+) = sphi %(\w+), %(\w+)")
 _MOVE = re.compile(r"%(\w+) = smov (?:\(!?%\w+\), )?(\d+) ")
+_SPILL = re.compile(r"sst \[smem:\[#(allocation\d+_spill)\]\] (?:\(!?%\w+\), )?%(\w+)")
+_FILL = re.compile(r"%(\w+) = sld \[smem:\[#(allocation\d+_spill)\]\]")
 _GRID = re.compile(r"iteration_bounds: \(([\d, ]+?),?\)")
 _VMEM = re.compile(r"#allocation\d+ \[.*space=vmem, size = (0x[0-9a-f]+), scoped")
 
@@ -138,10 +140,12 @@ def _trip_counts(text: str) -> dict[str, int]:
         steps[target] = (right or right_, int(left or left_))
     moves = {target: int(value) for target, value in _MOVE.findall(text)}
     starts = {target: moves.get(first) for target, first, _ in _PHI.findall(text)}
+    spilled = dict(_SPILL.findall(text))
+    filled = {register: spilled.get(place) for register, place in _FILL.findall(text)}
     counts = {}
     for predicate, comparison, counter, limit in _EXIT.findall(text):
         variable, step = steps.get(counter, (None, None))
-        start = starts.get(variable)
+        start = starts.get(filled.get(variable, variable))
         if start is not None and step:
             last = int(limit) + (comparison == "gt")
             counts[predicate] = max(1, math.ceil((last - start) / step))
