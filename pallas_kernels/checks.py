@@ -1,9 +1,11 @@
 """Argument checks shared by the operators: a wrong shape, dtype or name is a ValueError that says what to do."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels import platforms
 
 
 def bind_shapes(operator: str, arguments: Mapping[str, tuple[jax.Array | None, str]], **sizes: int) -> dict[str, int]:
@@ -44,8 +46,14 @@ def check_segment_ids(operator: str, segment_ids: jax.Array | None) -> None:
         raise ValueError(f"{operator}: segment_ids has dtype {segment_ids.dtype}, needs integers (0 marks padding)")
 
 
-def choose(operator: str, implementations: Mapping[str, object], name: str | None, default: str):
-    """The implementation called ``name``, or the ``default`` where it is None. Raises ValueError for an unknown one."""
+def choose(operator: str, implementations: Mapping[str, Callable], name: str | None, default: str, on_tpu: str | None = None) -> Callable:
+    """The implementation called ``name``; where it is None the ``default``, or ``on_tpu`` where that is lowered for a TPU.
+
+    ``on_tpu`` is a kernel: in a program that XLA partitions over devices by itself None stands for the ``default`` on TPU too.
+    Raises ValueError for an unknown one.
+    """
+    if name is None and on_tpu is not None and not platforms.is_partitioned():
+        return platforms.on_tpu(implementations[on_tpu], elsewhere=implementations[default])
     name = default if name is None else name
     if name not in implementations:
         raise ValueError(f"{operator}: no implementation {name!r}; choose one of {sorted(implementations)} or None")

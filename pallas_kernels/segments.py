@@ -20,6 +20,11 @@ class Segments(NamedTuple):
     index: jax.Array
     real: jax.Array
 
+    @property
+    def starts(self) -> jax.Array:
+        """[B,T] bool, True at the first token of every document but a row's first."""
+        return jnp.diff(self.index, axis=1, prepend=0) > 0
+
 
 def number(segment_ids: jax.Array) -> Segments:
     """Number the documents of [B,T] int ``segment_ids`` (0 = padding) in order of appearance."""

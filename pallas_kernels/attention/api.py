@@ -3,9 +3,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks, segments
-from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention import reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
+IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "pallas": tpu.attention}
 
 
 def attention(
@@ -25,8 +25,9 @@ def attention(
     window: a token sees itself and the window - 1 before it (i - j < window); None for no limit.
     segment_ids: [B,T] int; a token attends within its own document. 0 marks padding, which is skipped: its output is 0, nothing
         attends to it whatever it holds, and windows do not count it.
-    implementation: "reference" (the whole [T,T] matrix, float32), "xla" (blockwise, memory linear in T), or None for the fastest
-        measured, which is "xla" at every length (on CPU, T = 96 to 2048, forward and backward).
+    implementation: "reference" (the whole [T,T] matrix, float32), "xla" (blockwise, memory linear in T), "pallas" (Splash Attention
+        on TPU, interpreted on CPU; float32 and bfloat16), or None for the fastest measured on the platform that the program is
+        lowered for: "pallas" on TPU, elsewhere "xla" at every length (on CPU, T = 96 to 2048, forward and backward).
 
     Returns the output [B,T,H,V] in v's dtype. Scores, softmax and sums are float32 (float64 for float64 inputs); "xla" multiplies
     operands in their own dtype, at jax's default matmul precision. Differentiable in q, k and v.
@@ -39,7 +40,8 @@ def attention(
     )
     _check("attention", sizes, window, q=q, k=k, v=v)
     checks.check_segment_ids("attention", segment_ids)
-    run = checks.choose("attention", IMPLEMENTATIONS, implementation, default="xla")
+    on_tpu = "pallas" if tpu.is_faster(q, k, v) else None
+    run = checks.choose("attention", IMPLEMENTATIONS, implementation, default="xla", on_tpu=on_tpu)
     scale = sizes["K"] ** -0.5 if scale is None else scale
     return run(q, k, v, scale, window, None if segment_ids is None else segments.number(segment_ids)).astype(v.dtype)
 

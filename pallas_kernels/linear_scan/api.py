@@ -3,12 +3,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks, segments
-from pallas_kernels.linear_scan import associative_scan, reference, xla
+from pallas_kernels.linear_scan import associative_scan, reference, tpu, xla
+from pallas_kernels.linear_scan.masking import by_masking
 
 IMPLEMENTATIONS = {
-    "reference": reference.linear_scan,
-    "xla": xla.linear_scan,
-    "associative_scan": associative_scan.linear_scan,
+    "reference": by_masking(reference.linear_scan),
+    "xla": by_masking(xla.linear_scan),
+    "associative_scan": by_masking(associative_scan.linear_scan),
+    "pallas": tpu.linear_scan,
 }
 
 
@@ -27,8 +29,9 @@ def linear_scan(
     initial_state: [B,D], h before the first real token; zeros where None.
     segment_ids: [B,T] integers. The state starts at zero where the id changes; 0 marks padding, which changes no state and
         whose output is 0. ``initial_state`` belongs to the first real token's segment, the final state to the last one's.
-    implementation: "reference" (token by token), "xla" (blocks side by side) or "associative_scan"; None takes "xla", the
-        fastest measured.
+    implementation: "reference" (token by token), "xla" (blocks side by side), "associative_scan" or "pallas" (a TPU kernel,
+        interpreted on CPU; float32 and bfloat16). None takes the fastest measured for the platform that the program is lowered
+        for: "pallas" on TPU, "xla" elsewhere.
 
     Returns (h [B,T,D] in x's dtype, final_state [B,D] in float32). Sums run in float32, in float64 where an input is float64.
     Differentiable in decay, x and initial_state. Raises ValueError for shapes, dtypes or names that do not fit.
@@ -42,24 +45,12 @@ def linear_scan(
     checks.check_segment_ids(operator, segment_ids)
     if sizes["T"] == 0:
         raise ValueError(f"{operator}: x has shape {x.shape}, needs T >= 1")
-    scan = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla")
+    on_tpu = "pallas" if tpu.is_faster(decay, x) else None
+    scan = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla", on_tpu=on_tpu)
 
-    dtype = jnp.promote_types(jnp.promote_types(decay.dtype, x.dtype), jnp.float32)
     if initial_state is None:
         initial_state = jnp.zeros_like(x[:, 0])
-    out_dtype = x.dtype
-    decay, x, initial_state = decay.astype(dtype), x.astype(dtype), initial_state.astype(dtype)
-    if segment_ids is None:
-        h, final_state = scan(decay, x, initial_state)
-        return h.astype(out_dtype), final_state
-
-    # Padding keeps the state (decay 1, input 0); a document's first token forgets it (decay 0).
-    index, real = segments.number(segment_ids)
-    starts = jnp.diff(index, axis=1, prepend=0) > 0
-    decay = jnp.where(real[..., None], jnp.where(starts[..., None], 0, decay), 1)
-    x = jnp.where(real[..., None], x, 0)
-    h, final_state = scan(decay, x, initial_state)
-    return jnp.where(real[..., None], h, 0).astype(out_dtype), final_state
+    return scan(decay, x, initial_state, None if segment_ids is None else segments.number(segment_ids))
 
 
 def linear_scan_step(decay: jax.Array, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:

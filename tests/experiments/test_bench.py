@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import bench
+from experiments.benchmarks import cases, correctness, memory, rows, timing
 from pallas_kernels.causal_conv import api, reference
 
 ROOT = Path(__file__).parents[2]
@@ -17,26 +18,27 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(bench, "SECONDS", 0.01)
-    monkeypatch.setattr(bench, "matmul_rate", lambda dtype: 1e9)
+    monkeypatch.setattr(timing, "SECONDS", 0.01)
+    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e9)
     yield
-    bench._errors.cache_clear()
+    correctness._errors.cache_clear()
 
 
 def measure(tmp_path, suite="operators", operators=(), implementations=(), dtype="float32"):
-    cases = bench.select(suite, list(operators), list(implementations), ["tiny*"], dtype)
+    selected = cases.select(list(operators), list(implementations), ["tiny*"], dtype)
     output = tmp_path / "rows" / "out.jsonl"
-    rows = bench.run(cases, suite, output)
-    assert [json.loads(line) for line in output.read_text().splitlines()] == rows
-    return rows
+    measured = bench.SUITES[suite]
+    found = rows.run([case for one in selected for case in measured.cases(one)], measured, output)
+    assert [json.loads(line) for line in output.read_text().splitlines()] == found
+    return found
 
 
-@pytest.mark.parametrize("operator", bench.OPERATORS)
+@pytest.mark.parametrize("operator", cases.OPERATORS)
 def test_every_operator_passes_its_check_and_is_timed(tmp_path, capsys, operator):
-    rows = measure(tmp_path, operators=[operator])
-    assert {"reference", "xla"} <= {row["implementation"] for row in rows}
-    assert not [row for row in rows if "failure" in row]
-    for row in rows:
+    found = measure(tmp_path, operators=[operator])
+    assert {"reference", "xla"} <= {row["implementation"] for row in found}
+    assert not [row for row in found if "failure" in row]
+    for row in found:
         low, high = row["quartiles_s"]
         assert 0 < low <= row["median_s"] <= high and row["repetitions"] >= 1 and row["compile_s"] > 0
         assert row["flop_per_s"] == pytest.approx(row["flops"] / row["median_s"])
@@ -44,11 +46,11 @@ def test_every_operator_passes_its_check_and_is_timed(tmp_path, capsys, operator
         assert row["temp_bytes"] >= 0 and row["bytes"] > 0
         assert all(row[name] for name in ("device", "platform", "python", "jax", "jaxlib", "time")) and "git" in row
         assert (row["implementation"] == "reference") == ("errors" not in row)
-    for shape in {row["shape"] for row in rows}:
-        passes = [row["pass"] for row in rows if (row["implementation"], row["shape"]) == ("xla", shape)]
+    for shape in {row["shape"] for row in found}:
+        passes = [row["pass"] for row in found if (row["implementation"], row["shape"]) == ("xla", shape)]
         assert passes == ["forward", "forward_backward"]
     printed = capsys.readouterr().out
-    assert f"1/{len(rows)} {operator}" in printed and "of matmul" in printed
+    assert f"1/{len(found)} {operator}" in printed and "of matmul" in printed
 
 
 def test_errors_cover_outputs_and_gradients(tmp_path):
@@ -59,8 +61,8 @@ def test_errors_cover_outputs_and_gradients(tmp_path):
 
 
 def test_bfloat16(tmp_path):
-    rows = measure(tmp_path, operators=["attention"], implementations=["xla"], dtype="bfloat16")
-    assert all(1e-4 < max(row["errors"].values()) < row["tolerance"] for row in rows)
+    found = measure(tmp_path, operators=["attention"], implementations=["xla"], dtype="bfloat16")
+    assert all(1e-4 < max(row["errors"].values()) < row["tolerance"] for row in found)
 
 
 def _is_slightly_off(x, weight, activation, initial_state, segments):
@@ -80,32 +82,32 @@ def _raises(x, weight, activation, initial_state, segments):
 @pytest.mark.parametrize("wrong, message", [(_is_slightly_off, "final_state 1.0e-02"), (_is_nan, "output nan"), (_raises, "not on this")])
 def test_what_is_wrong_is_refused(tmp_path, monkeypatch, wrong, message):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "wrong", wrong)
-    rows = measure(tmp_path, operators=["causal_conv"], implementations=["wrong", "xla"])
-    failed = [row for row in rows if "failure" in row]
+    found = measure(tmp_path, operators=["causal_conv"], implementations=["wrong", "xla"])
+    failed = [row for row in found if "failure" in row]
     assert {row["implementation"] for row in failed} == {"wrong"} and len(failed) == 2
     for row in failed:
         assert message in row["failure"] and "median_s" not in row
 
 
 def test_long_shapes_are_checked_at_fewer_tokens(monkeypatch):
-    monkeypatch.setattr(bench, "CHECKED_T", 32)
-    case = bench.select("operators", ["causal_conv"], ["xla"], ["tiny"], "float32")[0]
-    row = bench.measure("operators", case)
+    monkeypatch.setattr(correctness, "CHECKED_T", 32)
+    (case,) = cases.select(["causal_conv"], ["xla"], ["tiny"], "float32")
+    row = rows.measure(timing.SUITE, case)
     assert (row["checked_shape"]["T"], row["sizes"]["T"]) == (32, case.shape.T)
     assert max(row["errors"].values()) < 1e-6
 
 
 def test_memory_suite(tmp_path):
-    rows = measure(tmp_path, suite="memory", operators=["attention"])
-    assert all(row["sizes"]["T"] == 8192 and "median_s" not in row and row["pass"] == "forward_backward" for row in rows)
-    temporary = {row["implementation"]: row["temp_bytes"] for row in rows}
+    found = measure(tmp_path, suite="memory", operators=["attention"])
+    assert all(row["sizes"]["T"] == memory.LENGTH and "median_s" not in row and row["pass"] == "forward_backward" for row in found)
+    temporary = {row["implementation"]: row["temp_bytes"] for row in found}
     assert temporary["xla"] * 10 < temporary["reference"]
 
 
 def test_repeat_is_bounded():
     calls = []
-    assert len(bench.repeat(lambda: calls.append(1), seconds=60.0, most=4)) == 4 and len(calls) == 5
-    assert len(bench.repeat(lambda: calls.append(1), seconds=0.0, most=4)) == 1 and len(calls) == 6
+    assert len(timing.repeat(lambda: calls.append(1), seconds=60.0, most=4)) == 4 and len(calls) == 5
+    assert len(timing.repeat(lambda: calls.append(1), seconds=0.0, most=4)) == 1 and len(calls) == 6
 
 
 def command(*arguments):
@@ -125,14 +127,14 @@ def test_command_line(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("operators", ["conv"], [], []), "--operators: nothing is called conv; choose from linear_scan, "),
-        (("operators", ["attention"], ["cuda"], []), "--implementations: nothing is called cuda; choose from reference, xla"),
-        (("operators", ["attention"], [], ["*340m", "*7b"]), r"--shapes: nothing is called \*7b; choose from tiny, transformer_340m"),
+        ((["conv"], [], []), "--operators: nothing is called conv; choose from linear_scan, "),
+        ((["attention"], ["cuda"], []), "--implementations: nothing is called cuda; choose from reference, xla"),
+        ((["attention"], [], ["*340m", "*7b"]), r"--shapes: nothing is called \*7b; choose from tiny, transformer_340m"),
     ],
 )
 def test_unknown_names(arguments, message):
     with pytest.raises(ValueError, match=message):
-        bench.select(*arguments, "float32")
+        cases.select(*arguments, "float32")
 
 
 def test_unknown_names_end_the_command_in_one_line():

@@ -97,6 +97,16 @@ def test_any_length_without_segments(T, window):
     assert max(errors.values()) < 1e-12, errors
 
 
+@pytest.mark.parametrize("T, H, HK, window, documents", [(37, 4, 2, None, True), (37, 2, 1, 5, True), (300, 2, 1, 140, False)])
+def test_kernel_matches_reference(T, H, HK, window, documents):
+    """Kernels compute in float32: the reference does too, so that only the order of sums differs."""
+    segment_ids = HARD if documents else None
+    arguments = example(12, 5 if documents else 2, T, H, HK, 16, 24)
+    out = value_and_gradients(arguments, segment_ids, "pallas", window)
+    errors = tree_errors(out, value_and_gradients(arguments, segment_ids, "reference", window))
+    assert max(errors.values()) < 1e-5, errors
+
+
 def test_random_documents(small_blocks):
     rng = np.random.default_rng(3)
     with jax.enable_x64(True):
@@ -222,6 +232,7 @@ def test_compiles_for_tpu():
         ({"segment_ids": jnp.zeros((2, 5))}, "segment_ids has dtype float32, needs integers"),
         ({"segment_ids": jnp.zeros((5, 2), jnp.int32)}, r"segment_ids has shape \(5, 2\)"),
         ({"implementation": "flash"}, "no implementation 'flash'"),
+        ({"q": jnp.zeros((2, 5, 4, 3), jnp.float16), "implementation": "pallas"}, "q has dtype float16, needs float32 or bfloat16"),
     ],
 )
 def test_bad_arguments(change, message):

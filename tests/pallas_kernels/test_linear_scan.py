@@ -13,6 +13,7 @@ from pallas_kernels.linear_scan.api import IMPLEMENTATIONS
 from tests.helpers import random_segment_ids, tree_errors
 
 OTHERS = sorted(set(IMPLEMENTATIONS) - {"reference"})
+IN_FLOAT64 = sorted(set(IMPLEMENTATIONS) - {"pallas"})  # kernels compute in float32
 # One document; several, an id used again; padding left, right, between and inside; nothing but padding; documents of one token.
 ROWS = np.array(
     [
@@ -73,7 +74,7 @@ def errors(arguments, segment_ids, implementation, dtype):
         return tree_errors(value_and_gradients(given, segment_ids, implementation), reference)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IN_FLOAT64)
 def test_matches_a_numpy_loop(implementation):
     arguments = example(0, *ROWS.shape, 3, ROWS)
     with jax.enable_x64(True):
@@ -88,8 +89,9 @@ def test_matches_the_reference(implementation, T):
     rng = np.random.default_rng(T)
     for segment_ids in (None, random_segment_ids(rng, 2, T)):
         arguments = example(T, 2, T, 3, segment_ids)
-        found = errors(arguments, segment_ids, implementation, jnp.float64)
-        assert max(found.values()) < 1e-13, found
+        if implementation in IN_FLOAT64:
+            found = errors(arguments, segment_ids, implementation, jnp.float64)
+            assert max(found.values()) < 1e-13, found
         # A few roundings of 2^-24 a token, none of them amplified: decays are at most 1.
         found = errors(arguments, segment_ids, implementation, jnp.float32)
         assert max(found.values()) < 1e-6, found
@@ -100,7 +102,7 @@ def test_matches_the_reference(implementation, T):
 def test_any_documents(seed, mean_length, padding):
     segment_ids = random_segment_ids(np.random.default_rng(seed), 2, 50, mean_length, padding)
     arguments = example(seed, 2, 50, 3, segment_ids)
-    for implementation in OTHERS:
+    for implementation in set(OTHERS) & set(IN_FLOAT64):
         found = errors(arguments, segment_ids, implementation, jnp.float64)
         assert max(found.values()) < 1e-13, found
 
@@ -133,7 +135,7 @@ def test_dtypes():
     assert (h.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IN_FLOAT64)
 def test_a_sequence_in_two_parts_and_token_by_token(implementation):
     with jax.enable_x64(True):
         arguments = example(3, 2, 40, 4)
@@ -169,7 +171,10 @@ def test_under_transformations(implementation):
     mapped = jax.tree.map(lambda x: x[:, 0], jax.jit(jax.vmap(jax.grad(run)))(*rows))
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
-    sharded = jax.jit(jax.shard_map(jax.grad(run), mesh=mesh, in_specs=(spec, spec), out_specs=spec))(arguments, segment_ids)
+    # JAX's interpreter of kernels does not keep track of what varies over a mesh.
+    check = implementation != "pallas"
+    sharded = jax.shard_map(jax.grad(run), mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=check)
+    sharded = jax.jit(sharded)(arguments, segment_ids)
     for other in (mapped, sharded):
         assert max(tree_errors(other, gradients).values()) < 1e-6
 
@@ -197,7 +202,7 @@ X = jax.ShapeDtypeStruct((2, 5, 3), jnp.float32)
         ({"segment_ids": jax.ShapeDtypeStruct((2, 6), jnp.int32)}, "segment_ids has shape (2, 6), needs [B,T]"),
         ({"segment_ids": jax.ShapeDtypeStruct((2, 5), jnp.float32)}, "segment_ids has dtype float32, needs integers"),
         ({name: jax.ShapeDtypeStruct((2, 0, 3), jnp.float32) for name in ("x", "decay")}, "needs T >= 1"),
-        ({"implementation": "pallas"}, "no implementation 'pallas'; choose one of"),
+        ({"implementation": "flash"}, "no implementation 'flash'; choose one of"),
     ],
 )
 def test_refuses(change, message):

@@ -1,0 +1,58 @@
+"""Whether an implementation is right: measured before anything else, and nothing else is measured where it is not."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.cases import Case, arguments, program
+
+# Relative errors of whole arrays, ||out - reference|| / ||reference||. float32: sums of hundreds of terms in another order,
+# amplified by recurrences, stay below; a missing term does not. bfloat16: a few roundings of 2^-9 in a row.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+CHECKED_T = 256  # longer shapes are checked at this length
+
+
+def errors(case: Case) -> dict[str, float]:
+    """Relative errors of outputs and gradients against the float32 reference, at no more than ``CHECKED_T`` tokens."""
+    return _errors(dataclasses.replace(case, shape=shortened(case.shape), pass_name="forward_backward"))
+
+
+def shortened(shape):
+    return dataclasses.replace(shape, T=min(shape.T, CHECKED_T))
+
+
+@functools.cache
+def _errors(case: Case) -> dict[str, float]:
+    expected = _expected(dataclasses.replace(case, implementation="reference"))
+    outputs = jax.jit(program(case))(*arguments(case))
+    return {name: _relative_error(out, expected[name]) for name, out in outputs.items()}
+
+
+@functools.cache
+def _expected(case: Case) -> dict[str, jax.Array]:
+    floating, others, cotangents = arguments(case)
+    floating, cotangents = jax.tree.map(lambda a: a.astype(jnp.float32), (floating, cotangents))
+    return jax.jit(program(case))(floating, others, cotangents)
+
+
+def _relative_error(out, expected) -> float:
+    out, expected = np.asarray(out, np.float64), np.asarray(expected, np.float64)
+    scale = np.linalg.norm(expected)
+    return float(np.linalg.norm(out - expected) / (scale if scale else 1.0))
+
+
+def check(case: Case) -> dict:
+    """Of a row: the errors and what they are held against; "failure" where they are too large. Empty for the reference itself."""
+    if case.implementation == "reference":
+        return {}
+    found, tolerance = errors(case), TOLERANCE[case.dtype]
+    # JSON has no nan: null stands for what is not finite.
+    row = {"errors": {name: error if np.isfinite(error) else None for name, error in found.items()}}
+    row |= {"tolerance": tolerance, "checked_shape": dataclasses.asdict(shortened(case.shape))}
+    if not all(error <= tolerance for error in found.values()):  # a nan is not below it
+        worst = ", ".join(f"{name} {error:.1e}" for name, error in found.items() if not error <= tolerance)
+        row["failure"] = f"not measured, errors above {tolerance:g}: {worst}"
+    return row

@@ -1,0 +1,175 @@
+"""What an optimized HLO module executes: each instruction, how often, and the bytes it moves to and from HBM.
+
+XLA's own cost analysis counts the body of a loop once. Here it counts by the loop's trips: those of JAX's loops over a fixed
+number of steps, which count from a constant up to one.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+_COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%([\w.\-]+)")
+_INDEX = re.compile(r"index=(\d+)")
+_CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# Instructions that name, regroup or wait for data and move none.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "async-done", "after-all", "partition-id"}
+ALLOCATION = 'custom_call_target="AllocateBuffer"'
+CONTROL = {"while", "conditional", "call", "async-start"}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    type: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+
+@dataclass(frozen=True)
+class Execution:
+    """An instruction that is run ``count`` times and moves ``hbm_bytes`` each time; ``known`` unless a loop's trips are not."""
+
+    name: str
+    count: int
+    hbm_bytes: int
+    known: bool
+
+
+class Module:
+    """``compiled.as_text()``, parsed as far as needed."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        current = None
+        for line in text.splitlines():
+            if match := _COMPUTATION.match(line):
+                current = self.computations[match[2]] = {}
+                if match[1]:
+                    self.entry = match[2]
+            elif current is not None and (match := _INSTRUCTION.match(line)):
+                current[match[2]] = _instruction(match[2], match[3], bool(match[1]))
+
+    @cached_property
+    def executions(self) -> list[Execution]:
+        """Every instruction outside of fusions that does something, in no particular order."""
+        return list(self._walk(self.entry, 1, True))
+
+    def _walk(self, computation, count, known):
+        for instruction in self.computations[computation].values():
+            if instruction.opcode in CONTROL:
+                times = self._trips(computation, instruction) if instruction.opcode == "while" else 1
+                for called in _called(instruction):
+                    yield from self._walk(called, count * (times or 1), known and times is not None)
+            elif instruction.opcode not in FREE and ALLOCATION not in instruction.attributes:
+                yield Execution(instruction.name, count, self._bytes(computation, instruction), known)
+
+    def _trips(self, computation, loop) -> int | None:
+        """Trips of a while loop that runs while a counter is below a constant; None for any other."""
+        condition = self.computations[_CONDITION.search(loop.attributes)[1]]
+        test = next(i for i in condition.values() if i.is_root)
+        if test.opcode != "compare" or "direction=LT" not in test.attributes:
+            return None
+        counter, limit = (condition[name] for name in test.operands)
+        if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
+            return None
+        arrays = self.computations[computation]
+        carry = arrays[loop.operands[0]]
+        start = arrays[carry.operands[int(_INDEX.search(counter.attributes)[1])]] if carry.opcode == "tuple" else carry
+        while start.opcode in ("copy", "bitcast"):
+            start = arrays[start.operands[0]]
+        return int(limit.operands[0]) - int(start.operands[0]) if start.opcode == "constant" else None
+
+    def _bytes(self, computation, instruction) -> int:
+        arrays = self.computations[computation]
+        if instruction.opcode == "fusion":
+            inside = _called(instruction)[0]
+            read = sum(self._read(inside, i, arrays[name].type) for i, name in enumerate(instruction.operands))
+            return read + self._written(inside, instruction.type)
+        if instruction.opcode == "dynamic-slice":
+            return 2 * hbm_bytes(instruction.type)
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * hbm_bytes(arrays[instruction.operands[1]].type)
+        if instruction.opcode == "copy-start":  # (destination, source, context)
+            return hbm_bytes(instruction.type)
+        return hbm_bytes(instruction.type) + sum(hbm_bytes(arrays[name].type) for name in instruction.operands)
+
+    def _read(self, computation, index, type) -> int:
+        """Bytes a fusion reads of its operand ``index``: where all that it uses are slices of it, only those."""
+        whole = hbm_bytes(type)
+        arrays = self.computations[computation]
+        names = [i.name for i in arrays.values() if i.opcode == "parameter" and i.operands == (str(index),)]
+        read = 0
+        for user in (i for i in arrays.values() if any(name in i.operands for name in names)):
+            if user.opcode == "dynamic-slice" and user.operands[0] in names:
+                read += array_bytes(user.type)
+            elif user.opcode == "fusion":
+                inside = _called(user)[0]
+                read += sum(self._read(inside, i, type) for i, name in enumerate(user.operands) if name in names)
+            elif not (user.opcode == "dynamic-update-slice" and user.operands[0] in names):  # updated in place
+                return whole
+        return min(read, whole)
+
+    def _written(self, computation, type) -> int:
+        """Bytes a fusion writes: of an array updated in place, only the update."""
+        arrays = self.computations[computation]
+        root = next(i for i in arrays.values() if i.is_root)
+        while root.opcode == "bitcast":
+            root = arrays[root.operands[0]]
+        if root.opcode == "dynamic-update-slice":
+            return min(hbm_bytes(type), array_bytes(arrays[root.operands[1]].type))
+        return hbm_bytes(type)
+
+
+def array_bytes(type: str) -> int:
+    """Bytes of an array or tuple type, such as ``(f32[8,128]{1,0:T(8,128)}, s32[])``."""
+    return sum(_size(match) for match in _ARRAY.finditer(type))
+
+
+def hbm_bytes(type: str) -> int:
+    """The same, without arrays that XLA keeps in another memory space, such as VMEM: ``S(1)`` in their layout."""
+    return sum(_size(match) for match in _ARRAY.finditer(type) if "S(" not in (match[3] or ""))
+
+
+def _size(match) -> int:
+    bits = 8 if match[1] == "pred" else int(re.search(r"\d+", match[1])[0])
+    return math.prod(int(n) for n in match[2].split(",") if n) * bits // 8
+
+
+def _called(instruction) -> list[str]:
+    branches = _BRANCHES.search(instruction.attributes)
+    return _NAME.findall(branches[1]) if branches else _CALLED.findall(instruction.attributes)
+
+
+def _instruction(name, text, is_root) -> Instruction:
+    type, rest = _split(text)
+    opcode, rest = rest.split("(", 1)
+    end = _closing(rest)
+    inside = rest[:end]
+    operands = (inside,) if opcode.strip() in ("parameter", "constant") else tuple(_NAME.findall(inside))
+    return Instruction(name, opcode.strip(), type, operands, rest[end + 1 :], is_root)
+
+
+def _split(text) -> tuple[str, str]:
+    """A type and what follows it; the type of several results is in parentheses."""
+    if text.startswith("("):
+        end = _closing(text[1:]) + 2
+        return text[:end], text[end:].lstrip()
+    return tuple(text.split(" ", 1))
+
+
+def _closing(text) -> int:
+    """Where the parenthesis that is open before ``text`` is closed."""
+    depth = 1
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return i
+    raise ValueError(f"unbalanced parentheses: {text[:80]}")

@@ -1,0 +1,105 @@
+"""Rows: measured one after the other, printed, appended as lines of JSON, each with what its numbers depend on."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from experiments.benchmarks.cases import Case
+
+
+class Suite(NamedTuple):
+    """What is measured: which cases a forward case stands for, their row, and what a table shows of it."""
+
+    name: str
+    cases: Callable[[Case], Iterable[Case]]
+    measure: Callable[[Case], dict]
+    columns: dict[str, Callable[[dict], str]]  # heading -> text of a row
+
+
+@functools.cache
+def provenance() -> dict:
+    """What a row's numbers depend on beside the case: device, versions, revision."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{_cpu_model()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
+        "platform": device.platform,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": importlib.import_module("jaxlib").__version__,
+        "git": _revision(),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _revision() -> str | None:
+    """The commit of this checkout, with "+dirty" where more than results has changed; None outside of one."""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+
+    if shutil.which("git") is None or (head := git("rev-parse", "HEAD")).returncode:
+        return None
+    dirty = git("status", "--porcelain", "--", ":/", ":(top,exclude)experiments/results").stdout
+    return head.stdout.strip() + ("+dirty" if dirty else "")
+
+
+def measure(suite: Suite, case: Case) -> dict:
+    """The whole row of a case; one that raises is a row too, with the message as its failure."""
+    row = {"suite": suite.name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
+    row |= {name: getattr(case, name) for name in ("operator", "implementation", "dtype")}
+    row |= {"shape": case.shape_name, "sizes": dataclasses.asdict(case.shape), "pass": case.pass_name}
+    try:
+        return row | suite.measure(case)
+    except (ValueError, TypeError, RuntimeError) as error:  # refused arguments, failed compilations, no memory left
+        return row | {"failure": f"{type(error).__name__}: {str(error).strip() or 'no message'}"}
+
+
+def table(suite: Suite, rows: list[dict]) -> Table:
+    identity = ("operator", "implementation", "shape", "dtype", "pass")
+    table = Table(*identity, *suite.columns)
+    for row in rows:
+        cells = ["failed"] if "failure" in row else [text(row) for text in suite.columns.values()]
+        table.add_row(*(row[name] for name in identity), *cells)
+    return table
+
+
+def run(cases: list[Case], suite: Suite, output: Path) -> list[dict]:
+    """Measure the cases one after the other, a line printed and a row appended for each."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a log has no width to fit
+    output.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, output.open("a") as file:
+        task = progress.add_task("", total=len(cases))
+        for number, case in enumerate(cases, 1):
+            progress.update(task, description=str(case))
+            row = measure(suite, case)
+            rows.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            progress.advance(task)
+            figures = row.get("failure") or ", ".join(f"{name} {text(row)}" for name, text in suite.columns.items())
+            console.print(f"{number}/{len(cases)} {case}: {figures}", markup=False, highlight=False, soft_wrap=True)
+    console.print(table(suite, rows))
+    return rows

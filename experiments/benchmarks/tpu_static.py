@@ -1,0 +1,184 @@
+"""What a TPU would do, without a TPU: each program compiled ahead of time for one chip, its cost read from what was compiled.
+
+A row holds the bundles of all that the program executes, the fusions around a kernel included, and the bytes all of it moves
+to and from HBM; the time of each, and which binds. Kernels of a loop count once a trip.
+
+libtpu reads its options once, when it is loaded, so a process of its own compiles.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+
+from experiments.benchmarks import hlo, schedule
+from experiments.benchmarks.cases import Case, arguments, both_passes, program
+from experiments.benchmarks.correctness import check
+from experiments.benchmarks.rows import Suite
+
+
+class NoCompiler(Exception):
+    """libtpu is not installed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A TPU generation: the smallest topology libtpu compiles for, and the clock of its cores.
+
+    The clock is peak bfloat16 FLOP/s over those of a cycle. It only turns bundles into seconds, to compare with HBM's.
+    """
+
+    topology: str
+    version: pltpu.ChipVersion
+    clock_hz: float
+
+
+TARGETS = {
+    "tpu:v4": Target("v4:2x2x1", pltpu.ChipVersion.TPU_V4, 1.05e9),
+    "tpu:v5e": Target("v5e:2x2", pltpu.ChipVersion.TPU_V5E, 1.5e9),
+    "tpu:v5p": Target("v5p:2x2x1", pltpu.ChipVersion.TPU_V5P, 1.75e9),
+    "tpu:v6e": Target("v6e:2x2", pltpu.ChipVersion.TPU_V6E, 1.75e9),
+    "tpu:tpu7x": Target("tpu7x:2x2x1", pltpu.ChipVersion.TPU_7X, 2.2e9),
+}
+# For libtpu to be loaded on a machine without a TPU, beside other processes that do the same.
+ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+class Compiler:
+    """A process that compiles for one target, started anew where the compiler took the last one down with it."""
+
+    def __init__(self, target: str):
+        self.target = target
+        self.dumps = Path(tempfile.mkdtemp(prefix="tpu_static_"))
+        self._start()
+
+    def _start(self):
+        options = f"--xla_jf_dump_to={self.dumps} --xla_jf_dump_llo_text=true"
+        os.environ.update(ENVIRONMENT, LIBTPU_INIT_ARGS=options)  # what a process finds when it is spawned
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def cost(self, case: Case) -> dict:
+        """:func:`compile_cost` in that process. Raises RuntimeError where it dies."""
+        shutil.rmtree(self.dumps, ignore_errors=True)
+        self.dumps.mkdir()
+        try:
+            precision = jax.config.jax_default_matmul_precision
+            return self._pool.submit(compile_cost, case, self.target, self.dumps, precision).result()
+        except BrokenProcessPool:
+            self._start()
+            raise RuntimeError("the TPU compiler ended its process") from None
+
+    def close(self):
+        self._pool.shutdown()
+        shutil.rmtree(self.dumps, ignore_errors=True)
+
+
+def chip(target: str) -> jax.sharding.Mesh:
+    """A mesh of one device of a target."""
+    devices = topologies.get_topology_desc(TARGETS[target].topology, "tpu").devices
+    return jax.sharding.Mesh(np.array(devices[:1]), ("chip",))
+
+
+def compile_cost(case: Case, target: str, dumps: Path, precision: str | None) -> dict:
+    """Compile a case for a target and read its cost; libtpu writes to ``dumps``."""
+    mesh = chip(target)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+        values = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), jax.eval_shape(lambda: arguments(case))
+        )
+        start = time.perf_counter()
+        compiled = jax.jit(program(case)).lower(*values).compile()
+        seconds = time.perf_counter() - start
+    device = mesh.devices.flat[0]
+    row = {"device": device.device_kind, "cores": device.num_cores, "compile_s": seconds}
+    row["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+    return row | cost(compiled.as_text(), dumps) | _versions()
+
+
+def cost(text: str, dumps: Path) -> dict:
+    """Of a row: what a compiled module's kernels add up to, each as often as it is executed."""
+    written, shared = schedule.kernels(dumps), schedule.same_kernel(dumps)
+    total = {"bundles": 0, "fills": 0, "spills": 0, "hbm_bytes": 0, "vmem_bytes": 0}
+    use, unknown, parts = dict.fromkeys(schedule.UNITS, 0.0), 0, []
+    for execution in hlo.Module(text).executions:
+        total["hbm_bytes"] += execution.count * execution.hbm_bytes
+        kernel = written.get(shared.get(execution.name, execution.name))
+        if kernel is None:
+            continue  # part of the program that calls the kernels
+        total["bundles"] += execution.count * kernel.bundles
+        total["fills"] += execution.count * kernel.fills
+        total["spills"] += execution.count * kernel.spills
+        total["vmem_bytes"] = max(total["vmem_bytes"], kernel.vmem_bytes)
+        unknown += kernel.unknown_loops + (not execution.known)
+        for unit, used in kernel.use.items():
+            use[unit] += execution.count * used
+        parts.append((execution.count * kernel.bundles, execution.name, execution.count))
+    total["use"] = {unit: used / max(total["bundles"], 1) for unit, used in use.items()}
+    total["unknown_loops"] = unknown
+    total["kernels"] = [{"name": n, "executions": c, "bundles": b} for b, n, c in sorted(parts, reverse=True) if 100 * b > total["bundles"]]
+    return total
+
+
+def measure(case: Case, compiler: Compiler) -> dict:
+    """The row of a case: checked on the local device (kernels interpreted), then compiled for the target."""
+    row = case.work() | check(case)
+    if "failure" in row:
+        return row
+    row |= {"target": compiler.target, "platform": "tpu"} | compiler.cost(case)
+    target = TARGETS[compiler.target]
+    tokens = case.shape.B * case.shape.T
+    row["bundles_per_token_and_head"] = row["bundles"] / tokens / heads(case.shape)
+    row["bundle_s"] = row["bundles"] / target.clock_hz
+    rate = pltpu.get_tpu_info_for_chip(target.version, row["cores"]).mem_bw_bytes_per_second * row["cores"]
+    row["hbm_s"] = row["hbm_bytes"] / rate
+    row["bound"] = "hbm" if row["hbm_s"] > row["bundle_s"] else "bundles"
+    return row
+
+
+def heads(shape) -> float:
+    """Heads of values; for an operator without heads, how often its width holds 128 channels."""
+    return getattr(shape, "HV", None) or getattr(shape, "H", None) or shape.D / 128
+
+
+def _versions() -> dict:
+    return {"libtpu": importlib.metadata.version("libtpu")}
+
+
+@contextlib.contextmanager
+def suite(target: str) -> Iterator[Suite]:
+    """The suite of a target, its compiler running meanwhile. Raises NoCompiler where libtpu is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise NoCompiler(f"--target={target} needs the TPU compiler, libtpu: pip install -e '.[tpu]'")
+    with contextlib.closing(Compiler(target)) as compiler:
+        yield Suite(
+            "tpu_static",
+            both_passes,
+            lambda case: measure(case, compiler),
+            {
+                "bundles": lambda row: f"{row['bundles']:,}{'?' if row['unknown_loops'] else ''}",
+                "a token and head": lambda row: f"{row['bundles_per_token_and_head']:.2f}",
+                "MXU": lambda row: f"{row['use']['MXU']:.0%}",
+                "VALU": lambda row: f"{row['use']['VALU']:.0%}",
+                "spills": lambda row: str(row["spills"]),
+                "VMEM MiB": lambda row: f"{row['vmem_bytes'] / 2**20:.1f}",
+                "HBM MB": lambda row: f"{row['hbm_bytes'] / 1e6:.1f}",
+                "us bundles": lambda row: f"{row['bundle_s'] * 1e6:.1f}",
+                "us HBM": lambda row: f"{row['hbm_s'] * 1e6:.1f}",
+                "compile s": lambda row: f"{row['compile_s']:.1f}",
+            },
+        )

@@ -1,0 +1,362 @@
+"""h_t = a_t * h_{t-1} + x_t as a Mosaic TPU kernel that reads and writes each element once, forward and backward.
+
+The grid is (B, blocks of 128 channels, chunks of T); chunks run in order, the state between them in VMEM. A chunk is 8 G runs
+of consecutive tokens, and a vector register holds one token of each of 8 runs, so that the recurrence takes steps of 8 tokens
+in G independent chains. As a run's first state is not known yet, there are two passes over a chunk in VMEM: the first finds
+what each run does to a state, h -> P h + r; combining those gives the state each run begins with; the second writes h.
+
+The backward pass recomputes the states of a chunk from the state before it, which forward keeps, and runs the recurrence of
+the gradients in the other direction, with u_t = a_{t+1} e_{t+1} between the tokens:
+
+    e_t = dh_t + u_t    dx_t = e_t    da_t = e_t h_{t-1}    u_{t-1} = a_t e_t
+
+So it reads a, x and dh and writes da and dx, once. Documents and padding are a code a token, applied as a and x are loaded.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import platforms
+from pallas_kernels.segments import Segments
+
+ROWS = 8  # sublanes of a vector register
+LANES = 128  # and its lanes
+CONTINUES, STARTS, PADDING = range(3)  # what a token's code says of it
+DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+class Chunk(NamedTuple):
+    """span: consecutive tokens that a row of vector registers goes through, an even number.
+    groups: G, the runs they are cut into.
+    row_bytes: the width of a block of the grid, some columns of 128 channels that share the work on the codes.
+    """
+
+    span: int
+    groups: int
+    row_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        return ROWS * self.span
+
+    @property
+    def pitch(self) -> int:
+        """Odd, so that the 8 tokens of a step lie in the 8 banks of VMEM and are loaded at once."""
+        return self.span + 1
+
+    def within(self, T: int) -> "Chunk":
+        """This chunk, or for a short sequence the least power of two that holds it."""
+        span = min(self.span, max(8, pl.next_power_of_2(pl.cdiv(T, ROWS))))
+        return self._replace(span=span, groups=min(self.groups, span // 8))
+
+    @property
+    def steps(self) -> int:
+        return self.span // self.groups
+
+
+# The chunk for each TPU generation. DEFAULT is within the VMEM of all.
+DEFAULT = Chunk(span=128, groups=8, row_bytes=1024)
+TUNED: dict[str, Chunk] = {}
+
+
+def is_faster(decay: jax.Array, x: jax.Array) -> bool:
+    """Whether this kernel is the fastest measured implementation on TPU for such arrays."""
+    return x.dtype in DTYPES and decay.dtype in DTYPES
+
+
+def linear_scan(decay: jax.Array, x: jax.Array, initial_state: jax.Array, segments: Segments | None) -> tuple[jax.Array, jax.Array]:
+    """decay, x [B,T,D] in float32 or bfloat16, initial_state [B,D] -> (h [B,T,D] in x's dtype, the final state [B,D] in float32).
+
+    Raises ValueError for other dtypes.
+    """
+    for name, array in (("decay", decay), ("x", x)):
+        if array.dtype not in DTYPES:
+            raise ValueError(f"linear_scan: {name} has dtype {array.dtype}, needs float32 or bfloat16 for implementation='pallas'")
+    chunk = TUNED.get(platforms.generation(), DEFAULT).within(x.shape[1])
+    h, final_state = _scan(chunk, decay, x, initial_state.astype(jnp.float32)[:, None], _codes(chunk, x, segments))
+    return h, final_state[:, 0]
+
+
+def _codes(chunk: Chunk, x: jax.Array, segments: Segments | None) -> jax.Array:
+    """[B,N,8,span] int32: the code of each token of each chunk; what lies beyond T is padding."""
+    B, T, _ = x.shape
+    if segments is None:
+        codes = jnp.full((B, T), CONTINUES, jnp.int32)
+    else:
+        codes = jnp.where(segments.real, jnp.where(segments.starts, STARTS, CONTINUES), PADDING).astype(jnp.int32)
+    codes = jnp.pad(codes, [(0, 0), (0, -T % chunk.tokens)], constant_values=PADDING)
+    return codes.reshape(B, -1, ROWS, chunk.span)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(chunk, decay, x, initial_state, codes):
+    """initial and final state are [B,1,D]."""
+    h, final_state, _ = _forward_call(chunk, decay, x, initial_state, codes)
+    return h, final_state
+
+
+def _scan_forward(chunk, decay, x, initial_state, codes):
+    h, final_state, starts = _forward_call(chunk, decay, x, initial_state, codes)
+    return (h, final_state), (decay, x, codes, starts)
+
+
+def _scan_backward(chunk, residuals, cotangents):
+    d_decay, dx, d_initial_state = _backward_call(chunk, *residuals, *cotangents)
+    return d_decay, dx, d_initial_state, None
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+class _Blocks(NamedTuple):
+    """The grid, and the block of each kind of array that a step of it works on; where ``reverse``, the last chunk comes first."""
+
+    grid: tuple[int, int, int]
+    sequence: pl.BlockSpec  # [B,T,D]
+    codes: pl.BlockSpec  # [B,N,8,span]
+    state: pl.BlockSpec  # [B,1,D]
+    starts: pl.BlockSpec  # [B,N,1,D], the state before each chunk
+    scratch: Callable  # the number of [8 span,128] buffers -> scratch shapes: the state, the codes, the buffers
+
+
+def _blocks(chunk: Chunk, x: jax.Array, reverse: bool) -> _Blocks:
+    B, T, D = x.shape
+    N, column = pl.cdiv(T, chunk.tokens), min(D, LANES)
+    width = column * min(chunk.row_bytes // (column * x.dtype.itemsize), pl.cdiv(D, column))
+
+    def at(n):
+        return N - 1 - n if reverse else n
+
+    return _Blocks(
+        (B, pl.cdiv(D, width), N),
+        pl.BlockSpec((1, chunk.tokens, width), lambda b, d, n: (b, at(n), d)),
+        pl.BlockSpec((1, 1, ROWS, chunk.span), lambda b, d, n: (b, at(n), 0, 0)),
+        pl.BlockSpec((1, 1, width), lambda b, d, n: (b, 0, d)),
+        pl.BlockSpec((1, 1, 1, width), lambda b, d, n: (b, at(n), 0, d)),
+        lambda buffers: [
+            pltpu.VMEM((1, width), jnp.float32),
+            pltpu.VMEM((chunk.span, ROWS, column), jnp.int32),
+            *[pltpu.VMEM((ROWS * chunk.pitch, column), jnp.float32)] * buffers,
+        ],
+    )
+
+
+_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+
+
+def _forward_call(chunk, decay, x, initial_state, codes):
+    """(h [B,T,D], final state [B,1,D], the states before each chunk [B,N,1,D])."""
+    B, T, D = x.shape
+    blocks = _blocks(chunk, x, reverse=False)
+    return platforms.pallas_call(
+        partial(_forward_kernel, chunk),
+        name="linear_scan_forward",
+        grid=blocks.grid,
+        in_specs=[blocks.sequence, blocks.sequence, blocks.state, blocks.codes],
+        out_specs=[blocks.sequence, blocks.state, blocks.starts],
+        out_shape=(
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            jax.ShapeDtypeStruct((B, 1, D), jnp.float32),
+            jax.ShapeDtypeStruct((B, blocks.grid[2], 1, D), jnp.float32),
+        ),
+        scratch_shapes=blocks.scratch(2),
+        compiler_params=_PARAMS,
+        cost_estimate=_cost(decay, x, arrays=3, flops=2),
+    )(decay, x, initial_state, codes)
+
+
+def _backward_call(chunk, decay, x, codes, starts, dh, d_final_state):
+    """(d_decay, dx [B,T,D], d_initial_state [B,1,D])."""
+    B, T, D = x.shape
+    blocks = _blocks(chunk, x, reverse=True)
+    return platforms.pallas_call(
+        partial(_backward_kernel, chunk),
+        name="linear_scan_backward",
+        grid=blocks.grid,
+        in_specs=[blocks.sequence, blocks.sequence, blocks.codes, blocks.starts, blocks.sequence, blocks.state],
+        out_specs=[blocks.sequence, blocks.sequence, blocks.state],
+        out_shape=(
+            jax.ShapeDtypeStruct(x.shape, decay.dtype),
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            jax.ShapeDtypeStruct((B, 1, D), jnp.float32),
+        ),
+        scratch_shapes=blocks.scratch(3),
+        compiler_params=_PARAMS,
+        cost_estimate=_cost(decay, x, arrays=5, flops=6),
+    )(decay, x, codes, starts, dh, d_final_state)
+
+
+def _cost(decay, x, arrays, flops) -> pl.CostEstimate:
+    """``arrays`` the size of x are moved, half of them in decay's dtype; XLA's own estimates take it from here."""
+    moved = arrays * x.size * (decay.dtype.itemsize + x.dtype.itemsize) // 2
+    return pl.CostEstimate(flops=flops * x.size, bytes_accessed=moved, transcendentals=0)
+
+
+def _forward_kernel(chunk, decay_ref, x_ref, initial_ref, codes_ref, h_ref, final_ref, starts_ref, state, codes, decay, x):
+    n = pl.program_id(2)
+
+    @pl.when(n == 0)
+    def _():
+        state[...] = initial_ref[0]
+
+    starts_ref[0, 0] = state[...]
+    _spread_codes(codes_ref[0, 0], codes)
+    load = partial(_load, chunk, codes, decay, x)
+
+    def write(token, h):
+        rows, a, x_t, code = load(token)
+        h = a * h + x_t
+        x[rows, :] = jnp.where(code == PADDING, 0, h)
+        return h
+
+    def column(lanes):
+        _spread(chunk, decay_ref.at[0, :, lanes], decay)
+        _spread(chunk, x_ref.at[0, :, lanes], x)
+        runs, state[:, lanes] = _run_starts(chunk, lambda token: load(token)[1:3], state[:, lanes], reverse=False)
+        _each_token(chunk, write, runs, reverse=False)
+        _gather(chunk, x, h_ref.at[0, :, lanes])
+
+    _each_column(state, column)
+
+    @pl.when(n == pl.num_programs(2) - 1)
+    def _():
+        final_ref[0] = state[...]
+
+
+def _backward_kernel(
+    chunk, decay_ref, x_ref, codes_ref, starts_ref, dh_ref, d_final_ref, d_decay_ref, dx_ref, d_initial_ref, d_state, codes, decay, x, dh
+):
+    n = pl.program_id(2)
+
+    @pl.when(n == 0)
+    def _():
+        d_state[...] = d_final_ref[0]
+
+    _spread_codes(codes_ref[0, 0], codes)
+    load_x = partial(_load, chunk, codes, decay, x)
+    load_dh = partial(_load, chunk, codes, decay, dh)
+
+    def keep_previous(token, h):
+        rows, a, x_t, _ = load_x(token)
+        x[rows, :] = h
+        return a * h + x_t
+
+    def map_of(token):
+        _, a, dh_t, _ = load_dh(token)
+        return a, a * dh_t
+
+    def write(token, u):
+        rows, a, dh_t, code = load_dh(token)
+        e = dh_t + u
+        dh[rows, :] = jnp.where(code == PADDING, 0, e)
+        x[rows, :] = jnp.where(code == CONTINUES, e * x[rows, :], 0)  # no other token's decay is the caller's
+        return a * e
+
+    def column(lanes):
+        _spread(chunk, decay_ref.at[0, :, lanes], decay)
+        _spread(chunk, x_ref.at[0, :, lanes], x)
+        _spread(chunk, dh_ref.at[0, :, lanes], dh)
+        runs, _ = _run_starts(chunk, lambda token: load_x(token)[1:3], starts_ref[0, 0, :, lanes], reverse=False)
+        _each_token(chunk, keep_previous, runs, reverse=False)
+        runs, d_state[:, lanes] = _run_starts(chunk, map_of, d_state[:, lanes], reverse=True)
+        _each_token(chunk, write, runs, reverse=True)
+        _gather(chunk, x, d_decay_ref.at[0, :, lanes])
+        _gather(chunk, dh, dx_ref.at[0, :, lanes])
+
+    _each_column(d_state, column)
+
+    @pl.when(n == pl.num_programs(2) - 1)
+    def _():
+        d_initial_ref[0] = d_state[...]
+
+
+def _each_column(state, body):
+    """body(lanes) for the columns of 128 channels of a block, whose ``state`` is [1,W]."""
+    width = min(state.shape[1], LANES)
+
+    @pl.loop(0, state.shape[1] // width)
+    def _(column):
+        body(pl.ds(pl.multiple_of(column * width, width), width))
+
+
+def _spread(chunk, block, out):
+    """Copy a block [8 span,W] into scratch, each row of runs ``chunk.pitch`` after the one before."""
+    for row in range(ROWS):
+        tokens = block[row * chunk.span : (row + 1) * chunk.span, :]
+        out[row * chunk.pitch : row * chunk.pitch + chunk.span, :] = tokens.astype(out.dtype)
+
+
+def _gather(chunk, scratch, block):
+    """The inverse of :func:`_spread`."""
+    for row in range(ROWS):
+        tokens = scratch[row * chunk.pitch : row * chunk.pitch + chunk.span, :]
+        block[row * chunk.span : (row + 1) * chunk.span, :] = tokens.astype(block.dtype)
+
+
+def _spread_codes(codes, out):
+    """codes [8,span] -> [span,8,W]: the codes of a step's 8 tokens, in every lane."""
+    for token in range(codes.shape[1]):
+        out[token] = jnp.broadcast_to(codes[:, token : token + 1], out.shape[1:])
+
+
+def _load(chunk, codes, decay, x, token):
+    """Of the 8 tokens that are ``token`` within their rows: their place in a chunk, decay, input and code.
+
+    A start forgets the state (decay 0); padding keeps it (decay 1) and adds nothing (input 0).
+    """
+    rows = pl.ds(token, ROWS, stride=chunk.pitch)
+    a, x = decay[rows, :], x[rows, :]
+    code = codes[token]
+    a = jnp.where(code == CONTINUES, a, jnp.where(code == PADDING, 1.0, 0.0))
+    return rows, a, jnp.where(code == PADDING, 0.0, x), code
+
+
+def _each_token(chunk, body, carries, reverse):
+    """carry = body(token, carry) through the tokens of each of G runs, side by side; ``token`` counts within a row of runs."""
+
+    def step(i, carries):
+        at = chunk.steps - 1 - i if reverse else i
+        return tuple(body(g * chunk.steps + at, carry) for g, carry in enumerate(carries))
+
+    return jax.lax.fori_loop(0, chunk.steps, step, tuple(carries))
+
+
+def _run_starts(chunk, map_of, state, reverse):
+    """The state [8,W] that each of G runs starts from, and the state [1,W] after all, given the state [1,W] before.
+
+    map_of: token -> (p, r) [8,W], what the token does to a state: s -> p s + r.
+    """
+
+    def compose(token, run):
+        p, r = map_of(token)
+        return p * run[0], p * run[1] + r
+
+    identity = jnp.ones((ROWS, state.shape[1]), jnp.float32), jnp.zeros((ROWS, state.shape[1]), jnp.float32)
+    runs = _each_token(chunk, compose, (identity,) * chunk.groups, reverse)
+    runs = runs[::-1] if reverse else runs
+
+    # What all runs of a row do, then all runs of this row and those before it, in log2(8) steps.
+    P, R = identity
+    for p, r in runs:
+        P, R = p * P, p * R + r
+    row = jax.lax.broadcasted_iota(jnp.int32, P.shape, 0)
+    row = ROWS - 1 - row if reverse else row
+    for distance in (1, 2, 4):
+        shift = ROWS - distance if reverse else distance
+        p = jnp.where(row >= distance, pltpu.roll(P, shift, 0), 1)
+        r = jnp.where(row >= distance, pltpu.roll(R, shift, 0), 0)
+        P, R = P * p, P * r + R
+    after = P * state + R
+    before = jnp.where(row == 0, state, pltpu.roll(after, ROWS - 1 if reverse else 1, 0))
+
+    starts = []
+    for p, r in runs:
+        starts.append(before)
+        before = p * before + r
+    return starts[::-1] if reverse else starts, after[:1] if reverse else after[ROWS - 1 :]

@@ -1,0 +1,117 @@
+"""Which code runs where: decided when a program is lowered, for the platform that it is lowered for.
+
+The local device says nothing about that: a program may be exported, or compiled ahead of time for a pod, on a machine
+without an accelerator. So implementations are chosen inside the program, by ``jax.lax.platform_dependent``, and what a
+kernel has to know of the chip while it is traced (how large a block may be) comes from the mesh in force.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jax.experimental import pallas as pl
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+# What JAX calls a device of each generation.
+GENERATIONS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def generation() -> str | None:
+    """The TPU generation a program is traced for, such as "v5e"; None where it is no TPU or not known.
+
+    The devices of the mesh in force (``jax.set_mesh``) decide, be they attached or those of an ahead-of-time topology;
+    without a mesh, the local device. Both are part of what ``jax.jit`` caches by.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return GENERATIONS.get(device.device_kind)
+
+
+def is_partitioned() -> bool:
+    """Whether XLA partitions the program over the mesh in force, which it cannot do with a kernel: only ``shard_map`` can."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(size > 1 and kind != jax.sharding.AxisType.Manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
+
+
+def on_tpu(kernel: Callable, elsewhere: Callable) -> Callable:
+    """A function that is ``kernel`` where it is lowered for a TPU and ``elsewhere`` on any other platform.
+
+    Both take the same arguments: trees of arrays, and values that are not arrays, which both are given as they are.
+    """
+
+    def run(*arguments):
+        leaves, tree = jax.tree.flatten(arguments)
+        is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+
+        def filled(function):
+            def call(*arrays):
+                rest = iter(arrays)
+                return function(*tree.unflatten(next(rest) if a else leaf for leaf, a in zip(leaves, is_array, strict=True)))
+
+            return call
+
+        arrays = [leaf for leaf, a in zip(leaves, is_array, strict=True) if a]
+        return jax.lax.platform_dependent(*arrays, tpu=filled(kernel), default=filled(elsewhere))
+
+    return run
+
+
+def kernel(name: str, run: Callable[..., object]) -> Callable:
+    """``run(*arrays, interpret=)``, which contains Mosaic TPU kernels: compiled where it is lowered for TPU, interpreted on CPU.
+
+    Lowered for any other platform it raises NotImplementedError with the kernel's name.
+    """
+
+    def call(*arrays):
+        def refuse(*arrays):
+            jaxpr, results = jax.make_jaxpr(interpreted, return_shape=True)(*arrays)
+            return jax.tree.unflatten(jax.tree.structure(results), _refusal.bind(name=name, shapes=tuple(jaxpr.out_avals)))
+
+        compiled, interpreted = partial(run, interpret=False), partial(run, interpret=True)
+        return jax.lax.platform_dependent(*arrays, tpu=compiled, cpu=interpreted, default=refuse)
+
+    return call
+
+
+def pallas_call(body: Callable, *, name: str, out_shape: tuple[jax.ShapeDtypeStruct, ...], **keywords) -> Callable:
+    """``pl.pallas_call`` of a Mosaic TPU kernel, as a :func:`kernel`; keywords as there.
+
+    The results vary over the axes of a mesh that the operands vary over, as ``shard_map`` wants to know.
+    """
+
+    def run(*operands, interpret):
+        varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
+        operands = [_vary(a, varying) for a in operands]
+        axes = jax.typeof(operands[0]).manual_axis_type
+        shapes = tuple(jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=axes) for s in out_shape)
+        return pl.pallas_call(body, name=name, out_shape=shapes, interpret=interpret, **keywords)(*operands)
+
+    return kernel(name, run)
+
+
+def _vary(x, axes):
+    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+# A stand-in for a kernel on a platform that it does not run on: has its results' shapes, and fails when it is lowered.
+_refusal = Primitive("no_such_kernel")
+_refusal.multiple_results = True
+_refusal.def_abstract_eval(lambda *, name, shapes: shapes)
+
+
+def _refusal_lowering(context, *, name, shapes):
+    platforms = ", ".join(context.module_context.platforms)
+    raise NotImplementedError(f"{name}: there is a Pallas kernel for TPU (interpreted on CPU) and none for {platforms}")
+
+
+mlir.register_lowering(_refusal, _refusal_lowering)

@@ -1,0 +1,94 @@
+"""Where kernels run: decided by the platform and the mesh that a program is lowered for, not by the machine it is lowered on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from pallas_kernels import checks, platforms
+
+
+def double(x):
+    def body(x_ref, out_ref):
+        out_ref[...] = 2 * x_ref[...]
+
+    return platforms.pallas_call(body, name="double", out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype),))(x)[0]
+
+
+def choose(name=None):
+    return checks.choose("double", {"pallas": double, "xla": lambda x: x + x}, name, default="xla", on_tpu="pallas")
+
+
+def lowered(function, platform, *arguments):
+    return jax.export.export(jax.jit(function), platforms=[platform])(*arguments).mlir_module()
+
+
+X = np.arange(16.0, dtype=np.float32).reshape(2, 2, 4)
+
+
+def test_a_kernel_is_interpreted_on_cpu_and_compiled_for_tpu():
+    for run in (double, jax.jit(double), jax.vmap(double), jax.jit(jax.vmap(double)), jax.checkpoint(double)):
+        assert np.array_equal(run(X), 2 * X)
+    assert "tpu_custom_call" in lowered(double, "tpu", X)
+    assert "tpu_custom_call" not in lowered(double, "cpu", X)
+    with pytest.raises(NotImplementedError, match=r"double: there is a Pallas kernel for TPU \(interpreted on CPU\) and none for cuda"):
+        lowered(double, "cuda", X)
+
+
+def test_none_is_the_kernel_on_tpu_only():
+    assert np.array_equal(choose()(X), 2 * X)
+    assert "tpu_custom_call" in lowered(choose(), "tpu", X)
+    for platform in ("cpu", "cuda"):
+        assert "tpu_custom_call" not in lowered(choose(), platform, X)
+    assert "tpu_custom_call" not in lowered(choose("xla"), "tpu", X)
+
+
+def test_arguments_that_are_not_arrays_reach_both():
+    def scaled(x, scale, extra):
+        assert isinstance(scale, float) and extra is None
+        return scale * x
+
+    assert np.array_equal(platforms.on_tpu(scaled, elsewhere=scaled)(jnp.asarray(X), 3.0, None), 3 * X)
+
+
+def test_where_xla_partitions_the_program_it_has_no_kernel():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+    with jax.set_mesh(mesh):
+        assert platforms.is_partitioned()
+        assert "tpu_custom_call" not in lowered(choose(), "tpu", X)
+        by_hand = jax.shard_map(lambda x: choose()(x), in_specs=spec, out_specs=spec)
+        assert "tpu_custom_call" in lowered(by_hand, "tpu", X)
+    assert not platforms.is_partitioned()
+
+
+def test_results_vary_over_the_mesh_as_operands_do():
+    def add(x, y):
+        def body(x_ref, y_ref, out_ref):
+            out_ref[...] = x_ref[...] + y_ref[...]
+
+        return platforms.pallas_call(body, name="add", out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype),))(x, y)[0]
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+    sharded = jax.shard_map(lambda x: add(x, jnp.ones_like(X[:1])), mesh=mesh, in_specs=spec, out_specs=spec)
+    assert "tpu_custom_call" in lowered(sharded, "tpu", X)
+
+
+def test_the_generation_is_that_of_the_mesh_in_force():
+    assert platforms.generation() is None
+    for kind, name in (("TPU v5 lite", "v5e"), ("TPU7x", "tpu7x"), ("TPU v99", None)):
+        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+            assert platforms.generation() == name
+
+
+def test_interpreted_kernels_can_be_differentiated_inside_a_rule():
+    @jax.custom_vjp
+    def f(x):
+        return double(x)
+
+    f.defvjp(lambda x: (double(x), None), lambda _, d: (double(d),))
+    assert np.array_equal(jax.jit(jax.grad(lambda x: jnp.sum(jax.checkpoint(f)(x))))(X), np.full_like(X, 2))
+    assert lowered(jax.grad(lambda x: jnp.sum(jax.vmap(f)(x))), "tpu", X).count("tpu_custom_call") == 1
