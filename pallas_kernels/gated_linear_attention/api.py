@@ -3,12 +3,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks, segments
-from pallas_kernels.gated_linear_attention import associative_scan, reference, xla
+from pallas_kernels.gated_linear_attention import associative_scan, reference, tpu, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.gated_linear_attention,
     "xla": xla.gated_linear_attention,
     "associative_scan": associative_scan.gated_linear_attention,
+    "pallas": tpu.gated_linear_attention,
 }
 
 
@@ -43,7 +44,8 @@ def gated_linear_attention(
     decays is ever formed. Differentiable in every float argument. Raises ValueError for shapes, dtypes or names that do not fit.
     """
     operator = "gated_linear_attention"
-    run = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla")
+    on_tpu = "pallas" if tpu.is_faster(q, v, log_decay) else None
+    run = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla", on_tpu=on_tpu)
     axes = _decay_axes(operator, log_decay, {4: "B T HV K", 3: "B T HV", 1: "HV"})
     sizes = checks.bind_shapes(
         operator,

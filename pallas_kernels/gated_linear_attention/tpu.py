@@ -1,0 +1,291 @@
+"""Gated linear attention with one decay a head as Mosaic TPU kernels, forward and backward.
+
+The grid is (B, groups of heads, chunks of T); chunks run in order, the states of a group's heads in VMEM between them. In a
+chunk of C tokens that starts from the state S, with c_i the sum of the log decays up to and with token i,
+
+    o_i = scale * (sum_{j<=i} (q_i . k_j) exp(c_i - c_j) v_j + exp(c_i) S^T q_i)     S' = exp(c_C) S + sum_j exp(c_C - c_j) k_j v_j^T
+
+The backward pass reads the state before each chunk, which forward keeps in the operands' dtype, and computes the rest again.
+
+A difference of running sums is inexact where a strong decay stands before a weak one, so a sum has two parts: that of the log
+decays rounded to sixteenths, which float32 adds up without any error, and that of the small rests. A new document is a log
+decay of RESET at its first token, which no state survives; padding has neither keys nor decay.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import platforms
+from pallas_kernels.segments import Segments
+
+LANES = 128
+RESET = -1024.0  # exp of it is 0 in float32; sums over a chunk stay exact in sixteenths
+DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+class Blocking(NamedTuple):
+    """tokens: C, of a chunk. heads: the most that a step of the grid takes."""
+
+    tokens: int
+    heads: int
+
+
+DEFAULT = Blocking(tokens=128, heads=4)
+TUNED: dict[str, Blocking] = {}
+
+
+def is_faster(q: jax.Array, v: jax.Array, log_decay: jax.Array) -> bool:
+    """Whether this kernel is the fastest measured implementation on TPU for such arrays."""
+    return log_decay.ndim < 4 and q.dtype in DTYPES and v.dtype in DTYPES
+
+
+def gated_linear_attention(q, k, v, log_decay, initial_state, segments: Segments | None, scale):
+    """Arguments as :mod:`.api` prepares them: (o [B,T,HV,V] in v's dtype, the final state [B,HV,K,V] in float32).
+
+    Matrix products take operands in v's dtype. Raises ValueError for decays a channel, and dtypes other than float32 and bfloat16.
+    """
+    if log_decay.ndim == 4:
+        raise ValueError("gated_linear_attention: log_decay is [B,T,HV,K], implementation='pallas' needs [B,T,HV] or [HV]")
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.dtype not in DTYPES:
+            raise ValueError(f"gated_linear_attention: {name} has dtype {array.dtype}, needs float32 or bfloat16 for implementation='pallas'")
+    B, T, HV, V = v.shape
+    K, dtype = q.shape[3], v.dtype
+    blocking = TUNED.get(platforms.generation(), DEFAULT)
+    heads = next(n for n in range(min(blocking.heads, HV), 0, -1) if HV % n == 0)
+
+    log_decay = jnp.broadcast_to(log_decay.astype(jnp.float32), (B, T, HV))
+    q, k = (jnp.repeat(x.astype(dtype), HV // q.shape[2], axis=2) for x in (q, k))
+    if segments is not None:
+        log_decay = jnp.where(segments.starts[..., None], RESET, log_decay)
+        q, k, v, log_decay = (jnp.where(segments.real.reshape(B, T, *[1] * (x.ndim - 2)), x, 0) for x in (q, k, v, log_decay))
+
+    def columns(x, width):  # [B,T,HV,width] -> [B,N C,HV W], W whole registers
+        x = jnp.pad(x, [(0, 0), (0, -T % blocking.tokens), (0, 0), (0, -width % LANES)])
+        return x.reshape(*x.shape[:2], -1)
+
+    log_decay = jnp.pad(jnp.maximum(log_decay, RESET), [(0, 0), (0, -T % blocking.tokens), (0, 0)])
+    log_decay = jnp.moveaxis(log_decay, 1, 2).reshape(B, HV // heads, heads, -1)
+    state = jnp.pad(initial_state.astype(jnp.float32), [(0, 0), (0, 0), (0, -K % LANES), (0, -V % LANES)])
+    plan = Plan(scale, blocking.tokens, heads)
+    o, final_state = _run(plan, columns(q, K), columns(k, K), columns(v, V), log_decay, state)
+    return o.reshape(B, o.shape[1], HV, -1)[:, :T, :, :V], final_state[:, :, :K, :V]
+
+
+class Plan(NamedTuple):
+    """scale; tokens: C; heads: G, that a step of the grid takes."""
+
+    scale: float
+    tokens: int
+    heads: int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(plan, q, k, v, log_decay, initial_state):
+    return _run_forward(plan, q, k, v, log_decay, initial_state)[0]
+
+
+def _run_forward(plan, q, k, v, log_decay, initial_state):
+    o, final_state, states = _forward_call(plan, q, k, v, log_decay, initial_state)
+    return (o, final_state), (q, k, v, log_decay, states)
+
+
+def _run_backward(plan, residuals, cotangents):
+    return tuple(_backward_call(plan, *residuals, *cotangents))
+
+
+_run.defvjp(_run_forward, _run_backward)
+
+
+class _Blocks(NamedTuple):
+    """The grid, and the block of each kind of array that a step of it works on; where ``reverse``, the last chunk comes first."""
+
+    grid: tuple[int, int, int]
+    keys: pl.BlockSpec  # [B,T,HV K]
+    values: pl.BlockSpec  # [B,T,HV V]
+    decays: pl.BlockSpec  # [B,HV/G,G,T]
+    state: pl.BlockSpec  # [B,HV,K,V]
+    states: pl.BlockSpec  # [B,N,HV,K,V]
+
+    @classmethod
+    def of(cls, plan: Plan, q, v, state_shape, reverse: bool) -> "_Blocks":
+        C, G, (HV, K, V) = plan.tokens, plan.heads, state_shape[-3:]
+        N = q.shape[1] // C
+
+        def at(n):
+            return N - 1 - n if reverse else n
+
+        return cls(
+            (q.shape[0], HV // G, N),
+            pl.BlockSpec((1, C, G * K), lambda b, h, n: (b, at(n), h)),
+            pl.BlockSpec((1, C, G * V), lambda b, h, n: (b, at(n), h)),
+            pl.BlockSpec((1, 1, G, C), lambda b, h, n: (b, h, 0, at(n))),
+            pl.BlockSpec((1, G, K, V), lambda b, h, n: (b, h, 0, 0)),
+            pl.BlockSpec((1, 1, G, K, V), lambda b, h, n: (b, at(n), h, 0, 0)),
+        )
+
+
+_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+
+
+def _forward_call(plan, q, k, v, log_decay, initial_state):
+    """(o [B,T,HV V], the final state [B,HV,K,V], the states before each chunk [B,N,HV,K,V])."""
+    blocks = _Blocks.of(plan, q, v, initial_state.shape, reverse=False)
+    B, HV, K, V = initial_state.shape
+    states = jax.ShapeDtypeStruct((B, blocks.grid[2], HV, K, V), v.dtype)
+    return platforms.pallas_call(
+        partial(_forward_kernel, plan),
+        name="gated_linear_attention_forward",
+        grid=blocks.grid,
+        in_specs=[blocks.keys, blocks.keys, blocks.values, blocks.decays, blocks.state],
+        out_specs=[blocks.values, blocks.state, blocks.states],
+        out_shape=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(initial_state.shape, jnp.float32), states),
+        scratch_shapes=[pltpu.VMEM((plan.heads, K, V), jnp.float32)],
+        compiler_params=_PARAMS,
+        cost_estimate=_cost(plan, (q, k, v, v, states), products=(2, 2)),
+    )(q, k, v, log_decay, initial_state)
+
+
+def _backward_call(plan, q, k, v, log_decay, states, d_o, d_final_state):
+    """The gradients of q, k, v, log_decay and the initial state."""
+    blocks = _Blocks.of(plan, q, v, states.shape, reverse=True)
+    B, _, HV, K, V = states.shape
+    return platforms.pallas_call(
+        partial(_backward_kernel, plan),
+        name="gated_linear_attention_backward",
+        grid=blocks.grid,
+        in_specs=[blocks.keys, blocks.keys, blocks.values, blocks.decays, blocks.states, blocks.values, blocks.state],
+        out_specs=[blocks.keys, blocks.keys, blocks.values, blocks.decays, blocks.state],
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, log_decay, d_final_state)),
+        scratch_shapes=[pltpu.VMEM((plan.heads, K, V), jnp.float32)],
+        compiler_params=_PARAMS,
+        cost_estimate=_cost(plan, (q, k, v, states, v, q, k, v), products=(6, 4)),
+    )(q, k, v, log_decay, states, d_o, d_final_state)
+
+
+def _cost(plan, moved, products) -> pl.CostEstimate:
+    """``products``: how many are over pairs of tokens, and how many meet the state; XLA's own estimates take it from here."""
+    q, _, v = moved[:3]
+    C, G, pairs, meetings = plan.tokens, plan.heads, *products
+    width = q.shape[2] // G
+    flops = 2 * q.shape[0] * q.shape[1] * v.shape[2] * (pairs * C + meetings * width)
+    return pl.CostEstimate(
+        flops=flops, bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved), transcendentals=q.shape[0] * q.shape[1] * G * C
+    )
+
+
+class _Decays(NamedTuple):
+    """Of one head of a chunk, all float32.
+
+    between: [C,C], exp(c_i - c_j) for j <= i, else 0.
+    since_start: [C,1], exp(c_i). until_end: [C,1], exp(c_C - c_j). total: [1,1], exp(c_C).
+    """
+
+    between: jax.Array
+    since_start: jax.Array
+    until_end: jax.Array
+    total: jax.Array
+
+
+def _decays(log_decay: jax.Array) -> list[_Decays]:
+    """log_decay [G,C] -> the decays of each head."""
+    C = log_decay.shape[1]
+    coarse = jnp.round(log_decay * 16) / 16
+    coarse, fine = _running_sums(coarse), _running_sums(log_decay - coarse)
+    since_start = jnp.exp(coarse + fine)
+    until_end = jnp.exp((coarse[:, C - 1 :] - coarse) + (fine[:, C - 1 :] - fine))
+    as_columns = [x.T for x in (coarse, fine, since_start, until_end)]  # [C,G]
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    heads = []
+    for head in range(log_decay.shape[0]):
+        own = slice(head, head + 1)
+        coarse_i, fine_i, since_start_i, until_end_i = (x[:, own] for x in as_columns)
+        sums = (coarse_i - coarse[own]) + (fine_i - fine[own])
+        between = jnp.exp(jnp.where(i >= j, sums, -jnp.inf))
+        heads.append(_Decays(between, since_start_i, until_end_i, since_start[own, C - 1 :]))
+    return heads
+
+
+def _running_sums(x: jax.Array) -> jax.Array:
+    """Of [G,C], along C, in log2(C) steps."""
+    C = x.shape[1]
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    for distance in (1 << level for level in range((C - 1).bit_length())):
+        x = x + jnp.where(lane >= distance, pltpu.roll(x, distance, 1), 0)
+    return x
+
+
+def _dot(x: jax.Array, y: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:
+    """The product of two matrices over axis ``over`` of each, in float32."""
+    return jax.lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _forward_kernel(plan, q_ref, k_ref, v_ref, decay_ref, initial_ref, o_ref, final_ref, states_ref, state):
+    n = pl.program_id(2)
+    dtype, (K, V) = v_ref.dtype, state.shape[1:]
+
+    @pl.when(n == 0)
+    def _():
+        state[...] = initial_ref[0]
+
+    states_ref[0, 0] = state[...].astype(dtype)
+    for head, decays in enumerate(_decays(decay_ref[0, 0])):
+        keys, values = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
+        q, k, v = q_ref[0, :, keys], k_ref[0, :, keys], v_ref[0, :, values]
+        scores = (_dot(q, k, (1, 1)) * decays.between).astype(dtype)
+        o = _dot(scores, v) + _dot((q * decays.since_start).astype(dtype), state[head].astype(dtype))
+        o_ref[0, :, values] = (plan.scale * o).astype(dtype)
+        state[head] = decays.total * state[head] + _dot((k * decays.until_end).astype(dtype), v, (0, 0))
+
+    @pl.when(n == pl.num_programs(2) - 1)
+    def _():
+        final_ref[0] = state[...]
+
+
+def _backward_kernel(
+    plan, q_ref, k_ref, v_ref, decay_ref, states_ref, d_o_ref, d_final_ref, d_q_ref, d_k_ref, d_v_ref, d_decay_ref, d_initial_ref, d_state
+):
+    n = pl.program_id(2)
+    C, dtype, (K, V) = plan.tokens, v_ref.dtype, d_state.shape[1:]
+
+    @pl.when(n == 0)
+    def _():
+        d_state[...] = d_final_ref[0]
+
+    i, t = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    before = (i < t).astype(dtype)
+    for head, decays in enumerate(_decays(decay_ref[0, 0])):
+        keys, values = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
+        q, k, v, state = q_ref[0, :, keys], k_ref[0, :, keys], v_ref[0, :, values], states_ref[0, 0, head]
+        d_o = (plan.scale * d_o_ref[0, :, values]).astype(dtype)
+        reads, writes = q * decays.since_start, k * decays.until_end
+        d_next = d_state[head]
+        d_next_operand = d_next.astype(dtype)
+
+        scores = _dot(q, k, (1, 1)) * decays.between
+        d_products = _dot(d_o, v, (1, 1)) * decays.between
+        d_scores = d_products.astype(dtype)
+        d_reads = _dot(d_o, state, (1, 1))
+        d_writes = _dot(v, d_next_operand, (1, 1))
+        d_q_ref[0, :, keys] = (_dot(d_scores, k) + decays.since_start * d_reads).astype(dtype)
+        d_k_ref[0, :, keys] = (_dot(d_scores, q, (0, 0)) + decays.until_end * d_writes).astype(dtype)
+        d_v_ref[0, :, values] = (_dot(scores.astype(dtype), d_o, (0, 0)) + _dot(writes.astype(dtype), d_next_operand)).astype(dtype)
+
+        # Of the log decay of token t: every pair j < t <= i, the reads of the state from t on, the writes to it before t, and the state.
+        pairs = d_products * _dot(q, k, (1, 1))
+        from_reads = jnp.sum(reads * d_reads, axis=1, keepdims=True)
+        from_writes = jnp.sum(writes * d_writes, axis=1, keepdims=True)
+        kept = decays.total * jnp.sum(state * d_next, keepdims=True)
+        terms = jnp.where(i >= t, _dot(pairs.astype(dtype), before) + from_reads, from_writes)
+        d_decay_ref[0, 0, head : head + 1] = jnp.sum(terms, axis=0, keepdims=True) + kept
+
+        d_state[head] = decays.total * d_next + _dot(reads.astype(dtype), d_o, (0, 0))
+
+    @pl.when(n == pl.num_programs(2) - 1)
+    def _():
+        d_initial_ref[0] = d_state[...]
