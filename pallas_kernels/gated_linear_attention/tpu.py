@@ -35,7 +35,7 @@ class Blocking(NamedTuple):
     heads: int
 
 
-DEFAULT = Blocking(tokens=128, heads=4)
+DEFAULT = Blocking(tokens=128, heads=8)
 TUNED: dict[str, Blocking] = {}
 
 
@@ -91,8 +91,9 @@ def _run(plan, q, k, v, log_decay, initial_state):
 
 
 def _run_forward(plan, q, k, v, log_decay, initial_state):
-    o, final_state, states = _forward_call(plan, q, k, v, log_decay, initial_state)
-    return (o, final_state), (q, k, v, log_decay, states)
+    sums = _running_sums(plan, log_decay)
+    o, final_state, states = _forward_call(plan, q, k, v, sums, initial_state)
+    return (o, final_state), (q, k, v, sums, states)
 
 
 def _run_backward(plan, residuals, cotangents):
@@ -108,6 +109,7 @@ class _Blocks(NamedTuple):
     grid: tuple[int, int, int]
     keys: pl.BlockSpec  # [B,T,HV K]
     values: pl.BlockSpec  # [B,T,HV V]
+    sums: pl.BlockSpec  # [B,HV/G,2G,T]
     decays: pl.BlockSpec  # [B,HV/G,G,T]
     state: pl.BlockSpec  # [B,HV,K,V]
     states: pl.BlockSpec  # [B,N,HV,K,V]
@@ -124,6 +126,7 @@ class _Blocks(NamedTuple):
             (q.shape[0], HV // G, N),
             pl.BlockSpec((1, C, G * K), lambda b, h, n: (b, at(n), h)),
             pl.BlockSpec((1, C, G * V), lambda b, h, n: (b, at(n), h)),
+            pl.BlockSpec((1, 1, 2 * G, C), lambda b, h, n: (b, h, 0, at(n))),
             pl.BlockSpec((1, 1, G, C), lambda b, h, n: (b, h, 0, at(n))),
             pl.BlockSpec((1, G, K, V), lambda b, h, n: (b, h, 0, 0)),
             pl.BlockSpec((1, 1, G, K, V), lambda b, h, n: (b, at(n), h, 0, 0)),
@@ -133,7 +136,7 @@ class _Blocks(NamedTuple):
 _PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def _forward_call(plan, q, k, v, log_decay, initial_state):
+def _forward_call(plan, q, k, v, sums, initial_state):
     """(o [B,T,HV V], the final state [B,HV,K,V], the states before each chunk [B,N,HV,K,V])."""
     blocks = _Blocks.of(plan, q, v, initial_state.shape, reverse=False)
     B, HV, K, V = initial_state.shape
@@ -142,16 +145,16 @@ def _forward_call(plan, q, k, v, log_decay, initial_state):
         partial(_forward_kernel, plan),
         name="gated_linear_attention_forward",
         grid=blocks.grid,
-        in_specs=[blocks.keys, blocks.keys, blocks.values, blocks.decays, blocks.state],
+        in_specs=[blocks.keys, blocks.keys, blocks.values, blocks.sums, blocks.state],
         out_specs=[blocks.values, blocks.state, blocks.states],
         out_shape=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(initial_state.shape, jnp.float32), states),
         scratch_shapes=[pltpu.VMEM((plan.heads, K, V), jnp.float32)],
         compiler_params=_PARAMS,
         cost_estimate=_cost(plan, (q, k, v, v, states), products=(2, 2)),
-    )(q, k, v, log_decay, initial_state)
+    )(q, k, v, sums, initial_state)
 
 
-def _backward_call(plan, q, k, v, log_decay, states, d_o, d_final_state):
+def _backward_call(plan, q, k, v, sums, states, d_o, d_final_state):
     """The gradients of q, k, v, log_decay and the initial state."""
     blocks = _Blocks.of(plan, q, v, states.shape, reverse=True)
     B, _, HV, K, V = states.shape
@@ -159,13 +162,13 @@ def _backward_call(plan, q, k, v, log_decay, states, d_o, d_final_state):
         partial(_backward_kernel, plan),
         name="gated_linear_attention_backward",
         grid=blocks.grid,
-        in_specs=[blocks.keys, blocks.keys, blocks.values, blocks.decays, blocks.states, blocks.values, blocks.state],
+        in_specs=[blocks.keys, blocks.keys, blocks.values, blocks.sums, blocks.states, blocks.values, blocks.state],
         out_specs=[blocks.keys, blocks.keys, blocks.values, blocks.decays, blocks.state],
-        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, log_decay, d_final_state)),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, sums[:, :, : plan.heads], d_final_state)),
         scratch_shapes=[pltpu.VMEM((plan.heads, K, V), jnp.float32)],
         compiler_params=_PARAMS,
         cost_estimate=_cost(plan, (q, k, v, states, v, q, k, v), products=(6, 4)),
-    )(q, k, v, log_decay, states, d_o, d_final_state)
+    )(q, k, v, sums, states, d_o, d_final_state)
 
 
 def _cost(plan, moved, products) -> pl.CostEstimate:
@@ -180,44 +183,56 @@ def _cost(plan, moved, products) -> pl.CostEstimate:
 
 
 class _Decays(NamedTuple):
-    """Of one head of a chunk, all float32.
+    """Of one head of a chunk, all float32; those [C,128] have a token's value in all lanes.
 
     between: [C,C], exp(c_i - c_j) for j <= i, else 0.
-    since_start: [C,1], exp(c_i). until_end: [C,1], exp(c_C - c_j). total: [1,1], exp(c_C).
+    since_start: [C,128], exp(c_i).
+    until_end: [C,128], exp(c_C - c_j); across: [1,C], the same as a row.
+    total: [1,1], exp(c_C).
     """
 
     between: jax.Array
     since_start: jax.Array
     until_end: jax.Array
+    across: jax.Array
     total: jax.Array
 
 
-def _decays(log_decay: jax.Array) -> list[_Decays]:
-    """log_decay [G,C] -> the decays of each head."""
-    C = log_decay.shape[1]
-    coarse = jnp.round(log_decay * 16) / 16
-    coarse, fine = _running_sums(coarse), _running_sums(log_decay - coarse)
-    since_start = jnp.exp(coarse + fine)
-    until_end = jnp.exp((coarse[:, C - 1 :] - coarse) + (fine[:, C - 1 :] - fine))
-    as_columns = [x.T for x in (coarse, fine, since_start, until_end)]  # [C,G]
+def _decays(sums: jax.Array) -> list[_Decays]:
+    """The running sums [2G,C] of a chunk -> the decays of each head."""
+    G, C = sums.shape[0] // 2, sums.shape[1]
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    columns = sums.T  # [C,2G]
     heads = []
-    for head in range(log_decay.shape[0]):
-        own = slice(head, head + 1)
-        coarse_i, fine_i, since_start_i, until_end_i = (x[:, own] for x in as_columns)
-        sums = (coarse_i - coarse[own]) + (fine_i - fine[own])
-        between = jnp.exp(jnp.where(i >= j, sums, -jnp.inf))
-        heads.append(_Decays(between, since_start_i, until_end_i, since_start[own, C - 1 :]))
+    for head in range(G):
+        coarse_j, fine_j = sums[head : head + 1], sums[G + head : G + head + 1]
+        coarse_i, fine_i = (jnp.broadcast_to(columns[:, g : g + 1], (C, LANES)) for g in (head, G + head))
+        coarse_end, fine_end = coarse_j[:, C - 1 :], fine_j[:, C - 1 :]
+        log_between = (_as_wide(coarse_i, C) - coarse_j) + (_as_wide(fine_i, C) - fine_j)
+        heads.append(
+            _Decays(
+                between=jnp.exp(jnp.where(i >= j, log_between, -jnp.inf)),
+                since_start=jnp.exp(coarse_i + fine_i),
+                until_end=jnp.exp((coarse_end - coarse_i) + (fine_end - fine_i)),
+                across=jnp.exp((coarse_end - coarse_j) + (fine_end - fine_j)),
+                total=jnp.exp(coarse_end + fine_end),
+            )
+        )
     return heads
 
 
-def _running_sums(x: jax.Array) -> jax.Array:
-    """Of [G,C], along C, in log2(C) steps."""
-    C = x.shape[1]
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    for distance in (1 << level for level in range((C - 1).bit_length())):
-        x = x + jnp.where(lane >= distance, pltpu.roll(x, distance, 1), 0)
-    return x
+def _as_wide(x: jax.Array, width: int) -> jax.Array:
+    """[C,128] with equal lanes -> [C,width], with no register moved."""
+    return jnp.concatenate([x] * (width // LANES), axis=1) if width > LANES else x
+
+
+def _running_sums(plan, log_decay: jax.Array) -> jax.Array:
+    """log_decay [B,HV/G,G,T] -> [B,HV/G,2G,T]: the sums from a chunk's start up to and with each token, coarse and fine parts."""
+    coarse = jnp.round(log_decay * 16) / 16
+    parts = jnp.concatenate([coarse, log_decay - coarse], axis=2)
+    chunks = parts.reshape(*parts.shape[:3], -1, plan.tokens)
+    upper = jnp.triu(jnp.ones((plan.tokens, plan.tokens)))
+    return jnp.einsum("bhgnt,ti->bhgni", chunks, upper, precision=jax.lax.Precision.HIGHEST).reshape(parts.shape)
 
 
 def _dot(x: jax.Array, y: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -225,7 +240,7 @@ def _dot(x: jax.Array, y: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Arra
     return jax.lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _forward_kernel(plan, q_ref, k_ref, v_ref, decay_ref, initial_ref, o_ref, final_ref, states_ref, state):
+def _forward_kernel(plan, q_ref, k_ref, v_ref, sums_ref, initial_ref, o_ref, final_ref, states_ref, state):
     n = pl.program_id(2)
     dtype, (K, V) = v_ref.dtype, state.shape[1:]
 
@@ -234,13 +249,20 @@ def _forward_kernel(plan, q_ref, k_ref, v_ref, decay_ref, initial_ref, o_ref, fi
         state[...] = initial_ref[0]
 
     states_ref[0, 0] = state[...].astype(dtype)
-    for head, decays in enumerate(_decays(decay_ref[0, 0])):
-        keys, values = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
-        q, k, v = q_ref[0, :, keys], k_ref[0, :, keys], v_ref[0, :, values]
-        scores = (_dot(q, k, (1, 1)) * decays.between).astype(dtype)
-        o = _dot(scores, v) + _dot((q * decays.since_start).astype(dtype), state[head].astype(dtype))
-        o_ref[0, :, values] = (plan.scale * o).astype(dtype)
-        state[head] = decays.total * state[head] + _dot((k * decays.until_end).astype(dtype), v, (0, 0))
+    heads = range(plan.heads)
+    decays = _decays(sums_ref[0, 0])
+    keys, values = ([slice(h * width, (h + 1) * width) for h in heads] for width in (K, V))
+    q, k, v = [q_ref[0, :, x] for x in keys], [k_ref[0, :, x].T for x in keys], [v_ref[0, :, x] for x in values]
+    products = [_dot(q[h], k[h]) for h in heads]
+    reads = [(q[h] * _as_wide(decays[h].since_start, K)).astype(dtype) for h in heads]
+    read = [_dot(reads[h], states_ref[0, 0, h]) for h in heads]
+    writes = [(k[h] * decays[h].across).astype(dtype) for h in heads]
+    written = [_dot(writes[h], v[h]) for h in heads]
+    scores = [(products[h] * decays[h].between).astype(dtype) for h in heads]
+    o = [_dot(scores[h], v[h]) + read[h] for h in heads]
+    for h in heads:
+        o_ref[0, :, values[h]] = (plan.scale * o[h]).astype(dtype)
+        state[h] = decays[h].total * state[h] + written[h]
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _():
@@ -248,7 +270,7 @@ def _forward_kernel(plan, q_ref, k_ref, v_ref, decay_ref, initial_ref, o_ref, fi
 
 
 def _backward_kernel(
-    plan, q_ref, k_ref, v_ref, decay_ref, states_ref, d_o_ref, d_final_ref, d_q_ref, d_k_ref, d_v_ref, d_decay_ref, d_initial_ref, d_state
+    plan, q_ref, k_ref, v_ref, sums_ref, states_ref, d_o_ref, d_final_ref, d_q_ref, d_k_ref, d_v_ref, d_decay_ref, d_initial_ref, d_state
 ):
     n = pl.program_id(2)
     C, dtype, (K, V) = plan.tokens, v_ref.dtype, d_state.shape[1:]
@@ -257,34 +279,37 @@ def _backward_kernel(
     def _():
         d_state[...] = d_final_ref[0]
 
+    heads = range(plan.heads)
+    decays = _decays(sums_ref[0, 0])
+    keys, values = ([slice(h * width, (h + 1) * width) for h in heads] for width in (K, V))
+    q, k, v = [q_ref[0, :, x] for x in keys], [k_ref[0, :, x] for x in keys], [v_ref[0, :, x] for x in values]
+    d_o = [(plan.scale * d_o_ref[0, :, x]).astype(dtype) for x in values]
+    since_start, until_end = ([_as_wide(x, K) for x in columns] for columns in ([d.since_start for d in decays], [d.until_end for d in decays]))
+    reads, writes = [q[h] * since_start[h] for h in heads], [k[h] * until_end[h] for h in heads]
+    d_next = [d_state[h] for h in heads]
+    d_next_operand = [x.astype(dtype) for x in d_next]
+
+    products = [_dot(q[h], k[h], (1, 1)) for h in heads]
+    d_products = [_dot(d_o[h], v[h], (1, 1)) * decays[h].between for h in heads]
+    d_reads = [_dot(d_o[h], states_ref[0, 0, h], (1, 1)) for h in heads]
+    d_writes = [_dot(v[h], d_next_operand[h], (1, 1)) for h in heads]
+    for h in heads:
+        d_scores, scores = d_products[h].astype(dtype), (products[h] * decays[h].between).astype(dtype)
+        d_q_ref[0, :, keys[h]] = (_dot(d_scores, k[h]) + since_start[h] * d_reads[h]).astype(dtype)
+        d_k_ref[0, :, keys[h]] = (_dot(d_scores, q[h], (0, 0)) + until_end[h] * d_writes[h]).astype(dtype)
+        d_v_ref[0, :, values[h]] = (_dot(scores, d_o[h], (0, 0)) + _dot(writes[h].astype(dtype), d_next_operand[h])).astype(dtype)
+        d_state[h] = decays[h].total * d_next[h] + _dot(reads[h].astype(dtype), d_o[h], (0, 0))
+
+    # Of the log decay of token t: every pair j < t <= i, the reads of the state from t on, the writes to it before t, and the state.
     i, t = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     before = (i < t).astype(dtype)
-    for head, decays in enumerate(_decays(decay_ref[0, 0])):
-        keys, values = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
-        q, k, v, state = q_ref[0, :, keys], k_ref[0, :, keys], v_ref[0, :, values], states_ref[0, 0, head]
-        d_o = (plan.scale * d_o_ref[0, :, values]).astype(dtype)
-        reads, writes = q * decays.since_start, k * decays.until_end
-        d_next = d_state[head]
-        d_next_operand = d_next.astype(dtype)
-
-        scores = _dot(q, k, (1, 1)) * decays.between
-        d_products = _dot(d_o, v, (1, 1)) * decays.between
-        d_scores = d_products.astype(dtype)
-        d_reads = _dot(d_o, state, (1, 1))
-        d_writes = _dot(v, d_next_operand, (1, 1))
-        d_q_ref[0, :, keys] = (_dot(d_scores, k) + decays.since_start * d_reads).astype(dtype)
-        d_k_ref[0, :, keys] = (_dot(d_scores, q, (0, 0)) + decays.until_end * d_writes).astype(dtype)
-        d_v_ref[0, :, values] = (_dot(scores.astype(dtype), d_o, (0, 0)) + _dot(writes.astype(dtype), d_next_operand)).astype(dtype)
-
-        # Of the log decay of token t: every pair j < t <= i, the reads of the state from t on, the writes to it before t, and the state.
-        pairs = d_products * _dot(q, k, (1, 1))
-        from_reads = jnp.sum(reads * d_reads, axis=1, keepdims=True)
-        from_writes = jnp.sum(writes * d_writes, axis=1, keepdims=True)
-        kept = decays.total * jnp.sum(state * d_next, keepdims=True)
-        terms = jnp.where(i >= t, _dot(pairs.astype(dtype), before) + from_reads, from_writes)
-        d_decay_ref[0, 0, head : head + 1] = jnp.sum(terms, axis=0, keepdims=True) + kept
-
-        d_state[head] = decays.total * d_next + _dot(reads.astype(dtype), d_o, (0, 0))
+    for h in heads:
+        pairs = _dot((d_products[h] * products[h]).astype(dtype), before)
+        from_reads = jnp.sum(reads[h] * d_reads[h], axis=1, keepdims=True)
+        from_writes = jnp.sum(writes[h] * d_writes[h], axis=1, keepdims=True)
+        kept = decays[h].total * jnp.sum(states_ref[0, 0, h] * d_next[h], keepdims=True)
+        d_decay = jnp.sum(jnp.where(i >= t, pairs + from_reads, from_writes), axis=0, keepdims=True)
+        d_decay_ref[0, 0, h : h + 1] = d_decay + kept
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _():
