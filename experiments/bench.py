@@ -16,6 +16,7 @@ bundles of the compiler's schedule (about a cycle each), the bytes moved, and wh
 compiler, as in pip install -e '.[tpu]'.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -37,23 +38,24 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSONL file to append to; experime
 
 def main(argv) -> int:
     logging.set_verbosity(logging.WARNING)
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}; the flags are in --help")
-        implementations = _IMPLEMENTATIONS.value
-        if _TARGET.value:
-            suite = tpu_static.suite(_TARGET.value)
-            implementations, results = implementations or ["xla", "pallas"], suite.name
-        else:
-            suite, results = SUITES[_SUITE.value], jax.devices()[0].platform
-        selected = cases.select(_OPERATORS.value, implementations, _SHAPES.value, _DTYPE.value)
-        if not implementations and results == "cpu":  # where kernels are interpreted: their time says nothing
-            selected = [case for case in selected if case.implementation != "pallas"]
-    except (ValueError, tpu_static.NoCompiler) as error:
-        sys.exit(f"experiments.bench: {error}")
-    output = Path(_OUTPUT.value or Path(__file__).parent / "results" / f"{results}.jsonl")
-    # float32 rows are float32 throughout: TPUs and GPUs would multiply with fewer bits by default.
-    with jax.default_matmul_precision("highest" if _DTYPE.value == "float32" else "default"):
+    with contextlib.ExitStack() as stack:
+        try:
+            if len(argv) > 1:
+                raise ValueError(f"unexpected argument {argv[1]!r}; the flags are in --help")
+            implementations = _IMPLEMENTATIONS.value
+            if _TARGET.value:
+                suite = stack.enter_context(tpu_static.suite(_TARGET.value))
+                implementations, results = implementations or ["xla", "pallas"], suite.name
+            else:
+                suite, results = SUITES[_SUITE.value], jax.devices()[0].platform
+            selected = cases.select(_OPERATORS.value, implementations, _SHAPES.value, _DTYPE.value)
+            if not implementations and results == "cpu":  # where kernels are interpreted: their time says nothing
+                selected = [case for case in selected if case.implementation != "pallas"]
+        except (ValueError, tpu_static.NoCompiler) as error:
+            sys.exit(f"experiments.bench: {error}")
+        output = Path(_OUTPUT.value or Path(__file__).parent / "results" / f"{results}.jsonl")
+        # float32 rows are float32 throughout: TPUs and GPUs would multiply with fewer bits by default.
+        stack.enter_context(jax.default_matmul_precision("highest" if _DTYPE.value == "float32" else "default"))
         done = rows.run([case for one in selected for case in suite.cases(one)], suite, output)
     failures = [row for row in done if "failure" in row]
     print(f"{len(done)} rows, {len(failures)} of them failures, appended to {output}")

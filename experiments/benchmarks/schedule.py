@@ -113,18 +113,21 @@ def trips(bundles: list[str]) -> tuple[list[int], int]:
     text = "\n".join(bundles)
     weights, unknown, starts, counts = [1] * len(bundles), 0, {}, _trip_counts(text)
     steps = {math.prod(map(int, bounds.split(", "))) for bounds in _GRID.findall(text)}
+    loops = []
     for i, bundle in enumerate(bundles):
         for region in _REGION.findall(bundle):
             starts[region] = i
         for predicate, region in _BRANCH.findall(bundle):
-            if region not in starts:
-                continue  # forward
-            count = counts.get(predicate)
-            unknown += count is None
-            if count is not None and count - 2 in steps:
-                count -= 2
-            for j in range(starts[region], min(i + DELAY_SLOTS + 1, len(bundles))):
-                weights[j] *= count or 1
+            if region in starts:  # backward
+                loops.append((starts[region], i, counts.get(predicate)))
+    for start, end, count in loops:
+        inner = any(s < start and end < e for s, e, _ in loops)
+        if count is None:
+            unknown += 1
+        elif not inner and count - 2 in steps:  # the grid's
+            count -= 2
+        for i in range(start, min(end + DELAY_SLOTS + 1, len(bundles))):
+            weights[i] *= count or 1
     return weights, unknown
 
 

@@ -6,6 +6,7 @@ to and from HBM; the time of each, and which binds. Kernels of a loop count once
 libtpu reads its options once, when it is loaded, so a process of its own compiles.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -14,6 +15,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -157,25 +159,26 @@ def _versions() -> dict:
     return {"libtpu": importlib.metadata.version("libtpu")}
 
 
-def suite(target: str) -> Suite:
-    """The suite of a target. Raises NoCompiler where libtpu is not installed."""
+@contextlib.contextmanager
+def suite(target: str) -> Iterator[Suite]:
+    """The suite of a target, its compiler running meanwhile. Raises NoCompiler where libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise NoCompiler(f"--target={target} needs the TPU compiler, libtpu: pip install -e '.[tpu]'")
-    compiler = Compiler(target)
-    return Suite(
-        "tpu_static",
-        both_passes,
-        lambda case: measure(case, compiler),
-        {
-            "bundles": lambda row: f"{row['bundles']:,}{'?' if row['unknown_loops'] else ''}",
-            "a token and head": lambda row: f"{row['bundles_per_token_and_head']:.2f}",
-            "MXU": lambda row: f"{row['use']['MXU']:.0%}",
-            "VALU": lambda row: f"{row['use']['VALU']:.0%}",
-            "spills": lambda row: str(row["spills"]),
-            "VMEM MiB": lambda row: f"{row['vmem_bytes'] / 2**20:.1f}",
-            "HBM MB": lambda row: f"{row['hbm_bytes'] / 1e6:.1f}",
-            "us bundles": lambda row: f"{row['bundle_s'] * 1e6:.1f}",
-            "us HBM": lambda row: f"{row['hbm_s'] * 1e6:.1f}",
-            "compile s": lambda row: f"{row['compile_s']:.1f}",
-        },
-    )
+    with contextlib.closing(Compiler(target)) as compiler:
+        yield Suite(
+            "tpu_static",
+            both_passes,
+            lambda case: measure(case, compiler),
+            {
+                "bundles": lambda row: f"{row['bundles']:,}{'?' if row['unknown_loops'] else ''}",
+                "a token and head": lambda row: f"{row['bundles_per_token_and_head']:.2f}",
+                "MXU": lambda row: f"{row['use']['MXU']:.0%}",
+                "VALU": lambda row: f"{row['use']['VALU']:.0%}",
+                "spills": lambda row: str(row["spills"]),
+                "VMEM MiB": lambda row: f"{row['vmem_bytes'] / 2**20:.1f}",
+                "HBM MB": lambda row: f"{row['hbm_bytes'] / 1e6:.1f}",
+                "us bundles": lambda row: f"{row['bundle_s'] * 1e6:.1f}",
+                "us HBM": lambda row: f"{row['hbm_s'] * 1e6:.1f}",
+                "compile s": lambda row: f"{row['compile_s']:.1f}",
+            },
+        )

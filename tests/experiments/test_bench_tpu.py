@@ -1,0 +1,102 @@
+"""Costs read from what the TPU compiler wrote: loops, calls of kernels, bytes; and one row from the compiler itself."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+
+from experiments.benchmarks import hlo, schedule, tpu_static
+from tests.experiments.test_bench import ROOT
+
+BUNDLES = """\
+     0   :  { %s1 = smov 0 /* copy for cssa */ }
+   0x1 LB: > { %s2 = sphi %s1, %s3 /* phi copy */ } /* Start region 7 */
+   0x2   : > { %s3 = sadd.s32 8, %s2 /* copy for cssa */ }
+   0x3   : > { %p4 = scmp.ge.s32.totalorder %s3, 128 /* loop exit test */ }
+   0x4   : > { %5 = sbr.rel (!%p4) target = $region7 }
+   0x5   : > {} /* a comment
+over lines */
+   0x6   : > {}
+   0x7   : > {}
+   0x8   : > {} /* End region 7 */
+   0x9   :  { %6 = sbr.rel (%p4) target = $region8 }
+"""
+
+
+def test_loops_are_weighted_by_their_trips():
+    bundles = list(schedule._bundle_texts(BUNDLES))
+    assert len(bundles) == 10
+    assert schedule.trips(bundles) == ([1, *[16] * 8, 1], 0)
+    assert schedule.trips([b.replace("smov 0", "smov %s0") for b in bundles]) == ([1] * 10, 1)
+    # The grid's loop has two trips more than the grid has steps; a loop inside it does not.
+    grid = "iteration_bounds: (2, 7)"
+    assert schedule.trips([*bundles, grid])[0][1] == 14
+    renames = {"%s1": "%t1", "%s2": "%t2", "%s3": "%t3", "%p4": "%q4", "region 7": "region 6", "$region7": "$region6"}
+    outer = list(schedule._bundle_texts(functools.reduce(lambda text, pair: text.replace(*pair), renames.items(), BUNDLES)))
+    assert schedule.trips([*outer[:2], *bundles, *outer[2:], grid])[0][4] == 14 * 16
+
+
+MODULE = """\
+HloModule jit_f
+%fused (p.0: f32[32,8], p.1: s32[]) -> f32[1,8] {
+  %p.0 = f32[32,8]{1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %row = f32[1,8]{1,0} dynamic-slice(%p.0, %p.1, %zero), dynamic_slice_sizes={1,8}
+}
+
+%body (b: (s32[], f32[32,8])) -> (s32[], f32[32,8]) {
+  %b = (s32[], f32[32,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = f32[32,8]{1,0} get-tuple-element(%b), index=1
+  %slice = f32[1,8]{1,0:T(8,128)S(1)} fusion(%x, %i), kind=kLoop, calls=%fused
+  ROOT %next = (s32[], f32[32,8]{1,0}) tuple(%i, %x)
+}
+
+%condition (c: (s32[], f32[32,8])) -> pred[] {
+  %c = (s32[], f32[32,8]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%c), index=0
+  %limit = s32[] constant(32)
+  ROOT %lt = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (x.0: bf16[32,8]) -> f32[32,8] {
+  %x.0 = bf16[32,8]{1,0} parameter(0)
+  %start = s32[] constant(0)
+  %wide = f32[32,8]{1,0} convert(%x.0)
+  %carry = (s32[], f32[32,8]{1,0}) tuple(%start, %wide)
+  %loop = (s32[], f32[32,8]{1,0}) while(%carry), condition=%condition, body=%body
+  ROOT %out = f32[32,8]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_instructions_are_counted_by_the_trips_of_loops_and_slices_by_what_they_read():
+    found = {e.name: e for e in hlo.Module(MODULE).executions}
+    assert found["wide"] == hlo.Execution("wide", 1, 32 * 8 * (2 + 4), True)
+    # A row of x and the index are read from HBM; the result stays in VMEM.
+    assert found["slice"] == hlo.Execution("slice", 32, 8 * 4 + 4, True)
+    unknown = hlo.Module(MODULE.replace("%start = s32[] constant(0)", "%start = s32[] parameter(1)"))
+    assert {e.name: (e.count, e.known) for e in unknown.executions}["slice"] == (1, False)
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch):
+    monkeypatch.setattr(tpu_static.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(tpu_static.NoCompiler, match=r"--target=tpu:v6e needs the TPU compiler, libtpu: pip install -e '.\[tpu\]'"):
+        tpu_static.suite("tpu:v6e").__enter__()
+
+
+@pytest.mark.slow
+def test_a_row_of_the_compiler(tmp_path):
+    pytest.importorskip("libtpu")
+    output = tmp_path / "rows.jsonl"
+    words = ["--target=tpu:v6e", "--operators=linear_scan", "--shapes=tiny", "--implementations=pallas", f"--output={output}"]
+    done = subprocess.run([sys.executable, "-m", "experiments.bench", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    forward, both = map(json.loads, output.read_text().splitlines())
+    assert (forward["target"], forward["platform"], forward["suite"]) == ("tpu:v6e", "tpu", "tpu_static")
+    assert 0 < forward["bundles"] < both["bundles"]
+    assert forward["hbm_bytes"] >= forward["bytes"] / 2 and forward["vmem_bytes"] > 0
+    assert forward["bound"] in ("hbm", "bundles") and forward["libtpu"] and max(both["errors"].values()) < both["tolerance"]
