@@ -39,9 +39,9 @@ DEFAULT = Blocking(tokens=128, heads=8)
 TUNED: dict[str, Blocking] = {}
 
 
-def is_faster(q: jax.Array, v: jax.Array, log_decay: jax.Array) -> bool:
+def is_faster(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array) -> bool:
     """Whether this kernel is the fastest measured implementation on TPU for such arrays."""
-    return log_decay.ndim < 4 and q.dtype in DTYPES and v.dtype in DTYPES
+    return log_decay.ndim < 4 and all(x.dtype in DTYPES for x in (q, k, v, log_decay))
 
 
 def gated_linear_attention(q, k, v, log_decay, initial_state, segments: Segments | None, scale):
@@ -51,9 +51,9 @@ def gated_linear_attention(q, k, v, log_decay, initial_state, segments: Segments
     """
     if log_decay.ndim == 4:
         raise ValueError("gated_linear_attention: log_decay is [B,T,HV,K], implementation='pallas' needs [B,T,HV] or [HV]")
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if array.dtype not in DTYPES:
-            raise ValueError(f"gated_linear_attention: {name} has dtype {array.dtype}, needs float32 or bfloat16 for implementation='pallas'")
+    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
+        if x.dtype not in DTYPES:
+            raise ValueError(f"gated_linear_attention: {name} has dtype {x.dtype}, needs float32 or bfloat16 for implementation='pallas'")
     B, T, HV, V = v.shape
     K, dtype = q.shape[3], v.dtype
     blocking = TUNED.get(platforms.generation(), DEFAULT)
@@ -231,7 +231,7 @@ def _running_sums(plan, log_decay: jax.Array) -> jax.Array:
     coarse = jnp.round(log_decay * 16) / 16
     parts = jnp.concatenate([coarse, log_decay - coarse], axis=2)
     chunks = parts.reshape(*parts.shape[:3], -1, plan.tokens)
-    upper = jnp.triu(jnp.ones((plan.tokens, plan.tokens)))
+    upper = jnp.triu(jnp.ones((plan.tokens, plan.tokens), jnp.float32))
     return jnp.einsum("bhgnt,ti->bhgni", chunks, upper, precision=jax.lax.Precision.HIGHEST).reshape(parts.shape)
 
 
