@@ -75,7 +75,7 @@ def weighted(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _last(x):
-    """x[...,-1,:], as a product: of a slice, XLA would compute the decays anew for every element of the state that they are multiplied with."""
+    """x[...,-1,:], as a product: of a slice, XLA would compute the decays anew for every element of the state that they meet."""
     C = x.shape[-2]
     row = jnp.broadcast_to(np.arange(C) == C - 1, x.shape[:-1]).astype(x.dtype)
     return jnp.einsum("...t,...tk->...k", row, x, precision=jax.lax.Precision.HIGHEST)

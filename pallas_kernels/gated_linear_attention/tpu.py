@@ -284,7 +284,7 @@ def _backward_kernel(
     keys, values = ([slice(h * width, (h + 1) * width) for h in heads] for width in (K, V))
     q, k, v = [q_ref[0, :, x] for x in keys], [k_ref[0, :, x] for x in keys], [v_ref[0, :, x] for x in values]
     d_o = [(plan.scale * d_o_ref[0, :, x]).astype(dtype) for x in values]
-    since_start, until_end = ([_as_wide(x, K) for x in columns] for columns in ([d.since_start for d in decays], [d.until_end for d in decays]))
+    since_start, until_end = [_as_wide(d.since_start, K) for d in decays], [_as_wide(d.until_end, K) for d in decays]
     reads, writes = [q[h] * since_start[h] for h in heads], [k[h] * until_end[h] for h in heads]
     d_next = [d_state[h] for h in heads]
     d_next_operand = [x.astype(dtype) for x in d_next]
