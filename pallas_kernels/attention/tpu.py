@@ -18,7 +18,10 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 def is_faster(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
-    """Whether this kernel is the fastest implementation on TPU for such arrays: wherever it runs, as XLA's form keeps no block on chip."""
+    """Whether this kernel is taken on TPU for such arrays: wherever it runs.
+
+    Not yet by a measurement: XLA's form has loops whose length is only known at run time, which a schedule does not tell.
+    """
     return all(a.dtype in DTYPES for a in (q, k, v))
 
 
