@@ -29,14 +29,22 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 class Blocking(NamedTuple):
-    """tokens: C, of a chunk. heads: the most that a step of the grid takes."""
+    """tokens: C, of a chunk. heads: the most that a step of the grid takes. state_bytes: the most that their states take as operands."""
 
     tokens: int
     heads: int
+    state_bytes: int
+
+    def heads_a_step(self, heads: int, state_bytes: int) -> int:
+        """The largest number that divides ``heads`` and is within the limits, for states of ``state_bytes`` a head."""
+        most = min(self.heads, max(1, self.state_bytes // state_bytes))
+        return next(n for n in range(most, 0, -1) if heads % n == 0)
 
 
-DEFAULT = Blocking(tokens=128, heads=8)
-TUNED: dict[str, Blocking] = {}
+# Within the VMEM of all generations; those tuned, for bfloat16, within that of their own.
+DEFAULT = Blocking(tokens=128, heads=4, state_bytes=2**18)
+LARGER = Blocking(tokens=128, heads=8, state_bytes=2**19)
+TUNED = {"v5e": LARGER, "v5p": LARGER, "tpu7x": LARGER, "v6e": LARGER._replace(state_bytes=2**21)}
 
 
 def is_faster(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array) -> bool:
@@ -56,8 +64,8 @@ def gated_linear_attention(q, k, v, log_decay, initial_state, segments: Segments
             raise ValueError(f"gated_linear_attention: {name} has dtype {x.dtype}, needs float32 or bfloat16 for implementation='pallas'")
     B, T, HV, V = v.shape
     K, dtype = q.shape[3], v.dtype
-    blocking = TUNED.get(platforms.generation(), DEFAULT)
-    heads = next(n for n in range(min(blocking.heads, HV), 0, -1) if HV % n == 0)
+    blocking = TUNED.get(platforms.generation(), DEFAULT) if dtype == jnp.bfloat16 else DEFAULT
+    heads = blocking.heads_a_step(HV, K * V * dtype.itemsize)
 
     log_decay = jnp.broadcast_to(log_decay.astype(jnp.float32), (B, T, HV))
     q, k = (jnp.repeat(x.astype(dtype), HV // q.shape[2], axis=2) for x in (q, k))
