@@ -18,8 +18,8 @@ from hybrid_jax.config import ConfigError
 
 FROM_HF = flags.DEFINE_string("from_hf", None, "The Hugging Face folder to read; --workdir becomes a run that starts from it.")
 TO_HF = flags.DEFINE_string("to_hf", None, "The folder to write as a Hugging Face checkpoint, from the run in --workdir.")
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "Of what --to_hf writes; default: what it came in (a run of ours: float32)."
+TO_DTYPE = flags.DEFINE_enum(
+    "to_dtype", None, ["float32", "bfloat16", "float16"], "Of what --to_hf writes; default: what it came in (a run of ours: float32)."
 )
 
 
@@ -28,8 +28,8 @@ def main() -> int:
         raise ConfigError("give one of --from_hf=FOLDER (to read) and --to_hf=FOLDER (to write)")
     if cli.WORKDIR.value is None:
         raise ConfigError("give the --workdir of the run: the one to make (--from_hf), or the one to write (--to_hf)")
-    if FROM_HF.value is not None and (DTYPE.value or cli.STEP.value is not None):
-        raise ConfigError("--dtype and --step are of --to_hf: parameters are read as they are, and become step 0")
+    if FROM_HF.value is not None and (TO_DTYPE.value or cli.STEP.value is not None):
+        raise ConfigError("--to_dtype and --step are of --to_hf: parameters are read as they are, and become step 0")
     workdir = Path(cli.WORKDIR.value)
 
     from hybrid_jax import costs
@@ -46,7 +46,7 @@ def main() -> int:
         if FROM_HF.value is not None:
             run = convert.from_hf(Path(FROM_HF.value), workdir, advance)
         else:
-            step = convert.to_hf(workdir, Path(TO_HF.value), cli.STEP.value, DTYPE.value, advance)
+            step = convert.to_hf(workdir, Path(TO_HF.value), cli.STEP.value, TO_DTYPE.value, advance)
             run = read_config(workdir)
     size = f"{costs.parameters(run.model):,} parameters"
     if FROM_HF.value is not None:

@@ -119,7 +119,7 @@ def to_hf(workdir: Path, folder: Path, step: int | None = None, dtype: str | Non
         slot = slots[name]
         value = np.ascontiguousarray(slot.theirs(parameter(slot.path)[slot.index]), dtypes[name])
         if dtypes[name].itemsize < 4 and not np.isfinite(value.astype(np.float32)).all():
-            raise ConfigError(f"{name} has values that are no {dtypes[name].name}: choose another --dtype")
+            raise ConfigError(f"{name} has values that are no {dtypes[name].name}: choose another --to_dtype")
         advance(value.size, total)
         return value
 

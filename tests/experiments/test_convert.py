@@ -50,7 +50,7 @@ def test_evaluated_trained_resumed_and_given_back(workdir):
     assert again.code == 0 and "step 8 of 10" in again.out
     assert [row["loss"] for row in read_rows(workdir / "metrics.jsonl") if "loss" in row] == [row["loss"] for row in rows if "loss" in row]
 
-    back = run_convert(f"--to_hf={workdir.parent / 'back'}", f"--workdir={workdir}", "--dtype=bfloat16")
+    back = run_convert(f"--to_hf={workdir.parent / 'back'}", f"--workdir={workdir}", "--to_dtype=bfloat16")
     assert back.code == 0, back.err
     first = safetensors.numpy.load_file(workdir.parent / "theirs/model.safetensors")
     last = safetensors.numpy.load_file(workdir.parent / "back/model.safetensors")
@@ -70,7 +70,7 @@ def test_the_model_of_a_converted_run_is_settled(workdir, tmp_path):
         ((), "give one of --from_hf=FOLDER (to read) and --to_hf=FOLDER (to write)"),
         (("--from_hf=a", "--to_hf=b"), "give one of"),
         (("--from_hf=a",), "give the --workdir of the run"),
-        (("--from_hf=a", "--workdir=b", "--dtype=float32"), "--dtype and --step are of --to_hf"),
+        (("--from_hf=a", "--workdir=b", "--to_dtype=float32"), "--to_dtype and --step are of --to_hf"),
         (("--from_hf=nowhere", "--workdir=b"), "nowhere holds no Hugging Face model: it has no config.json"),
         (("--to_hf=a", "--workdir=nowhere"), "nowhere holds no run"),
     ],

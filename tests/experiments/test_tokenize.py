@@ -1,6 +1,7 @@
 """`python -m experiments.tokenize` as it is run: its output, its errors, and kill -9 at any moment."""
 
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def test_from_files_to_the_command_that_trains(tmp_path):
     assert sorted(text for source in sources for text in documents_of(source)) == sorted(texts(50) + texts(50, seed=1))
     for name, source in zip(("train", "validation"), sources, strict=True):
         assert f"{name}: {len(source.documents):,} documents, {len(source):,} tokens, {source.bytes:,} bytes of text\n" in out
-    assert f"store is finished (0 s): tokenizer {tmp_path}/tokenizer.json, vocabulary" in out.replace("(1 s)", "(0 s)")
+    assert re.search(rf"store is finished \(\d+ s\): tokenizer {tmp_path}/tokenizer.json, vocabulary", out)
     assert f"train on it: python -m experiments.train --config=configs/gla_r6.py --config.data.source={tmp_path}/store\n" in out
     assert "tokenizing: 100.0% of" in err and "writing the store: 100.0% of" in err and "\r" not in err  # a log, not a bar
 
@@ -93,7 +94,7 @@ def test_killed_at_any_moment(tmp_path, seed):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    write_jsonl(tmp_path / "in.jsonl", texts(3000) * 5)
+    write_jsonl(tmp_path / "in.jsonl", texts(3000) * 40)
     process = start(f"--input={tmp_path}/in.jsonl", f"--output={tmp_path}/store", "--workers=1")
     while process.poll() is None and not list(tmp_path.glob("store/parts/*.partial-*")):
         time.sleep(0.001)

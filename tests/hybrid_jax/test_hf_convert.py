@@ -76,7 +76,7 @@ def test_values_that_do_not_fit_the_dtype_are_named(tmp_path):
     given = random_tensors(described)
     given["model.norm.weight"][0] = 1e6
     hf_folders.write(tmp_path / "theirs", described, given)
-    with pytest.raises(ConfigError, match="model.norm.weight has values that are no float16: choose another --dtype"):
+    with pytest.raises(ConfigError, match="model.norm.weight has values that are no float16: choose another --to_dtype"):
         there_and_back(tmp_path, dtype="float16")
 
 

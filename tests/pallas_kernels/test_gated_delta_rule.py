@@ -398,7 +398,7 @@ def test_wrong_dtypes_and_names():
         gated_delta_rule(x, x, x, gate.astype(int))
     with pytest.raises(ValueError, match="segment_ids has dtype float32"):
         gated_delta_rule(x, x, x, gate, segment_ids=jnp.ones((2, 5)))
-    with pytest.raises(ValueError, match="no implementation 'pallas'; choose one of"):
-        gated_delta_rule(x, x, x, gate, implementation="pallas")
+    with pytest.raises(ValueError, match="no implementation 'fastest'; choose one of"):
+        gated_delta_rule(x, x, x, gate, implementation="fastest")
     with pytest.raises(ValueError, match=r"gated_delta_rule_step: state has shape \(2, 2, 16, 8\)"):
         gated_delta_rule_step(x[:, 0], x[:, 0], x[:, 0], gate[:, 0], None, jnp.zeros((2, 2, 16, 8)))

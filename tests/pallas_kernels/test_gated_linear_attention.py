@@ -309,7 +309,7 @@ GOOD = {"q": array(2, 5, 2, 3), "k": array(2, 5, 2, 3), "v": array(2, 5, 4, 6), 
         ({"segment_ids": array(2, 6, dtype=jnp.int32)}, "segment_ids has shape (2, 6), needs [B,T]"),
         ({"segment_ids": array(2, 5)}, "segment_ids has dtype float32, needs integers"),
         ({"q": array(2, 0, 2, 3), "k": array(2, 0, 2, 3), "v": array(2, 0, 4, 6), "log_decay": array(4)}, "needs T >= 1"),
-        ({"implementation": "pallas"}, "no implementation 'pallas'; choose one of"),
+        ({"implementation": "fastest"}, "no implementation 'fastest'; choose one of"),
     ],
 )
 def test_refuses(change, message):
