@@ -14,7 +14,7 @@ from tests.hybrid_jax import hf_folders
 
 
 def run_convert(*arguments):
-    for name in ("from_hf", "to_hf", "dtype"):
+    for name in ("from_hf", "to_hf", "to_dtype"):
         flags.FLAGS[name].unparse()
     return run(convert.main, *arguments)
 
