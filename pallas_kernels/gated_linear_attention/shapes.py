@@ -31,6 +31,11 @@ SHAPES = {
 }
 
 
+def takes(implementation: str, shape: Shape) -> bool:
+    """Whether ``implementation`` takes such arrays: the TPU kernel has no decays a channel."""
+    return implementation != "pallas" or shape.decay != "channel"
+
+
 def inputs(shape: Shape, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Array]:
     """Random arguments of ``gated_linear_attention``, by name; gates as RetNet's, or logsigmoid / 16 as GLA's."""
     keys = jax.random.split(key, 5)
