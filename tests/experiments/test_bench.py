@@ -33,7 +33,10 @@ def measure(tmp_path, suite="operators", operators=(), implementations=(), dtype
     return found
 
 
-@pytest.mark.parametrize("operator", cases.OPERATORS)
+QUICK = ("linear_scan", "attention", "causal_conv")  # the others compile for a minute
+
+
+@pytest.mark.parametrize("operator", [pytest.param(o, marks=() if o in QUICK else pytest.mark.slow) for o in cases.OPERATORS])
 def test_every_operator_passes_its_check_and_is_timed(tmp_path, capsys, operator):
     found = measure(tmp_path, operators=[operator])
     assert {"reference", "xla"} <= {row["implementation"] for row in found}

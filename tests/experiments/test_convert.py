@@ -36,6 +36,7 @@ def workdir(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow  # the README's commands, which are tested too, are these without a stop in between
 def test_evaluated_trained_resumed_and_given_back(workdir):
     evaluated = run_eval(workdir)
     assert evaluated.code == 0, evaluated.err
