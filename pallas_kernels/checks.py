@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import platforms
 
+KERNEL_DTYPES = (jnp.float32, jnp.bfloat16)  # that the Pallas kernels take
+
 
 def bind_shapes(operator: str, arguments: Mapping[str, tuple[jax.Array | None, str]], **sizes: int) -> dict[str, int]:
     """Read sizes off the arguments' shapes and check that they agree.
@@ -44,6 +46,13 @@ def check_segment_ids(operator: str, segment_ids: jax.Array | None) -> None:
     """Raise ValueError for segment ids that are not integers."""
     if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"{operator}: segment_ids has dtype {segment_ids.dtype}, needs integers (0 marks padding)")
+
+
+def check_kernel_dtypes(operator: str, **arrays: jax.Array) -> None:
+    """Raise ValueError for an array that a Pallas kernel does not take."""
+    for name, array in arrays.items():
+        if array.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"{operator}: {name} has dtype {array.dtype}, needs float32 or bfloat16 for implementation='pallas'")
 
 
 def choose(operator: str, implementations: Mapping[str, Callable], name: str | None, default: str, on_tpu: str | None = None) -> Callable:

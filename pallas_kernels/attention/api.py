@@ -26,8 +26,8 @@ def attention(
     segment_ids: [B,T] int; a token attends within its own document. 0 marks padding, which is skipped: its output is 0, nothing
         attends to it whatever it holds, and windows do not count it.
     implementation: "reference" (the whole [T,T] matrix, float32), "xla" (blockwise, memory linear in T), "pallas" (Splash Attention
-        on TPU, interpreted on CPU; float32 and bfloat16), or None for the fastest measured on the platform that the program is
-        lowered for: "pallas" on TPU, elsewhere "xla" at every length (on CPU, T = 96 to 2048, forward and backward).
+        on TPU, interpreted on CPU; float32 and bfloat16), or None for that of the platform that the program is lowered for:
+        "pallas" on TPU, elsewhere "xla", at every length the fastest measured (on CPU, T = 96 to 2048, forward and backward).
 
     Returns the output [B,T,H,V] in v's dtype. Scores, softmax and sums are float32 (float64 for float64 inputs); "xla" multiplies
     operands in their own dtype, at jax's default matmul precision. Differentiable in q, k and v.

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from pallas_kernels import platforms
+from pallas_kernels import checks, platforms
 from pallas_kernels.segments import Segments
 
 LANES = 128
 LARGEST_BLOCK = 512
-DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 def is_faster(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
@@ -22,14 +21,12 @@ def is_faster(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
 
     Not yet by a measurement: XLA's form has loops whose length is only known at run time, which a schedule does not tell.
     """
-    return all(a.dtype in DTYPES for a in (q, k, v))
+    return all(a.dtype in checks.KERNEL_DTYPES for a in (q, k, v))
 
 
 def attention(q, k, v, scale, window, segments: Segments | None):
     """Splash attention; see api.py. Raises ValueError for dtypes other than float32 and bfloat16."""
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if array.dtype not in DTYPES:
-            raise ValueError(f"attention: {name} has dtype {array.dtype}, needs float32 or bfloat16 for implementation='pallas'")
+    checks.check_kernel_dtypes("attention", q=q, k=k, v=v)
     if segments is None:
         return _attend(q, k, v, scale, window, None)
     index, real = segments

@@ -20,12 +20,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import platforms
+from pallas_kernels import checks, platforms
 from pallas_kernels.segments import Segments
 
 LANES = 128
 RESET = -1024.0  # exp of it is 0 in float32; sums over a chunk stay exact in sixteenths
-DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 class Blocking(NamedTuple):
@@ -49,7 +48,7 @@ TUNED = {"v5e": LARGER, "v5p": LARGER, "tpu7x": LARGER, "v6e": LARGER._replace(s
 
 def is_faster(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array) -> bool:
     """Whether this kernel is the fastest measured implementation on TPU for such arrays."""
-    return log_decay.ndim < 4 and all(x.dtype in DTYPES for x in (q, k, v, log_decay))
+    return log_decay.ndim < 4 and all(x.dtype in checks.KERNEL_DTYPES for x in (q, k, v, log_decay))
 
 
 def gated_linear_attention(q, k, v, log_decay, initial_state, segments: Segments | None, scale):
@@ -59,9 +58,7 @@ def gated_linear_attention(q, k, v, log_decay, initial_state, segments: Segments
     """
     if log_decay.ndim == 4:
         raise ValueError("gated_linear_attention: log_decay is [B,T,HV,K], implementation='pallas' needs [B,T,HV] or [HV]")
-    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
-        if x.dtype not in DTYPES:
-            raise ValueError(f"gated_linear_attention: {name} has dtype {x.dtype}, needs float32 or bfloat16 for implementation='pallas'")
+    checks.check_kernel_dtypes("gated_linear_attention", q=q, k=k, v=v, log_decay=log_decay)
     B, T, HV, V = v.shape
     K, dtype = q.shape[3], v.dtype
     blocking = TUNED.get(platforms.generation(), DEFAULT) if dtype == jnp.bfloat16 else DEFAULT
@@ -158,7 +155,7 @@ def _forward_call(plan, q, k, v, sums, initial_state):
         out_shape=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(initial_state.shape, jnp.float32), states),
         scratch_shapes=[pltpu.VMEM((plan.heads, K, V), jnp.float32)],
         compiler_params=_PARAMS,
-        cost_estimate=_cost(plan, (q, k, v, v, states), products=(2, 2)),
+        cost_estimate=_cost(plan, K, (q, k, v, v, states), products=(2, 2)),
     )(q, k, v, sums, initial_state)
 
 
@@ -175,18 +172,17 @@ def _backward_call(plan, q, k, v, sums, states, d_o, d_final_state):
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, sums[:, :, : plan.heads], d_final_state)),
         scratch_shapes=[pltpu.VMEM((plan.heads, K, V), jnp.float32)],
         compiler_params=_PARAMS,
-        cost_estimate=_cost(plan, (q, k, v, states, v, q, k, v), products=(6, 4)),
+        cost_estimate=_cost(plan, K, (q, k, v, states, v, q, k, v), products=(6, 4)),
     )(q, k, v, sums, states, d_o, d_final_state)
 
 
-def _cost(plan, moved, products) -> pl.CostEstimate:
+def _cost(plan, K, moved, products) -> pl.CostEstimate:
     """``products``: how many are over pairs of tokens, and how many meet the state; XLA's own estimates take it from here."""
-    q, _, v = moved[:3]
-    C, G, pairs, meetings = plan.tokens, plan.heads, *products
-    width = q.shape[2] // G
-    flops = 2 * q.shape[0] * q.shape[1] * v.shape[2] * (pairs * C + meetings * width)
+    (B, T, width), v, (pairs, meetings) = moved[0].shape, moved[2], products
     return pl.CostEstimate(
-        flops=flops, bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved), transcendentals=q.shape[0] * q.shape[1] * G * C
+        flops=2 * B * T * v.shape[2] * (pairs * plan.tokens + meetings * K),
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
+        transcendentals=B * T * (width // K) * plan.tokens,
     )
 
 

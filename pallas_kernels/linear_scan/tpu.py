@@ -22,13 +22,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import platforms
+from pallas_kernels import checks, platforms
 from pallas_kernels.segments import Segments
 
 ROWS = 8  # sublanes of a vector register
 LANES = 128  # and its lanes
 CONTINUES, STARTS, PADDING = range(3)  # what a token's code says of it
-DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 class Chunk(NamedTuple):
@@ -67,7 +66,7 @@ TUNED: dict[str, Chunk] = {}
 
 def is_faster(decay: jax.Array, x: jax.Array) -> bool:
     """Whether this kernel is the fastest measured implementation on TPU for such arrays."""
-    return x.dtype in DTYPES and decay.dtype in DTYPES
+    return all(a.dtype in checks.KERNEL_DTYPES for a in (decay, x))
 
 
 def linear_scan(decay: jax.Array, x: jax.Array, initial_state: jax.Array, segments: Segments | None) -> tuple[jax.Array, jax.Array]:
@@ -75,9 +74,7 @@ def linear_scan(decay: jax.Array, x: jax.Array, initial_state: jax.Array, segmen
 
     Raises ValueError for other dtypes.
     """
-    for name, array in (("decay", decay), ("x", x)):
-        if array.dtype not in DTYPES:
-            raise ValueError(f"linear_scan: {name} has dtype {array.dtype}, needs float32 or bfloat16 for implementation='pallas'")
+    checks.check_kernel_dtypes("linear_scan", decay=decay, x=x)
     chunk = TUNED.get(platforms.generation(), DEFAULT).within(x.shape[1])
     h, final_state = _scan(chunk, decay, x, initial_state.astype(jnp.float32)[:, None], _codes(chunk, x, segments))
     return h, final_state[:, 0]

@@ -14,6 +14,7 @@ from hybrid_jax.hf.convert import Folder
 from hybrid_jax.model import abstract
 from hybrid_jax.train.loss import cross_entropy
 from tests.helpers import relative_error
+from tests.hybrid_jax.hf_folders import FAMILIES
 
 pytestmark = pytest.mark.parity
 
@@ -23,15 +24,6 @@ V, T = 61, 22
 # rule. Our own chunked and token-by-token forms of the same model differ by 2e-5 in the very same parameters.
 GRADIENT_TOLERANCE = 1e-4
 SMALL = dict(hidden_size=32, num_hidden_layers=2, vocab_size=V, intermediate_size=48, initializer_range=0.2)
-FAMILIES = {
-    "hgrn": {},
-    "hgrn2": dict(expand_ratio=16),
-    "retnet": dict(num_heads=2),
-    "gla": dict(num_heads=2),
-    "delta_net": dict(num_heads=2),
-    "gated_deltanet": dict(num_heads=2, head_dim=8),
-    "transformer": dict(num_heads=4, num_kv_heads=2),
-}
 ATTN = dict(layers=[0], num_heads=4)  # so that HGRN's layer is one with a lower bound
 CASES = {f"{name} pure": (name, options) for name, options in FAMILIES.items()}
 CASES |= {f"{name} hybrid": (name, {**options, "attn": ATTN}) for name, options in FAMILIES.items() if name != "transformer"}

@@ -11,7 +11,8 @@ import pytest
 
 import hybrid_jax
 from tests.helpers import relative_error
-from tests.parity.test_models import ATTN, FAMILIES
+from tests.hybrid_jax.hf_folders import FAMILIES
+from tests.parity.test_models import ATTN
 
 pytestmark = pytest.mark.parity
 
