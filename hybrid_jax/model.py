@@ -23,13 +23,15 @@ class Block(nnx.Module):
 
     def __init__(self, kind: str, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
+        self.kind = kind
         self.attn_norm = RMSNorm(config.width, config.norm_eps)
         self.mixer = mixers.build(config.full_attention if kind == "attention" else config.mixer, config, rngs)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = SwiGLU(config.width, config.mlp_hidden, std=config.init_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        x = x + self.mixer(self.attn_norm(x), context)
+        with jax.named_scope(self.kind):
+            x = x + self.mixer(self.attn_norm(x), context)
         x = x + self.mlp(self.mlp_norm(x))
         return constrain(x, "batch", "time", None)
 

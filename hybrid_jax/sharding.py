@@ -6,11 +6,12 @@ of the mesh. Nothing else in the library knows about devices. Batches lie over `
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_jax.config import ConfigError, MeshConfig
@@ -58,6 +59,38 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().size <= 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def on_each_device(operator: Callable, *arrays: jax.Array, segment_ids: jax.Array | None = None, **keywords) -> Any:
+    """``operator(*arrays, segment_ids=segment_ids, **keywords)``, each device of the mesh in force computing its own rows and heads.
+
+    XLA cannot partition a kernel by itself. arrays: [B,T,H,...] or [B,T,D], or [H] for what is fixed; a result is [B,T,H,...] or
+    [B,T,D], a state beside it [B,H,...] or [B,D]. Rows or heads that do not divide over the mesh are computed on all of it, and so is time.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return operator(*arrays, segment_ids=segment_ids, **keywords)
+
+    def run(segment_ids, *arrays):
+        return operator(*arrays, segment_ids=segment_ids, **keywords)
+
+    def dividing(name, sizes):
+        parts = spec(name)[0]
+        return parts if all(size % mesh_size(mesh, parts) == 0 for size in sizes) else None
+
+    rows = dividing("batch", [arrays[0].shape[0]])
+    heads = dividing("heads", [x.shape[2] if x.ndim > 1 else x.shape[0] for x in arrays])
+    sequence, state = P(rows, None, heads), P(rows, heads)
+    in_specs = P(rows), *(sequence if x.ndim > 1 else P(heads) for x in arrays)
+    is_pair = isinstance(jax.eval_shape(run, segment_ids, *arrays), tuple)
+    out_specs = (sequence, state) if is_pair else sequence
+    # Not checked: kernels do not say over which axes what they compute varies.
+    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)(segment_ids, *arrays)
+
+
+def mesh_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
+    """Devices along some axes of a mesh together."""
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def logical_axes(params: nnx.State) -> Any:

@@ -1,5 +1,6 @@
 """Argument checks shared by the operators: a wrong shape, dtype or name is a ValueError that says what to do."""
 
+import re
 from collections.abc import Callable, Mapping
 
 import jax
@@ -59,11 +60,22 @@ def choose(operator: str, implementations: Mapping[str, Callable], name: str | N
     """The implementation called ``name``; where it is None the ``default``, or ``on_tpu`` where that is lowered for a TPU.
 
     ``on_tpu`` is a kernel: in a program that XLA partitions over devices by itself None stands for the ``default`` on TPU too.
-    Raises ValueError for an unknown one.
+    What runs is in the scope ``operator.name``, for profiles and :func:`implementations_in`. Raises ValueError for an unknown name.
     """
+
+    def scoped(name):
+        return jax.named_scope(f"{operator}.{name}")(implementations[name])
+
     if name is None and on_tpu is not None and not platforms.is_partitioned():
-        return platforms.on_tpu(implementations[on_tpu], elsewhere=implementations[default])
+        return platforms.on_tpu(scoped(on_tpu), elsewhere=scoped(default))
     name = default if name is None else name
     if name not in implementations:
         raise ValueError(f"{operator}: no implementation {name!r}; choose one of {sorted(implementations)} or None")
-    return implementations[name]
+    return scoped(name)
+
+
+def implementations_in(scope: str, program: str) -> dict[str, list[str]]:
+    """operator -> its implementations that run inside ``jax.named_scope(scope)``, of the text of a compiled program; both sorted."""
+    paths = re.findall(rf'op_name="[^"]*\b{scope}\b[^"]*?/(\w+)\.(\w+)[/"]', program)
+    operators = sorted({operator for operator, _ in paths})
+    return {operator: sorted({name for found, name in paths if found == operator}) for operator in operators}

@@ -8,6 +8,7 @@ from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.rotary import rotate
 from hybrid_jax.mixers.context import Context
 from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, split_heads
+from hybrid_jax.sharding import on_each_device
 from pallas_kernels.attention import attention
 
 QK_NORM_EPS = 1e-5  # fixed in flash-linear-attention, whatever the model's eps
@@ -36,5 +37,5 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, context.positions, self.config.rope_theta)
         k = rotate(k, context.positions, self.config.rope_theta)
-        o = attention(q, k, v, window=self.config.window, segment_ids=context.segment_ids)
+        o = on_each_device(attention, q, k, v, window=self.config.window, segment_ids=context.segment_ids)
         return self.o_proj(merge_heads(o))

@@ -8,6 +8,7 @@ from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm, l2_normalize
 from hybrid_jax.mixers.context import Context
 from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.sharding import on_each_device
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 
 ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu": lambda x: jax.nn.elu(x) + 1, "identity": lambda x: x}
@@ -56,6 +57,6 @@ class DeltaNet(nnx.Module):
             beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
         if self.config.negative_eigenvalues:
             beta = 2 * beta
-        o, _ = gated_delta_rule(q, k, v, beta, segment_ids=context.segment_ids)
+        o, _ = on_each_device(gated_delta_rule, q, k, v, beta, segment_ids=context.segment_ids)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.config.heads)
         return self.o_proj(merge_heads(self.o_norm(o, gate=gate)))

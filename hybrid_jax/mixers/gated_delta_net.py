@@ -10,6 +10,7 @@ from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm, l2_normalize
 from hybrid_jax.mixers.context import Context
 from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.sharding import on_each_device
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 
 
@@ -52,7 +53,8 @@ class GatedDeltaNet(nnx.Module):
             v = self.v_conv(v, context.segment_ids)
         rate = jax.nn.softplus(self.a_proj(x).astype(jnp.float32) + self.dt_bias[...])
         beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
-        o, _ = gated_delta_rule(
+        o, _ = on_each_device(
+            gated_delta_rule,
             l2_normalize(split_heads(q, self.config.heads)),
             l2_normalize(split_heads(k, self.config.heads)),
             split_heads(v, self.value_heads),

@@ -8,6 +8,7 @@ from hybrid_jax import config
 from hybrid_jax.layers import Linear, RMSNorm
 from hybrid_jax.mixers.context import Context
 from hybrid_jax.mixers.projections import FEATURE_MAPS, heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.sharding import on_each_device
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 
 GATE_RANK = 16  # of the low-rank decay projection
@@ -47,6 +48,6 @@ class GLA(nnx.Module):
             log_decay = jnp.maximum(log_decay, self.log_decay_min)
         group = self.heads // self.kv_heads
         k, v, log_decay = (jnp.repeat(split_heads(a, self.kv_heads), group, axis=2) for a in (k, v, log_decay))
-        o, _ = gated_linear_attention(split_heads(q, self.heads), k, v, log_decay, segment_ids=context.segment_ids)
+        o, _ = on_each_device(gated_linear_attention, split_heads(q, self.heads), k, v, log_decay, segment_ids=context.segment_ids)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.heads)
         return self.o_proj(merge_heads(self.g_norm(o, gate=gate)))

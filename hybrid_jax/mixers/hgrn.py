@@ -9,6 +9,7 @@ from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.gates import bounded_log_sigmoid
 from hybrid_jax.mixers.context import Context
 from hybrid_jax.mixers.projections import heads_in, heads_out, short_convolution
+from hybrid_jax.sharding import on_each_device
 from pallas_kernels.linear_scan import linear_scan
 
 
@@ -30,5 +31,5 @@ class HGRN(nnx.Module):
             i, f = self.i_conv(i, context.segment_ids), self.f_conv(f, context.segment_ids)
         log_decay = bounded_log_sigmoid(f, context.lower_bound)
         write = jax.nn.silu(i.astype(jnp.float32)) * -jnp.expm1(log_decay)
-        h, _ = linear_scan(jnp.exp(log_decay), write.astype(x.dtype), segment_ids=context.segment_ids)
+        h, _ = on_each_device(linear_scan, jnp.exp(log_decay), write.astype(x.dtype), segment_ids=context.segment_ids)
         return self.o_proj(self.g_norm(h, gate=self.g_proj(x)))

@@ -9,6 +9,7 @@ from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.gates import bounded_log_sigmoid
 from hybrid_jax.mixers.context import Context
 from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.sharding import on_each_device
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 
 NORM_EPS = 1e-5  # fixed in flash-linear-attention, whatever the model's eps
@@ -35,7 +36,8 @@ class HGRN2(nnx.Module):
             v = self.i_conv(v, context.segment_ids)
         log_decay = bounded_log_sigmoid(f, context.lower_bound)
         k = -jnp.expm1(log_decay)
-        o, _ = gated_linear_attention(
+        o, _ = on_each_device(
+            gated_linear_attention,
             split_heads(jax.nn.silu(q), self.heads),
             split_heads(k.astype(x.dtype), self.heads),
             split_heads(v, self.heads),

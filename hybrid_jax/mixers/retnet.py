@@ -9,6 +9,7 @@ from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.rotary import rotate
 from hybrid_jax.mixers.context import Context
 from hybrid_jax.mixers.projections import FEATURE_MAPS, heads_in, heads_out, merge_heads, split_heads
+from hybrid_jax.sharding import on_each_device
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 
 ROPE_THETA = 10000.0
@@ -34,7 +35,8 @@ class RetNet(nnx.Module):
         k = split_heads(self.feature_map(self.k_proj(x)), self.kv_heads)
         v = split_heads(self.v_proj(x), self.kv_heads)
         group = self.heads // self.kv_heads
-        o, _ = gated_linear_attention(
+        o, _ = on_each_device(
+            gated_linear_attention,
             rotate(q, context.positions, ROPE_THETA),
             jnp.repeat(rotate(k, context.positions, ROPE_THETA), group, axis=2),
             jnp.repeat(v, group, axis=2),

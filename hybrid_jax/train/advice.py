@@ -2,13 +2,15 @@
 
 import dataclasses
 import importlib.util
+from collections import Counter
 
 import jax
 
-from hybrid_jax.config import ConfigError, LogConfig, RunConfig
+from hybrid_jax.config import ConfigError, LogConfig, ModelConfig, RunConfig
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.train.progress import duration, quantity
 from hybrid_jax.train.throughput import training_flops
+from pallas_kernels.checks import implementations_in
 
 LONG_STEP = 60.0  # seconds
 EXTRAS = {"tpu": "tpu", "gpu": "cuda13"}
@@ -53,6 +55,17 @@ def notes(config: RunConfig, text: TokenSource, peak: float) -> list[str]:
     if seconds > LONG_STEP:
         told.append(_slow(config, seconds, peak))
     return told
+
+
+def implementations(model: ModelConfig, step: str) -> str:
+    """Which implementation of its operators each layer uses, in one line, of the text of a compiled training step."""
+    counts = Counter(model.layer_kinds)
+
+    def layers(kind: str) -> str:
+        operators = implementations_in(kind, step)
+        return f"{counts[kind]} {kind} (" + ", ".join(f"{operator}: {'+'.join(names)}" for operator, names in operators.items()) + ")"
+
+    return "layers: " + "; ".join(layers(kind) for kind in counts)
 
 
 def _slow(config: RunConfig, seconds: float, peak: float) -> str:

@@ -85,7 +85,8 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> Abstract:
     """The state of a run as shapes laid out on ``mesh``. Raises ConfigError where a parameter can not be cut as the mesh asks."""
     graph, params = abstract(config.model)
     optimizer = make_optimizer(config.optimizer, config.train.steps, params)
-    shapes = jax.eval_shape(_initial(config, optimizer), jax.random.key(0))
+    # the key is made inside: the mesh in force may be of devices that are not there
+    shapes = jax.eval_shape(lambda: _initial(config, optimizer)(jax.random.key(0)))
     shardings = state_shardings(mesh, shapes)
     return Abstract(graph, optimizer, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings))
 

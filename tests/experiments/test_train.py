@@ -66,7 +66,8 @@ def test_a_run_leaves_behind_all_that_is_promised(finished):
 def test_a_run_says_what_it_does_and_what_comes_next(finished):
     workdir, result = finished
     evaluate = f"experiments.eval --workdir={workdir}"
-    for said in ("step 0 of 8", "compiled in", "holds", "step 8/8", "bits per byte", "after 8 steps", evaluate):
+    layers = "layers: 1 attention (attention: xla)"
+    for said in ("step 0 of 8", "compiled in", "holds", layers, "step 8/8", "bits per byte", "after 8 steps", evaluate):
         assert said in result.out, said
 
 

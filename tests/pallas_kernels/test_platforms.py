@@ -63,6 +63,19 @@ def test_where_xla_partitions_the_program_it_has_no_kernel():
     assert not platforms.is_partitioned()
 
 
+def test_a_compiled_program_says_which_implementations_it_runs():
+    def scoped(x):
+        with jax.named_scope("outer"):
+            x = jnp.sin(choose()(x))
+        with jax.named_scope("other"):
+            return jax.lax.scan(lambda x, _: (choose("pallas")(x), None), x, length=2)[0]
+
+    text = jax.jit(scoped).lower(X).compile().as_text()
+    assert checks.implementations_in("outer", text) == {"double": ["xla"]}
+    assert checks.implementations_in("other", text) == {"double": ["pallas"]}
+    assert checks.implementations_in("out", text) == {}
+
+
 def test_results_vary_over_the_mesh_as_operands_do():
     def add(x, y):
         def body(x_ref, y_ref, out_ref):
