@@ -4,6 +4,7 @@
     python -m experiments.bench --operators=causal_conv --shapes='*340m' --dtype=bfloat16
     python -m experiments.bench --suite=memory                                   # scratch memory at T = 8192; compiles only
     python -m experiments.bench --target=tpu:v6e --dtype=bfloat16                # a TPU's schedule, compiled without a TPU
+    python -m experiments.bench --target=tpu:v6e --suite=step --shapes='*340m'   # whole training steps: kernels, memory
 
 Each row is one implementation at one named shape of `pallas_kernels/<operator>/shapes.py`, forward alone or forward and
 backward. It is printed, and appended as a line of JSON to --output with the device, versions and git revision it came from.
@@ -23,11 +24,12 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from experiments.benchmarks import cases, correctness, memory, rows, timing, tpu_static
+from experiments.benchmarks import cases, correctness, memory, rows, steps, timing, tpu_static
 
 SUITES = {suite.name: suite for suite in (timing.SUITE, memory.SUITE)}
+TARGET_SUITES = {"operators": tpu_static.suite, "step": steps.suite}
 
-_SUITE = flags.DEFINE_enum("suite", "operators", sorted(SUITES), "What to measure on the local device.")
+_SUITE = flags.DEFINE_enum("suite", "operators", sorted({*SUITES, *TARGET_SUITES}), "What to measure.")
 _TARGET = flags.DEFINE_enum("target", None, sorted(tpu_static.TARGETS), "A chip to compile for in place of measuring on the local device.")
 _OPERATORS = flags.DEFINE_list("operators", [], f"Of {', '.join(cases.OPERATORS)}; all by default.")
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", [], "Such as xla, pallas; all by default, and those two with --target.")
@@ -42,15 +44,8 @@ def main(argv) -> int:
         try:
             if len(argv) > 1:
                 raise ValueError(f"unexpected argument {argv[1]!r}; the flags are in --help")
-            implementations = _IMPLEMENTATIONS.value
-            if _TARGET.value:
-                suite = stack.enter_context(tpu_static.suite(_TARGET.value))
-                implementations, results = implementations or ["xla", "pallas"], suite.name
-            else:
-                suite, results = SUITES[_SUITE.value], jax.devices()[0].platform
-            selected = cases.select(_OPERATORS.value, implementations, _SHAPES.value, _DTYPE.value)
-            if not implementations and results == "cpu":  # where kernels are interpreted: their time says nothing
-                selected = [case for case in selected if case.implementation != "pallas"]
+            suite, results = _suite(stack)
+            selected = steps.select(_SHAPES.value) if _SUITE.value == "step" else _operators(results)
         except (ValueError, tpu_static.NoCompiler) as error:
             sys.exit(f"experiments.bench: {error}")
         output = Path(_OUTPUT.value or Path(__file__).parent / "results" / f"{results}.jsonl")
@@ -60,6 +55,26 @@ def main(argv) -> int:
     failures = [row for row in done if "failure" in row]
     print(f"{len(done)} rows, {len(failures)} of them failures, appended to {output}")
     return 1 if failures else 0
+
+
+def _suite(stack: contextlib.ExitStack) -> tuple[rows.Suite, str]:
+    """The suite that is asked for, and the name of the file its rows go to. Raises ValueError where there is no such one."""
+    on = TARGET_SUITES if _TARGET.value else SUITES
+    if _SUITE.value not in on:
+        remedy = "is measured on the local device: leave out --target" if _TARGET.value else "needs a --target"
+        raise ValueError(f"--suite={_SUITE.value} {remedy}")
+    if _TARGET.value:
+        return stack.enter_context(on[_SUITE.value](_TARGET.value)), "tpu_static"
+    return on[_SUITE.value], jax.devices()[0].platform
+
+
+def _operators(results: str) -> list[cases.Case]:
+    """The operators' cases that are asked for."""
+    implementations = _IMPLEMENTATIONS.value or (["xla", "pallas"] if _TARGET.value else [])
+    selected = cases.select(_OPERATORS.value, implementations, _SHAPES.value, _DTYPE.value)
+    if not implementations and results == "cpu":  # where kernels are interpreted: their time says nothing
+        selected = [case for case in selected if case.implementation != "pallas"]
+    return selected
 
 
 if __name__ == "__main__":

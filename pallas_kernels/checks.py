@@ -76,6 +76,6 @@ def choose(operator: str, implementations: Mapping[str, Callable], name: str | N
 
 def implementations_in(scope: str, program: str) -> dict[str, list[str]]:
     """operator -> its implementations that run inside ``jax.named_scope(scope)``, of the text of a compiled program; both sorted."""
-    paths = re.findall(rf'op_name="[^"]*\b{scope}\b[^"]*?/(\w+)\.(\w+)[/"]', program)
+    paths = re.findall(rf'op_name="[^"]*\b{scope}\b[^"]*?/(\w+)\.([a-z_]+)[/"]', program)
     operators = sorted({operator for operator, _ in paths})
     return {operator: sorted({name for found, name in paths if found == operator}) for operator in operators}

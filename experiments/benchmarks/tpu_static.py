@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -59,25 +59,31 @@ ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPL
 
 
 class Compiler:
-    """A process that compiles for one target, started anew where the compiler took the last one down with it."""
+    """A process that compiles for one target, started anew where the compiler took the last one down with it.
 
-    def __init__(self, target: str):
+    With ``schedule``, libtpu writes down the schedule of every kernel, which takes it minutes and gigabytes for a whole model.
+    """
+
+    def __init__(self, target: str, schedule: bool = True):
         self.target = target
         self.dumps = Path(tempfile.mkdtemp(prefix="tpu_static_"))
+        self._options = f"--xla_jf_dump_to={self.dumps} --xla_jf_dump_llo_text=true" if schedule else ""
         self._start()
 
     def _start(self):
-        options = f"--xla_jf_dump_to={self.dumps} --xla_jf_dump_llo_text=true"
-        os.environ.update(ENVIRONMENT, LIBTPU_INIT_ARGS=options)  # what a process finds when it is spawned
+        os.environ.update(ENVIRONMENT, LIBTPU_INIT_ARGS=self._options)  # what a process finds when it is spawned
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
     def cost(self, case: Case) -> dict:
         """:func:`compile_cost` in that process. Raises RuntimeError where it dies."""
         shutil.rmtree(self.dumps, ignore_errors=True)
         self.dumps.mkdir()
+        return self.call(compile_cost, case, self.target, self.dumps, jax.config.jax_default_matmul_precision)
+
+    def call(self, function: Callable[..., dict], *arguments) -> dict:
+        """``function(*arguments)`` in that process. Raises RuntimeError where it dies."""
         try:
-            precision = jax.config.jax_default_matmul_precision
-            return self._pool.submit(compile_cost, case, self.target, self.dumps, precision).result()
+            return self._pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             self._start()
             raise RuntimeError("the TPU compiler ended its process") from None
@@ -106,8 +112,9 @@ def compile_cost(case: Case, target: str, dumps: Path, precision: str | None) ->
         seconds = time.perf_counter() - start
     device = mesh.devices.flat[0]
     row = {"device": device.device_kind, "cores": device.num_cores, "compile_s": seconds}
+    row["libtpu"] = importlib.metadata.version("libtpu")
     row["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-    return row | cost(compiled.as_text(), dumps) | _versions()
+    return row | cost(compiled.as_text(), dumps)
 
 
 def cost(text: str, dumps: Path) -> dict:
@@ -155,20 +162,23 @@ def heads(shape) -> float:
     return getattr(shape, "HV", None) or getattr(shape, "H", None) or shape.D / 128
 
 
-def _versions() -> dict:
-    return {"libtpu": importlib.metadata.version("libtpu")}
+@contextlib.contextmanager
+def compiler(target: str, schedule: bool = True) -> Iterator[Compiler]:
+    """A :class:`Compiler`, closed at the end. Raises NoCompiler where libtpu is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise NoCompiler(f"--target={target} needs the TPU compiler, libtpu: pip install -e '.[tpu]'")
+    with contextlib.closing(Compiler(target, schedule)) as compiler:
+        yield compiler
 
 
 @contextlib.contextmanager
 def suite(target: str) -> Iterator[Suite]:
     """The suite of a target, its compiler running meanwhile. Raises NoCompiler where libtpu is not installed."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise NoCompiler(f"--target={target} needs the TPU compiler, libtpu: pip install -e '.[tpu]'")
-    with contextlib.closing(Compiler(target)) as compiler:
+    with compiler(target) as running:
         yield Suite(
             "tpu_static",
             both_passes,
-            lambda case: measure(case, compiler),
+            lambda case: measure(case, running),
             {
                 "bundles": lambda row: f"{row['bundles']:,}{'?' if row['unknown_loops'] else ''}",
                 "a token and head": lambda row: f"{row['bundles_per_token_and_head']:.2f}",

