@@ -1,15 +1,29 @@
-"""The public face of the gated elementwise recurrence: h_t = a_t * h_{t-1} + x_t."""
+"""The public face of the gated elementwise recurrence, h_t = a_t * h_{t-1} + x_t: arguments checked, documents written into them."""
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks, segments
 from pallas_kernels.linear_scan import associative_scan, reference, tpu, xla
-from pallas_kernels.linear_scan.masking import by_masking
 
+
+def _widened(scan: Callable) -> Callable:
+    """A scan of arrays of one dtype, float32 or wider, as one of any dtypes."""
+
+    def run(decay, x, initial_state):
+        dtype = jnp.result_type(decay, x, jnp.float32)
+        h, final_state = scan(decay.astype(dtype), x.astype(dtype), initial_state.astype(dtype))
+        return h.astype(x.dtype), final_state
+
+    return run
+
+
+# Each of whole rows: (decay, x, initial_state) -> (h, final_state).
 IMPLEMENTATIONS = {
-    "reference": by_masking(reference.linear_scan),
-    "xla": by_masking(xla.linear_scan),
-    "associative_scan": by_masking(associative_scan.linear_scan),
+    "reference": _widened(reference.linear_scan),
+    "xla": _widened(xla.linear_scan),
+    "associative_scan": _widened(associative_scan.linear_scan),
     "pallas": tpu.linear_scan,
 }
 
@@ -50,7 +64,14 @@ def linear_scan(
 
     if initial_state is None:
         initial_state = jnp.zeros_like(x[:, 0])
-    return scan(decay, x, initial_state, None if segment_ids is None else segments.number(segment_ids))
+    if segment_ids is None:
+        return scan(decay, x, initial_state)
+    # Padding keeps the state (decay 1, input 0); a document's first token forgets it (decay 0).
+    numbered = segments.number(segment_ids)
+    real, starts = numbered.real[..., None], numbered.starts[..., None]
+    decay = jnp.where(real, jnp.where(starts, 0, decay), 1)
+    h, final_state = scan(decay, jnp.where(real, x, 0), initial_state)
+    return jnp.where(real, h, 0), final_state
 
 
 def linear_scan_step(decay: jax.Array, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:

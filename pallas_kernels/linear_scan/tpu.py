@@ -10,7 +10,7 @@ the gradients in the other direction, with u_t = a_{t+1} e_{t+1} between the tok
 
     e_t = dh_t + u_t    dx_t = e_t    da_t = e_t h_{t-1}    u_{t-1} = a_t e_t
 
-So it reads a, x and dh and writes da and dx, once. Documents and padding are a code a token, applied as a and x are loaded.
+So it reads a, x and dh and writes da and dx, once. Tokens of the last chunk that lie beyond T keep the state they are given.
 """
 
 from collections.abc import Callable
@@ -23,17 +23,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import checks, platforms
-from pallas_kernels.segments import Segments
 
 ROWS = 8  # sublanes of a vector register
 LANES = 128  # and its lanes
-CONTINUES, STARTS, PADDING = range(3)  # what a token's code says of it
 
 
 class Chunk(NamedTuple):
     """span: consecutive tokens that a row of vector registers goes through, an even number.
     groups: G, the runs they are cut into.
-    row_bytes: the width of a block of the grid, some columns of 128 channels that share the work on the codes.
+    row_bytes: the width of a block of the grid, some columns of 128 channels.
     """
 
     span: int
@@ -58,6 +56,10 @@ class Chunk(NamedTuple):
     def steps(self) -> int:
         return self.span // self.groups
 
+    def rows(self, token: int):
+        """Where in a buffer the 8 tokens are that are ``token`` within their rows of runs."""
+        return pl.ds(token, ROWS, stride=self.pitch)
+
 
 # The chunk for each TPU generation. DEFAULT is within the VMEM of all.
 DEFAULT = Chunk(span=128, groups=8, row_bytes=1024)
@@ -69,43 +71,31 @@ def is_faster(decay: jax.Array, x: jax.Array) -> bool:
     return all(a.dtype in checks.KERNEL_DTYPES for a in (decay, x))
 
 
-def linear_scan(decay: jax.Array, x: jax.Array, initial_state: jax.Array, segments: Segments | None) -> tuple[jax.Array, jax.Array]:
+def linear_scan(decay: jax.Array, x: jax.Array, initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """decay, x [B,T,D] in float32 or bfloat16, initial_state [B,D] -> (h [B,T,D] in x's dtype, the final state [B,D] in float32).
 
     Raises ValueError for other dtypes.
     """
     checks.check_kernel_dtypes("linear_scan", decay=decay, x=x)
     chunk = TUNED.get(platforms.generation(), DEFAULT).within(x.shape[1])
-    h, final_state = _scan(chunk, decay, x, initial_state.astype(jnp.float32)[:, None], _codes(chunk, x, segments))
+    h, final_state = _scan(chunk, decay, x, initial_state.astype(jnp.float32)[:, None])
     return h, final_state[:, 0]
 
 
-def _codes(chunk: Chunk, x: jax.Array, segments: Segments | None) -> jax.Array:
-    """[B,N,8,span] int32: the code of each token of each chunk; what lies beyond T is padding."""
-    B, T, _ = x.shape
-    if segments is None:
-        codes = jnp.full((B, T), CONTINUES, jnp.int32)
-    else:
-        codes = jnp.where(segments.real, jnp.where(segments.starts, STARTS, CONTINUES), PADDING).astype(jnp.int32)
-    codes = jnp.pad(codes, [(0, 0), (0, -T % chunk.tokens)], constant_values=PADDING)
-    return codes.reshape(B, -1, ROWS, chunk.span)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(chunk, decay, x, initial_state, codes):
+def _scan(chunk, decay, x, initial_state):
     """initial and final state are [B,1,D]."""
-    h, final_state, _ = _forward_call(chunk, decay, x, initial_state, codes)
+    h, final_state, _ = _forward_call(chunk, decay, x, initial_state)
     return h, final_state
 
 
-def _scan_forward(chunk, decay, x, initial_state, codes):
-    h, final_state, starts = _forward_call(chunk, decay, x, initial_state, codes)
-    return (h, final_state), (decay, x, codes, starts)
+def _scan_forward(chunk, decay, x, initial_state):
+    h, final_state, starts = _forward_call(chunk, decay, x, initial_state)
+    return (h, final_state), (decay, x, starts)
 
 
 def _scan_backward(chunk, residuals, cotangents):
-    d_decay, dx, d_initial_state = _backward_call(chunk, *residuals, *cotangents)
-    return d_decay, dx, d_initial_state, None
+    return tuple(_backward_call(chunk, *residuals, *cotangents))
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
@@ -116,10 +106,9 @@ class _Blocks(NamedTuple):
 
     grid: tuple[int, int, int]
     sequence: pl.BlockSpec  # [B,T,D]
-    codes: pl.BlockSpec  # [B,N,8,span]
     state: pl.BlockSpec  # [B,1,D]
     starts: pl.BlockSpec  # [B,N,1,D], the state before each chunk
-    scratch: Callable  # the number of [8 span,128] buffers -> scratch shapes: the state, the codes, the buffers
+    scratch: Callable  # the number of [8 span,128] buffers -> scratch shapes: the state, the buffers
 
 
 def _blocks(chunk: Chunk, x: jax.Array, reverse: bool) -> _Blocks:
@@ -133,12 +122,10 @@ def _blocks(chunk: Chunk, x: jax.Array, reverse: bool) -> _Blocks:
     return _Blocks(
         (B, pl.cdiv(D, width), N),
         pl.BlockSpec((1, chunk.tokens, width), lambda b, d, n: (b, at(n), d)),
-        pl.BlockSpec((1, 1, ROWS, chunk.span), lambda b, d, n: (b, at(n), 0, 0)),
         pl.BlockSpec((1, 1, width), lambda b, d, n: (b, 0, d)),
         pl.BlockSpec((1, 1, 1, width), lambda b, d, n: (b, at(n), 0, d)),
         lambda buffers: [
             pltpu.VMEM((1, width), jnp.float32),
-            pltpu.VMEM((chunk.span, ROWS, column), jnp.int32),
             *[pltpu.VMEM((ROWS * chunk.pitch, column), jnp.float32)] * buffers,
         ],
     )
@@ -147,15 +134,15 @@ def _blocks(chunk: Chunk, x: jax.Array, reverse: bool) -> _Blocks:
 _PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def _forward_call(chunk, decay, x, initial_state, codes):
+def _forward_call(chunk, decay, x, initial_state):
     """(h [B,T,D], final state [B,1,D], the states before each chunk [B,N,1,D])."""
     B, T, D = x.shape
     blocks = _blocks(chunk, x, reverse=False)
     return platforms.pallas_call(
-        partial(_forward_kernel, chunk),
+        partial(_forward_kernel, chunk, T),
         name="linear_scan_forward",
         grid=blocks.grid,
-        in_specs=[blocks.sequence, blocks.sequence, blocks.state, blocks.codes],
+        in_specs=[blocks.sequence, blocks.sequence, blocks.state],
         out_specs=[blocks.sequence, blocks.state, blocks.starts],
         out_shape=(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -165,18 +152,18 @@ def _forward_call(chunk, decay, x, initial_state, codes):
         scratch_shapes=blocks.scratch(2),
         compiler_params=_PARAMS,
         cost_estimate=_cost(decay, x, arrays=3, flops=2),
-    )(decay, x, initial_state, codes)
+    )(decay, x, initial_state)
 
 
-def _backward_call(chunk, decay, x, codes, starts, dh, d_final_state):
+def _backward_call(chunk, decay, x, starts, dh, d_final_state):
     """(d_decay, dx [B,T,D], d_initial_state [B,1,D])."""
     B, T, D = x.shape
     blocks = _blocks(chunk, x, reverse=True)
     return platforms.pallas_call(
-        partial(_backward_kernel, chunk),
+        partial(_backward_kernel, chunk, T),
         name="linear_scan_backward",
         grid=blocks.grid,
-        in_specs=[blocks.sequence, blocks.sequence, blocks.codes, blocks.starts, blocks.sequence, blocks.state],
+        in_specs=[blocks.sequence, blocks.sequence, blocks.starts, blocks.sequence, blocks.state],
         out_specs=[blocks.sequence, blocks.sequence, blocks.state],
         out_shape=(
             jax.ShapeDtypeStruct(x.shape, decay.dtype),
@@ -186,7 +173,7 @@ def _backward_call(chunk, decay, x, codes, starts, dh, d_final_state):
         scratch_shapes=blocks.scratch(3),
         compiler_params=_PARAMS,
         cost_estimate=_cost(decay, x, arrays=5, flops=6),
-    )(decay, x, codes, starts, dh, d_final_state)
+    )(decay, x, starts, dh, d_final_state)
 
 
 def _cost(decay, x, arrays, flops) -> pl.CostEstimate:
@@ -195,7 +182,7 @@ def _cost(decay, x, arrays, flops) -> pl.CostEstimate:
     return pl.CostEstimate(flops=flops * x.size, bytes_accessed=moved, transcendentals=0)
 
 
-def _forward_kernel(chunk, decay_ref, x_ref, initial_ref, codes_ref, h_ref, final_ref, starts_ref, state, codes, decay, x):
+def _forward_kernel(chunk, T, decay_ref, x_ref, initial_ref, h_ref, final_ref, starts_ref, state, decay, x):
     n = pl.program_id(2)
 
     @pl.when(n == 0)
@@ -203,19 +190,21 @@ def _forward_kernel(chunk, decay_ref, x_ref, initial_ref, codes_ref, h_ref, fina
         state[...] = initial_ref[0]
 
     starts_ref[0, 0] = state[...]
-    _spread_codes(codes_ref[0, 0], codes)
-    load = partial(_load, chunk, codes, decay, x)
+
+    def map_of(token):
+        rows = chunk.rows(token)
+        return decay[rows, :], x[rows, :]
 
     def write(token, h):
-        rows, a, x_t, code = load(token)
-        h = a * h + x_t
-        x[rows, :] = jnp.where(code == PADDING, 0, h)
+        rows = chunk.rows(token)
+        x[rows, :] = h = decay[rows, :] * h + x[rows, :]
         return h
 
     def column(lanes):
         _spread(chunk, decay_ref.at[0, :, lanes], decay)
         _spread(chunk, x_ref.at[0, :, lanes], x)
-        runs, state[:, lanes] = _run_starts(chunk, lambda token: load(token)[1:3], state[:, lanes], reverse=False)
+        _end(chunk, T, n, (decay, 1), (x, 0))
+        runs, state[:, lanes] = _run_starts(chunk, map_of, state[:, lanes], reverse=False)
         _each_token(chunk, write, runs, reverse=False)
         _gather(chunk, x, h_ref.at[0, :, lanes])
 
@@ -227,7 +216,7 @@ def _forward_kernel(chunk, decay_ref, x_ref, initial_ref, codes_ref, h_ref, fina
 
 
 def _backward_kernel(
-    chunk, decay_ref, x_ref, codes_ref, starts_ref, dh_ref, d_final_ref, d_decay_ref, dx_ref, d_initial_ref, d_state, codes, decay, x, dh
+    chunk, T, decay_ref, x_ref, starts_ref, dh_ref, d_final_ref, d_decay_ref, dx_ref, d_initial_ref, d_state, decay, x, dh
 ):
     n = pl.program_id(2)
 
@@ -235,33 +224,34 @@ def _backward_kernel(
     def _():
         d_state[...] = d_final_ref[0]
 
-    _spread_codes(codes_ref[0, 0], codes)
-    load_x = partial(_load, chunk, codes, decay, x)
-    load_dh = partial(_load, chunk, codes, decay, dh)
+    def map_of(token):
+        rows = chunk.rows(token)
+        return decay[rows, :], x[rows, :]
 
     def keep_previous(token, h):
-        rows, a, x_t, _ = load_x(token)
-        x[rows, :] = h
-        return a * h + x_t
+        rows = chunk.rows(token)
+        x_t, x[rows, :] = x[rows, :], h
+        return decay[rows, :] * h + x_t
 
-    def map_of(token):
-        _, a, dh_t, _ = load_dh(token)
-        return a, a * dh_t
+    def map_back(token):
+        rows = chunk.rows(token)
+        a = decay[rows, :]
+        return a, a * dh[rows, :]
 
     def write(token, u):
-        rows, a, dh_t, code = load_dh(token)
-        e = dh_t + u
-        dh[rows, :] = jnp.where(code == PADDING, 0, e)
-        x[rows, :] = jnp.where(code == CONTINUES, e * x[rows, :], 0)  # no other token's decay is the caller's
-        return a * e
+        rows = chunk.rows(token)
+        dh[rows, :] = e = dh[rows, :] + u
+        x[rows, :] = e * x[rows, :]
+        return decay[rows, :] * e
 
     def column(lanes):
         _spread(chunk, decay_ref.at[0, :, lanes], decay)
         _spread(chunk, x_ref.at[0, :, lanes], x)
         _spread(chunk, dh_ref.at[0, :, lanes], dh)
-        runs, _ = _run_starts(chunk, lambda token: load_x(token)[1:3], starts_ref[0, 0, :, lanes], reverse=False)
+        _end(chunk, T, pl.num_programs(2) - 1 - n, (decay, 1), (x, 0), (dh, 0))
+        runs, _ = _run_starts(chunk, map_of, starts_ref[0, 0, :, lanes], reverse=False)
         _each_token(chunk, keep_previous, runs, reverse=False)
-        runs, d_state[:, lanes] = _run_starts(chunk, map_of, d_state[:, lanes], reverse=True)
+        runs, d_state[:, lanes] = _run_starts(chunk, map_back, d_state[:, lanes], reverse=True)
         _each_token(chunk, write, runs, reverse=True)
         _gather(chunk, x, d_decay_ref.at[0, :, lanes])
         _gather(chunk, dh, dx_ref.at[0, :, lanes])
@@ -296,22 +286,17 @@ def _gather(chunk, scratch, block):
         block[row * chunk.span : (row + 1) * chunk.span, :] = tokens.astype(block.dtype)
 
 
-def _spread_codes(codes, out):
-    """codes [8,span] -> [span,8,W]: the codes of a step's 8 tokens, in every lane."""
-    for token in range(codes.shape[1]):
-        out[token] = jnp.broadcast_to(codes[:, token : token + 1], out.shape[1:])
+def _end(chunk, T, n, *fillings):
+    """(scratch, value): fill the tokens of chunk ``n`` that lie beyond T, if it is the last."""
+    tokens = T % chunk.tokens
+    if tokens:
 
-
-def _load(chunk, codes, decay, x, token):
-    """Of the 8 tokens that are ``token`` within their rows: their place in a chunk, decay, input and code.
-
-    A start forgets the state (decay 0); padding keeps it (decay 1) and adds nothing (input 0).
-    """
-    rows = pl.ds(token, ROWS, stride=chunk.pitch)
-    a, x = decay[rows, :], x[rows, :]
-    code = codes[token]
-    a = jnp.where(code == CONTINUES, a, jnp.where(code == PADDING, 1.0, 0.0))
-    return rows, a, jnp.where(code == PADDING, 0.0, x), code
+        @pl.when(n == T // chunk.tokens)
+        def _():
+            for row in range(tokens // chunk.span, ROWS):
+                begin, end = row * chunk.pitch + max(0, tokens - row * chunk.span), row * chunk.pitch + chunk.span
+                for scratch, value in fillings:
+                    scratch[begin:end, :] = jnp.full((end - begin, scratch.shape[1]), value, scratch.dtype)
 
 
 def _each_token(chunk, body, carries, reverse):
