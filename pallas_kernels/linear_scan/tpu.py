@@ -26,6 +26,7 @@ from pallas_kernels import checks, platforms
 
 ROWS = 8  # sublanes of a vector register
 LANES = 128  # and its lanes
+UNROLL = 4  # steps of a loop side by side, so that loads of one do not wait for the stores of another
 
 
 class Chunk(NamedTuple):
@@ -61,9 +62,9 @@ class Chunk(NamedTuple):
         return pl.ds(token, ROWS, stride=self.pitch)
 
 
-# The chunk for each TPU generation. DEFAULT is within the VMEM of all.
+# The fastest chunk without spills, and that of some generations.
 DEFAULT = Chunk(span=128, groups=8, row_bytes=1024)
-TUNED: dict[str, Chunk] = {}
+TUNED = {"v4": DEFAULT._replace(groups=4)}  # which has half the registers
 
 
 def is_faster(decay: jax.Array, x: jax.Array) -> bool:
@@ -149,7 +150,7 @@ def _forward_call(chunk, decay, x, initial_state):
             jax.ShapeDtypeStruct((B, 1, D), jnp.float32),
             jax.ShapeDtypeStruct((B, blocks.grid[2], 1, D), jnp.float32),
         ),
-        scratch_shapes=blocks.scratch(2),
+        scratch_shapes=blocks.scratch(3),
         compiler_params=_PARAMS,
         cost_estimate=_cost(decay, x, arrays=3, flops=2),
     )(decay, x, initial_state)
@@ -170,7 +171,7 @@ def _backward_call(chunk, decay, x, starts, dh, d_final_state):
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((B, 1, D), jnp.float32),
         ),
-        scratch_shapes=blocks.scratch(3),
+        scratch_shapes=blocks.scratch(6),
         compiler_params=_PARAMS,
         cost_estimate=_cost(decay, x, arrays=5, flops=6),
     )(decay, x, starts, dh, d_final_state)
@@ -182,7 +183,7 @@ def _cost(decay, x, arrays, flops) -> pl.CostEstimate:
     return pl.CostEstimate(flops=flops * x.size, bytes_accessed=moved, transcendentals=0)
 
 
-def _forward_kernel(chunk, T, decay_ref, x_ref, initial_ref, h_ref, final_ref, starts_ref, state, decay, x):
+def _forward_kernel(chunk, T, decay_ref, x_ref, initial_ref, h_ref, final_ref, starts_ref, state, decay, x, out):
     n = pl.program_id(2)
 
     @pl.when(n == 0)
@@ -197,7 +198,7 @@ def _forward_kernel(chunk, T, decay_ref, x_ref, initial_ref, h_ref, final_ref, s
 
     def write(token, h):
         rows = chunk.rows(token)
-        x[rows, :] = h = decay[rows, :] * h + x[rows, :]
+        out[rows, :] = h = decay[rows, :] * h + x[rows, :]
         return h
 
     def column(lanes):
@@ -206,7 +207,7 @@ def _forward_kernel(chunk, T, decay_ref, x_ref, initial_ref, h_ref, final_ref, s
         _end(chunk, T, n, (decay, 1), (x, 0))
         runs, state[:, lanes] = _run_starts(chunk, map_of, state[:, lanes], reverse=False)
         _each_token(chunk, write, runs, reverse=False)
-        _gather(chunk, x, h_ref.at[0, :, lanes])
+        _gather(chunk, out, h_ref.at[0, :, lanes])
 
     _each_column(state, column)
 
@@ -216,7 +217,7 @@ def _forward_kernel(chunk, T, decay_ref, x_ref, initial_ref, h_ref, final_ref, s
 
 
 def _backward_kernel(
-    chunk, T, decay_ref, x_ref, starts_ref, dh_ref, d_final_ref, d_decay_ref, dx_ref, d_initial_ref, d_state, decay, x, dh
+    chunk, T, decay_ref, x_ref, starts_ref, dh_ref, d_final_ref, d_decay_ref, dx_ref, d_initial_ref, d_state, decay, x, dh, before, e, da
 ):
     n = pl.program_id(2)
 
@@ -230,8 +231,8 @@ def _backward_kernel(
 
     def keep_previous(token, h):
         rows = chunk.rows(token)
-        x_t, x[rows, :] = x[rows, :], h
-        return decay[rows, :] * h + x_t
+        before[rows, :] = h
+        return decay[rows, :] * h + x[rows, :]
 
     def map_back(token):
         rows = chunk.rows(token)
@@ -240,9 +241,10 @@ def _backward_kernel(
 
     def write(token, u):
         rows = chunk.rows(token)
-        dh[rows, :] = e = dh[rows, :] + u
-        x[rows, :] = e * x[rows, :]
-        return decay[rows, :] * e
+        e_t = dh[rows, :] + u
+        e[rows, :] = e_t
+        da[rows, :] = e_t * before[rows, :]
+        return decay[rows, :] * e_t
 
     def column(lanes):
         _spread(chunk, decay_ref.at[0, :, lanes], decay)
@@ -253,8 +255,8 @@ def _backward_kernel(
         _each_token(chunk, keep_previous, runs, reverse=False)
         runs, d_state[:, lanes] = _run_starts(chunk, map_back, d_state[:, lanes], reverse=True)
         _each_token(chunk, write, runs, reverse=True)
-        _gather(chunk, x, d_decay_ref.at[0, :, lanes])
-        _gather(chunk, dh, dx_ref.at[0, :, lanes])
+        _gather(chunk, da, d_decay_ref.at[0, :, lanes])
+        _gather(chunk, e, dx_ref.at[0, :, lanes])
 
     _each_column(d_state, column)
 
@@ -306,7 +308,7 @@ def _each_token(chunk, body, carries, reverse):
         at = chunk.steps - 1 - i if reverse else i
         return tuple(body(g * chunk.steps + at, carry) for g, carry in enumerate(carries))
 
-    return jax.lax.fori_loop(0, chunk.steps, step, tuple(carries))
+    return jax.lax.fori_loop(0, chunk.steps, step, tuple(carries), unroll=UNROLL)
 
 
 def _run_starts(chunk, map_of, state, reverse):
