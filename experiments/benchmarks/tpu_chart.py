@@ -1,0 +1,61 @@
+"""The rows of --target as a picture: kernels against XLA at each shape of one TPU generation."""
+
+import json
+from pathlib import Path
+
+INK = "#333333"
+COLORS = {"xla": "#C3CAD5", "pallas": "#2F6DB5"}
+PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
+
+
+def newest(file: Path, target: str) -> list[dict]:
+    """Of the operators' bfloat16 rows for ``target``, the last of each case."""
+    found = {}
+    for line in file.read_text().splitlines():
+        row = json.loads(line)
+        if row["suite"] == "tpu_static" and row.get("target") == target and row["dtype"] == "bfloat16" and "failure" not in row:
+            found[tuple(row[name] for name in ("operator", "shape", "implementation", "pass"))] = row
+    return list(found.values())
+
+
+def plot(file: Path, target: str) -> Path:
+    """Draw what ``file`` has of a target beside it; the picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = newest(file, target)
+    shapes = sorted({(row["operator"], row["shape"]) for row in rows if row["implementation"] == "pallas"})
+    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#EEEEEE"}
+    with plt.rc_context(style | {"axes.titlelocation": "left", "axes.titleweight": "bold", "text.color": INK, "font.size": 9}):
+        figure, panels = plt.subplots(1, 2, figsize=(12, 1.2 + 0.36 * len(shapes)), layout="constrained", sharey=True)
+        for axes, (pass_name, title) in zip(panels, PASSES.items(), strict=True):
+            for row in rows:
+                if row["pass"] == pass_name and (row["operator"], row["shape"]) in shapes:
+                    _bar(axes, shapes.index((row["operator"], row["shape"])), row)
+            axes.grid(axis="y", visible=False)
+            axes.set_title(title)
+            axes.set_xlabel("ns a token and head (linear_scan: and 128 channels)")
+        panels[0].set_yticks(range(len(shapes)), [f"{operator}  {shape}" for operator, shape in shapes])
+        panels[0].invert_yaxis()
+        handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()]
+        handles.append(plt.Line2D([], [], color=INK, marker="|", ls="", ms=10, label="the pallas row's HBM traffic alone"))
+        panels[1].legend(handles=handles, loc="lower right", frameon=False)
+        figure.suptitle(f"{target.removeprefix('tpu:')}, bfloat16, by the compiler's schedule", x=0.01, ha="left", fontsize=9)
+        picture = file.with_name(f"{file.stem}_{target.removeprefix('tpu:')}.png")
+        figure.savefig(picture, dpi=150)
+        plt.close(figure)
+    return picture
+
+
+def _bar(axes, place: int, row: dict) -> None:
+    """A shape's bar of one implementation: the longer of its bundles' time and its HBM traffic's."""
+    work = row["bundles"] / row["bundles_per_token_and_head"]
+    is_kernel = row["implementation"] == "pallas"
+    y, length = place + (0.2 if is_kernel else -0.2), 1e9 * max(row["bundle_s"], row["hbm_s"]) / work
+    axes.barh(y, length, height=0.36, color=COLORS[row["implementation"]])
+    at_least = "≥ " if row["unknown_loops"] else ""
+    axes.annotate(f"{at_least}{length:.2f}", (length, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+    if is_kernel:
+        axes.plot(1e9 * row["hbm_s"] / work, y, color=INK, marker="|", ms=8)
