@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 import jax
-from jax.experimental import topologies
 
 from experiments.benchmarks import hlo
 from experiments.benchmarks.cases import Case
@@ -59,9 +58,9 @@ def run_config(step: Step, devices: int) -> RunConfig:
 
 def compile_for(step: Step, target: str) -> dict:
     """Compile a step for all chips of a target's smallest topology: what its row says of it."""
-    devices = topologies.get_topology_desc(TARGETS[target].topology, "tpu").devices
+    devices = TARGETS[target].devices()
     config = run_config(step, len(devices))
-    mesh = make_mesh(config.mesh, list(devices))
+    mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         start = time.perf_counter()
         compiled, held = compile_step(make_program(config, mesh), batch_shapes(config, mesh))

@@ -39,16 +39,23 @@ class NoCompiler(Exception):
 class Target:
     """A TPU generation: the smallest topology libtpu compiles for, and the clock of its cores.
 
+    The two cores of a v4 or v5p chip are one device ("megacore"), as they are by default on real ones; libtpu has to be told of v4.
     The clock is peak bfloat16 FLOP/s over those of a cycle. It only turns bundles into seconds, to compare with HBM's.
     """
 
     topology: str
     version: pltpu.ChipVersion
     clock_hz: float
+    megacore: bool = False
+
+    def devices(self) -> list:
+        """Those of the topology."""
+        options = {"chip_config_name": "megacore"} if self.megacore else {}
+        return list(topologies.get_topology_desc(self.topology, "tpu", **options).devices)
 
 
 TARGETS = {
-    "tpu:v4": Target("v4:2x2x1", pltpu.ChipVersion.TPU_V4, 1.05e9),
+    "tpu:v4": Target("v4:2x2x1", pltpu.ChipVersion.TPU_V4, 1.05e9, megacore=True),
     "tpu:v5e": Target("v5e:2x2", pltpu.ChipVersion.TPU_V5E, 1.5e9),
     "tpu:v5p": Target("v5p:2x2x1", pltpu.ChipVersion.TPU_V5P, 1.75e9),
     "tpu:v6e": Target("v6e:2x2", pltpu.ChipVersion.TPU_V6E, 1.75e9),
@@ -95,8 +102,7 @@ class Compiler:
 
 def chip(target: str) -> jax.sharding.Mesh:
     """A mesh of one device of a target."""
-    devices = topologies.get_topology_desc(TARGETS[target].topology, "tpu").devices
-    return jax.sharding.Mesh(np.array(devices[:1]), ("chip",))
+    return jax.sharding.Mesh(np.array(TARGETS[target].devices()[:1]), ("chip",))
 
 
 def compile_cost(case: Case, target: str, dumps: Path, precision: str | None) -> dict:

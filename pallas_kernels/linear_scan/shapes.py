@@ -22,13 +22,13 @@ SHAPES = {
 
 
 def inputs(shape: Shape, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Array]:
-    """Random arguments of ``linear_scan``, by name, as HGRN makes them: decay = sigmoid(f), x = (1 - decay) * silu(i)."""
+    """Random arguments of ``linear_scan``, by name, as HGRN makes them: decay = sigmoid(f) in float32, x = (1 - decay) * silu(i)."""
     keys = jax.random.split(key, 3)
     size = (shape.B, shape.T, shape.D)
     decay = jax.nn.sigmoid(2 + 2 * jax.random.normal(keys[0], size))
     x = (1 - decay) * jax.nn.silu(jax.random.normal(keys[1], size))
     state = jax.random.normal(keys[2], (shape.B, shape.D))
-    return {"decay": decay.astype(dtype), "x": x.astype(dtype), "initial_state": state}
+    return {"decay": decay, "x": x.astype(dtype), "initial_state": state}
 
 
 def flops(shape: Shape) -> int:
@@ -38,4 +38,4 @@ def flops(shape: Shape) -> int:
 
 def bytes_moved(shape: Shape, dtype=jnp.float32) -> int:
     """Bytes a forward pass has to read and write: decay, x and the output once, and both float32 states."""
-    return 3 * shape.B * shape.T * shape.D * jnp.dtype(dtype).itemsize + 2 * shape.B * shape.D * 4
+    return shape.B * shape.T * shape.D * (4 + 2 * jnp.dtype(dtype).itemsize) + 2 * shape.B * shape.D * 4

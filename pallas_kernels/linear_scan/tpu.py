@@ -32,7 +32,7 @@ UNROLL = 4  # steps of a loop side by side, so that loads of one do not wait for
 class Chunk(NamedTuple):
     """span: consecutive tokens that a row of vector registers goes through, an even number.
     groups: G, the runs they are cut into.
-    row_bytes: the width of a block of the grid, some columns of 128 channels.
+    row_bytes: the width of a block of the grid, some columns of 128 channels, in the wider of the arrays.
     """
 
     span: int
@@ -112,10 +112,11 @@ class _Blocks(NamedTuple):
     scratch: Callable  # the number of [8 span,128] buffers -> scratch shapes: the state, the buffers
 
 
-def _blocks(chunk: Chunk, x: jax.Array, reverse: bool) -> _Blocks:
+def _blocks(chunk: Chunk, decay: jax.Array, x: jax.Array, reverse: bool) -> _Blocks:
     B, T, D = x.shape
     N, column = pl.cdiv(T, chunk.tokens), min(D, LANES)
-    width = column * min(chunk.row_bytes // (column * x.dtype.itemsize), pl.cdiv(D, column))
+    itemsize = max(decay.dtype.itemsize, x.dtype.itemsize)
+    width = column * min(chunk.row_bytes // (column * itemsize), pl.cdiv(D, column))
 
     def at(n):
         return N - 1 - n if reverse else n
@@ -138,7 +139,7 @@ _PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arb
 def _forward_call(chunk, decay, x, initial_state):
     """(h [B,T,D], final state [B,1,D], the states before each chunk [B,N,1,D])."""
     B, T, D = x.shape
-    blocks = _blocks(chunk, x, reverse=False)
+    blocks = _blocks(chunk, decay, x, reverse=False)
     return platforms.pallas_call(
         partial(_forward_kernel, chunk, T),
         name="linear_scan_forward",
@@ -159,7 +160,7 @@ def _forward_call(chunk, decay, x, initial_state):
 def _backward_call(chunk, decay, x, starts, dh, d_final_state):
     """(d_decay, dx [B,T,D], d_initial_state [B,1,D])."""
     B, T, D = x.shape
-    blocks = _blocks(chunk, x, reverse=True)
+    blocks = _blocks(chunk, decay, x, reverse=True)
     return platforms.pallas_call(
         partial(_backward_kernel, chunk, T),
         name="linear_scan_backward",
