@@ -6,9 +6,9 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.rotary import rotate
-from hybrid_jax.mixers.context import Context
+from hybrid_jax.mixers.context import Context, KeysValues, Memory
 from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, split_heads
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import attention, attention_prefill, attention_step
 
 QK_NORM_EPS = 1e-5  # fixed in flash-linear-attention, whatever the model's eps
 
@@ -28,7 +28,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(head_width, QK_NORM_EPS) if mixer.qk_norm else None
         self.o_proj = heads_out(model.width, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
         q = split_heads(self.q_proj(x), self.config.heads)
         k = split_heads(self.k_proj(x), self.kv_heads)
         v = split_heads(self.v_proj(x), self.kv_heads)
@@ -36,5 +36,14 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, context.positions, self.config.rope_theta)
         k = rotate(k, context.positions, self.config.rope_theta)
-        o = attention(q, k, v, window=self.config.window, segment_ids=context.segment_ids)
-        return self.o_proj(merge_heads(o))
+        o = self._attend(q, k, v, context, memory.state)
+        return self.o_proj(merge_heads(o)), Memory(KeysValues(k, v), ())
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context, cached: KeysValues | None) -> jax.Array:
+        """Over x alone, over x and the tokens before it, or one token over those."""
+        window = self.config.window
+        if cached is None:
+            return attention(q, k, v, window=window, segment_ids=context.segment_ids)
+        if context.segment_ids is None and q.shape[1] == 1:
+            return attention_step(q[:, 0], k[:, 0], v[:, 0], *cached, context.lengths, window=window)[:, None]
+        return attention_prefill(q, k, v, *cached, context.lengths, window=window, segment_ids=context.segment_ids)

@@ -46,8 +46,40 @@ def attention(
     return run(q, k, v, scale, window, None if segment_ids is None else segments.number(segment_ids)).astype(v.dtype)
 
 
+def attention_prefill(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    length: jax.Array,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """:func:`attention` of a chunk of tokens that go on from cached ones, which it attends to as well.
+
+    q, k, v, scale, window, segment_ids: as in :func:`attention`. The cached tokens belong to the document of the first real token.
+    k_cache: [B,S,HK,K], v_cache: [B,S,HK,V], floating point, finite: a ring, in which slot t % S holds token t of its row, or what
+        follows it S later. Nothing is written to it.
+    length: [B] integers, how many tokens each row has had. Those beyond the last S are gone: give window <= S, or let length <= S.
+
+    Returns the output [B,T,H,V] in v's dtype. Blockwise over the cache, as far as it is filled: scratch memory does not grow with S.
+    Raises ValueError for shapes that disagree, heads that do not divide, wrong dtypes and a window below 1.
+    """
+    sizes = _check_cached("attention_prefill", "B T", q, k, v, k_cache, v_cache, length, window)
+    checks.bind_shapes("attention_prefill", {"segment_ids": (segment_ids, "B T")}, B=sizes["B"], T=sizes["T"])
+    checks.check_segment_ids("attention_prefill", segment_ids)
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    numbered = None if segment_ids is None else segments.number(segment_ids)
+    return xla.attention_prefill(q, k, v, k_cache, v_cache, length, scale, window, numbered).astype(v.dtype)
+
+
 def attention_step(
     q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     k_cache: jax.Array,
     v_cache: jax.Array,
     length: jax.Array,
@@ -55,24 +87,36 @@ def attention_step(
     scale: float | None = None,
     window: int | None = None,
 ) -> jax.Array:
-    """One token of :func:`attention`, for decoding: the query attends to the first ``length`` entries of its row's cache.
+    """One token of :func:`attention`, for decoding: it attends to the cached tokens of its row and to itself.
 
-    q: [B,H,K], k_cache: [B,S,HK,K], v_cache: [B,S,HK,V], floating point; the token's own key and value are already in the cache,
-        as entry length - 1. Entries from ``length`` on are ignored, whatever they hold.
-    length: [B] int, from 0 (the output is 0) to S.
-    scale, window: as in :func:`attention`.
-
-    Returns the output [B,H,V] in v_cache's dtype.
+    q: [B,H,K]; k: [B,HK,K]; v: [B,HK,V]; k_cache, v_cache, length, scale, window: as in :func:`attention_prefill`.
+    Returns the output [B,H,V] in v's dtype. The cache then takes k and v in slot length % S, which is the caller's to do: for all
+    layers in one go, or in place.
     Raises ValueError for shapes that disagree, heads that do not divide, wrong dtypes and a window below 1.
     """
-    sizes = checks.bind_shapes(
-        "attention_step", {"q": (q, "B H K"), "k_cache": (k_cache, "B S HK K"), "v_cache": (v_cache, "B S HK V"), "length": (length, "B")}
-    )
-    _check("attention_step", sizes, window, q=q, k_cache=k_cache, v_cache=v_cache)
-    if not jnp.issubdtype(length.dtype, jnp.integer):
-        raise ValueError(f"attention_step: length has dtype {length.dtype}, needs integers")
+    sizes = _check_cached("attention_step", "B", q, k, v, k_cache, v_cache, length, window)
     scale = sizes["K"] ** -0.5 if scale is None else scale
-    return reference.attention_step(q, k_cache, v_cache, length, scale, window).astype(v_cache.dtype)
+    q, k, v = q[:, None], k[:, None], v[:, None]
+    return reference.attention_prefill(q, k, v, k_cache, v_cache, length, scale, window, None)[:, 0].astype(v.dtype)
+
+
+def _check_cached(operator: str, lead: str, q, k, v, k_cache, v_cache, length, window) -> dict[str, int]:
+    """Sizes by letter; ``lead`` names the axes in front of the heads."""
+    sizes = checks.bind_shapes(
+        operator,
+        {
+            "q": (q, f"{lead} H K"),
+            "k": (k, f"{lead} HK K"),
+            "v": (v, f"{lead} HK V"),
+            "k_cache": (k_cache, "B S HK K"),
+            "v_cache": (v_cache, "B S HK V"),
+            "length": (length, "B"),
+        },
+    )
+    _check(operator, sizes, window, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    if not jnp.issubdtype(length.dtype, jnp.integer):
+        raise ValueError(f"{operator}: length has dtype {length.dtype}, needs integers")
+    return sizes
 
 
 def _check(operator: str, sizes: dict[str, int], window: int | None, **arrays: jax.Array) -> None:

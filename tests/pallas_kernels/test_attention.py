@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import segments
-from pallas_kernels.attention import attention, attention_step, xla
+from pallas_kernels.attention import attention, attention_prefill, attention_step, reference, xla
 from pallas_kernels.attention.api import IMPLEMENTATIONS
 from tests.helpers import random_segment_ids, tree_errors
 
@@ -169,19 +169,68 @@ def test_padding_leaks_nothing(implementation):
         assert not np.any(np.where(padding, array, 0))
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_steps_are_the_sequence(window):
-    B, T = 2, 11
-    arguments = example(7, B, T, 4, 2, 3, 5)
+def ring(arrays, length, slots):
+    """The caches [B,slots,...] in which slot t % slots holds token t of [B,T,...] ``arrays``, for the tokens before ``length`` [B]."""
+    caches = [np.full((len(length), slots, *a.shape[2:]), 7.0, a.dtype) for a in arrays]
+    for b, count in enumerate(length):
+        for t in range(count):
+            for cache, array in zip(caches, arrays, strict=True):
+                cache[b, t % slots] = array[b, t]
+    return [jnp.asarray(cache) for cache in caches]
+
+
+@pytest.mark.parametrize("window, slots", [(None, 11), (3, 3), (3, 5)])
+def test_steps_are_the_sequence(window, slots):
+    T = 11
+    arguments = example(7, 2, T, 4, 2, 3, 5)
+    q, k, v = arguments.values()
     whole = attention(**arguments, window=window)
-    beyond = [(0, 0), (0, 4), (0, 0), (0, 0)]  # cache not yet written
-    k_cache, v_cache = (jnp.pad(arguments[name], beyond, constant_values=jnp.nan) for name in "kv")
     step = jax.jit(partial(attention_step, window=window))
-    outputs = [step(arguments["q"][:, t], k_cache, v_cache, jnp.full((B,), t + 1, jnp.int32)) for t in range(T)]
-    assert max(tree_errors(jnp.stack(outputs, 1), whole).values()) < 1e-6
-    uneven = step(arguments["q"][:, 0], k_cache, v_cache, jnp.asarray([0, 1], jnp.int32))
-    assert not np.any(uneven[0])
-    assert max(tree_errors(uneven[1], outputs[0][1]).values()) < 1e-6
+    for t in range(T):
+        length = [t, max(t - 2, 0)]  # rows of a batch are at places of their own
+        now = [jnp.stack([a[b, at] for b, at in enumerate(length)]) for a in (q, k, v)]
+        output = step(*now, *ring((k, v), length, slots), jnp.asarray(length, jnp.int32))
+        expected = jnp.stack([whole[b, at] for b, at in enumerate(length)])
+        assert max(tree_errors(output, expected).values()) < 1e-6
+
+
+PREFILL = {  # a chunk's segment ids: padding on the left, on the right, between, everywhere; another document after the cached one
+    "plain": [[1] * 12] * 3,
+    "padded": [[0, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0], [1] * 12, [0] * 12],
+    "documents": [[3, 3, 0, 3, 4, 4, 4, 0, 4, 4, 3, 3], [0, 2, 0, 0, 0, 5, 5, 5, 5, 5, 5, 0], [1] * 6 + [2] * 6],
+}
+
+
+@pytest.mark.parametrize("window, slots", [(None, 33), (5, 5), (5, 9)])
+def test_prefill_goes_on_from_a_cache(small_blocks, window, slots):
+    """Against the whole row at once, in float64: the cached tokens in front, as the first real token's document."""
+    length, T = [0, 7, 21], 12
+    with jax.enable_x64(True):
+        cached = example(13, 3, 21, 4, 2, 3, 5, jnp.float64)
+        own = example(14, 3, T, 4, 2, 3, 5, jnp.float64)
+        row = {name: jnp.concatenate([cached[name], own[name]], axis=1) for name in own}
+        caches = ring((cached["k"], cached["v"]), length, slots)
+        run = jax.jit(partial(attention_prefill, window=window))
+        for ids in PREFILL.values():
+            ids = np.asarray(ids)
+            first = [next((i for i in row if i), 1) for row in ids]
+            before = np.stack([np.where(np.arange(21) < count, first[b], 0) for b, count in enumerate(length)])
+            expected = numpy_loop(**row, segment_ids=np.concatenate([before, ids], axis=1), window=window)[:, 21:]
+            dirty = {name: jnp.where((ids == 0)[:, :, None, None], jnp.nan, a) for name, a in own.items()}
+            out = run(*dirty.values(), *caches, jnp.asarray(length), segment_ids=jnp.asarray(ids))
+            assert max(tree_errors(out, expected).values()) < 1e-13
+            numbered = segments.number(jnp.asarray(ids))
+            out = reference.attention_prefill(*dirty.values(), *caches, jnp.asarray(length), 3**-0.5, window, numbered)
+            assert max(tree_errors(out, expected).values()) < 1e-13
+
+
+def test_prefill_memory_does_not_grow_with_the_cache():
+    def temporaries(slots):
+        q, cache = jax.ShapeDtypeStruct((1, 256, 4, 16), jnp.float32), jax.ShapeDtypeStruct((1, slots, 4, 16), jnp.float32)
+        lowered = jax.jit(attention_prefill).lower(q, q, q, cache, cache, jax.ShapeDtypeStruct((1,), jnp.int32))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(65536) < 1.2 * temporaries(4096) + 65536 * 8  # a few bytes a slot say which token it holds
 
 
 def test_under_vmap_and_checkpoint():
@@ -240,9 +289,14 @@ def test_bad_arguments(change, message):
         attention(**(example(11, 2, 5, 4, 2, 3, 5) | change))
 
 
-def test_bad_step_arguments():
-    q, cache = jnp.zeros((2, 4, 3)), jnp.zeros((2, 7, 2, 3))
-    with pytest.raises(ValueError, match="length has dtype float32"):
-        attention_step(q, cache, cache, jnp.zeros(2))
-    with pytest.raises(ValueError, match=r"length has shape \(3,\), needs \[B\] with B=2"):
-        attention_step(q, cache, cache, jnp.zeros(3, jnp.int32))
+def test_bad_arguments_with_a_cache():
+    q, k, cache = jnp.zeros((2, 5, 4, 3)), jnp.zeros((2, 5, 2, 3)), jnp.zeros((2, 7, 2, 3))
+    length = jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match="attention_step: length has dtype float32"):
+        attention_step(q[:, 0], k[:, 0], k[:, 0], cache, cache, jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"attention_step: length has shape \(3,\), needs \[B\] with B=2"):
+        attention_step(q[:, 0], k[:, 0], k[:, 0], cache, cache, jnp.zeros(3, jnp.int32))
+    with pytest.raises(ValueError, match="attention_prefill: v_cache has shape .* with S=7"):
+        attention_prefill(q, k, k, cache, cache[:, 1:], length)
+    with pytest.raises(ValueError, match=r"attention_prefill: segment_ids has shape \(2, 4\)"):
+        attention_prefill(q, k, k, cache, cache, length, segment_ids=jnp.ones((2, 4), jnp.int32))
