@@ -198,11 +198,13 @@ class Session:
 
 
 def _slots(model: Model, tokens: int) -> int:
-    """Keys and values to keep room for: a little more than ``tokens``, in steps of a quarter of their size, so that compiles are few."""
+    """Keys and values to keep room for: all ``tokens`` and a few more, so that compiles are few, or a window and the chunk being read."""
     if "attention" not in model.config.layer_kinds:
         return 0
     step = max(64, 1 << (tokens - 1).bit_length() >> 3)
-    return min(-(-tokens // step) * step, model.config.full_attention.window or tokens + step)
+    rounded = -(-tokens // step) * step
+    window = model.config.full_attention.window
+    return rounded if window is None else min(rounded, window + CHUNK)
 
 
 class Programs(NamedTuple):

@@ -6,6 +6,7 @@ from flax import nnx
 
 from hybrid_jax import cache as caches
 from hybrid_jax import layout, mixers
+from hybrid_jax.cache import Cache
 from hybrid_jax.config import HGRN, HGRN2, ModelConfig
 from hybrid_jax.layers import Embedding, Linear, RMSNorm, SwiGLU
 from hybrid_jax.layers.gates import lower_bounds
@@ -48,32 +49,52 @@ class Stage(nnx.Module):
         self.runs = nnx.List([_stacked_block(run, stage.repeats, config, rngs) for run in stage.runs])
 
     def __call__(self, x: jax.Array, context: Context, bounds: jax.Array | None, memories: list[Memory] | None = None):
-        """x [B,T,D] through the stage: (x, of each run what its mixers return to be remembered; None without ``memories``).
+        """x [B,T,D] through the stage: (x, the memories with x in them).
 
         bounds [L,D] are the forget gates' lower bounds of all layers, if the model has them. memories: of each run, leaves
-        [repeats, length of the run, B, ...]; an empty ``Memory()`` where there was nothing before x.
+        [repeats, length of the run, B, ...]; None where there are none, as in training.
         """
         graphs, params = zip(*(nnx.split(run) for run in self.runs), strict=True)
         per_run = [None if bounds is None else bounds[jnp.array(self.layout.layers(i))] for i in range(len(self.runs))]
+        remat = "none" if memories else self.remat
 
         def block(graph):
-            def call(x, layer):
-                params, bound, memory = layer
-                x, memory = nnx.merge(graph, params)(x, context._replace(lower_bound=bound), memory)
-                return x, memory if memories else None
+            def call(carry, layer):
+                x, memory = carry
+                params, bound, at = layer
+                x, new = nnx.merge(graph, params)(x, context._replace(lower_bound=bound), caches.read(memory, at))
+                return (x, caches.write(memory, at, new, context.real) if memories else memory), None
 
             # a scan already keeps forward and backward apart, so nothing needs to be said against common subexpressions
-            return call if self.remat == "none" else jax.checkpoint(call, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            return call if remat == "none" else jax.checkpoint(call, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
-        def repeat(x, layers):
-            kept = []
-            for graph, layer in zip(graphs, layers, strict=True):
-                x, memory = jax.lax.scan(block(graph), x, layer)
-                kept.append(memory)
-            return x, kept
+        def repeat(carry, layers):
+            x, memories = carry
+            written = []
+            for graph, memory, layer in zip(graphs, memories, layers, strict=True):
+                (x, memory), _ = jax.lax.scan(block(graph), (x, memory), layer)
+                written.append(memory)
+            return (x, written), None
 
-        before = memories or [Memory()] * len(self.runs)
-        return jax.lax.scan(repeat, x, list(zip(params, per_run, before, strict=True)))
+        places = [jnp.moveaxis(jnp.indices((self.layout.repeats, run.length)), 0, -1) for run in self.layout.runs]
+        carry = x, memories or [Memory()] * len(self.runs)
+        return jax.lax.scan(repeat, carry, list(zip(params, per_run, places, strict=True)))[0]
+
+    def empty_memories(self, batch: int, slots: int) -> list[Memory]:
+        """Memories of nothing, with room for ``slots`` keys and values a row."""
+
+        def empty(run: layout.Run, blocks: Block) -> Memory:
+            layers, mixer = (self.layout.repeats, run.length), blocks.mixer
+            width, dtype = blocks.attn_norm.scale.shape[-1], blocks.mlp.gate_proj.dtype
+            if run.kind == "attention":
+                return caches.empty_rings(layers, batch, mixer.kv_heads, slots, width // mixer.config.heads, dtype)
+            graph, params = nnx.split(mixer)
+            one = jax.tree.map(lambda a: a[0, 0], params)
+            context = Context(None, jnp.zeros((batch, 1), jnp.int32))
+            x = jnp.zeros((batch, 1, width), dtype)
+            return caches.empty(jax.eval_shape(lambda: nnx.merge(graph, one)(x, context, Memory())[1]), layers)
+
+        return [empty(*pair) for pair in zip(self.layout.runs, self.runs, strict=True)]
 
 
 def _stacked_block(run: layout.Run, repeats: int, config: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -110,32 +131,30 @@ class Model(nnx.Module):
         """tokens [B,T] int -> [B,T,D] in the compute dtype, after the final norm. segment_ids [B,T]: documents of a row, 0 padding."""
         return self._run(tokens, Context(segment_ids, positions(*tokens.shape, segment_ids)))[0]
 
-    def extend(self, tokens: jax.Array, real: jax.Array, cache: caches.Cache) -> tuple[jax.Array, caches.Cache]:
+    def extend(self, tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Tokens that go on from those of ``cache``: :meth:`hidden` of them, and the cache with them in it.
 
         tokens [B,T] int; real [B,T] bool, False at padding, which leaves the cache as it is and whose output means nothing.
         """
-        chunk = tokens.shape[1] > 1  # one token takes the operators' steps, which know no padding: the cache passes over it
-        segment_ids = real.astype(jnp.int32) if chunk else None
-        context = Context(segment_ids, cache.lengths[:, None] + positions(*tokens.shape, segment_ids), cache.lengths)
-        x, memories = self._run(tokens, context, cache.stages)
-        return x, caches.take(cache, memories, real)
+        # One token takes the operators' steps, which know no padding: writing to the cache passes over it.
+        segment_ids = real.astype(jnp.int32) if tokens.shape[1] > 1 else None
+        places = cache.lengths[:, None] + positions(*tokens.shape, segment_ids)
+        x, stages = self._run(tokens, Context(segment_ids, places, cache.lengths, real), cache.stages)
+        return x, Cache(cache.lengths + jnp.sum(real, axis=1, dtype=jnp.int32), stages)
 
-    def empty_cache(self, batch: int, slots: int) -> caches.Cache:
+    def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache of ``batch`` rows that holds nothing, with room for ``slots`` keys and values at each full-attention layer."""
-        token = jnp.zeros((batch, 1), jnp.int32)
-        nothing = [[Memory()] * len(stage.runs) for stage in self.stages]
-        return caches.empty(jax.eval_shape(lambda: self._run(token, Context(None, token), nothing)[1]), batch, slots)
+        return Cache(jnp.zeros(batch, jnp.int32), [stage.empty_memories(batch, slots) for stage in self.stages])
 
     def _run(self, tokens: jax.Array, context: Context, memories: list[list[Memory]] | None = None):
-        """(the hidden states [B,T,D] after the final norm, what each stage's runs return to be remembered)."""
+        """(the hidden states [B,T,D] after the final norm, the memories of each stage's runs with the tokens in them)."""
         bounds = None if self.lower_bounds is None else lower_bounds(self.lower_bounds[...])
         x = constrain(self.embedding(tokens), "batch", "time", None)
-        kept = []
+        written = []
         for stage, memory in zip(self.stages, memories or [None] * len(self.stages), strict=True):
             x, memory = stage(x, context, bounds, memory)
-            kept.append(memory)
-        return self.norm(x), kept
+            written.append(memory)
+        return self.norm(x), written
 
     def output_kernel(self) -> jax.Array:
         """[D,vocabulary] float32: the output projection, the embedding transposed where they are tied."""

@@ -7,13 +7,14 @@ A mixer is built from its configuration (``hybrid_jax.config``), the model's, an
 
 from hybrid_jax.config import NAMES, Mixer, ModelConfig
 from hybrid_jax.mixers.attention import Attention
-from hybrid_jax.mixers.context import Context, KeysValues, Memory
+from hybrid_jax.mixers.context import Context, Memory
 from hybrid_jax.mixers.delta_net import DeltaNet
 from hybrid_jax.mixers.gated_delta_net import GatedDeltaNet
 from hybrid_jax.mixers.gla import GLA
 from hybrid_jax.mixers.hgrn import HGRN
 from hybrid_jax.mixers.hgrn2 import HGRN2
 from hybrid_jax.mixers.retnet import RetNet
+from hybrid_jax.mixers.rings import Rings
 
 MIXERS = {
     "attention": Attention,
@@ -31,4 +32,4 @@ def build(mixer: Mixer, model: ModelConfig, rngs):
     return MIXERS[NAMES[type(mixer)]](mixer, model, rngs=rngs)
 
 
-__all__ = ["MIXERS", "Attention", "Context", "DeltaNet", "GLA", "GatedDeltaNet", "HGRN", "HGRN2", "KeysValues", "Memory", "RetNet", "build"]
+__all__ = ["MIXERS", "Attention", "Context", "DeltaNet", "GLA", "GatedDeltaNet", "HGRN", "HGRN2", "Memory", "RetNet", "Rings", "build"]

@@ -1,12 +1,13 @@
 """Full softmax attention with rotary positions."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.rotary import rotate
-from hybrid_jax.mixers.context import Context, KeysValues, Memory
+from hybrid_jax.mixers.context import Context, Memory
 from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, split_heads
 from pallas_kernels.attention import attention, attention_prefill, attention_step
 
@@ -36,14 +37,15 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, context.positions, self.config.rope_theta)
         k = rotate(k, context.positions, self.config.rope_theta)
-        o = self._attend(q, k, v, context, memory.state)
-        return self.o_proj(merge_heads(o)), Memory(KeysValues(k, v), ())
+        if memory.state is None:
+            o = attention(q, k, v, window=self.config.window, segment_ids=context.segment_ids)
+        else:
+            memory = Memory(memory.state.write(k, v, context.lengths, context.real), ())
+            o = self._attend(q, *memory.state.read(), context)
+        return self.o_proj(merge_heads(o)), memory
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context, cached: KeysValues | None) -> jax.Array:
-        """Over x alone, over x and the tokens before it, or one token over those."""
-        window = self.config.window
-        if cached is None:
-            return attention(q, k, v, window=window, segment_ids=context.segment_ids)
-        if context.segment_ids is None and q.shape[1] == 1:
-            return attention_step(q[:, 0], k[:, 0], v[:, 0], *cached, context.lengths, window=window)[:, None]
-        return attention_prefill(q, k, v, *cached, context.lengths, window=window, segment_ids=context.segment_ids)
+    def _attend(self, q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, context: Context) -> jax.Array:
+        lengths = context.lengths + jnp.sum(context.real, axis=1)
+        if q.shape[1] == 1:
+            return attention_step(q[:, 0], k_cache, v_cache, lengths, window=self.config.window)[:, None]
+        return attention_prefill(q, k_cache, v_cache, lengths, window=self.config.window, segment_ids=context.segment_ids)

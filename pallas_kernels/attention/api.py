@@ -48,8 +48,6 @@ def attention(
 
 def attention_prefill(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
     k_cache: jax.Array,
     v_cache: jax.Array,
     length: jax.Array,
@@ -58,28 +56,30 @@ def attention_prefill(
     window: int | None = None,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-    """:func:`attention` of a chunk of tokens that go on from cached ones, which it attends to as well.
+    """:func:`attention` of a chunk of tokens against a cache of keys and values, which holds theirs already, after those before them.
 
-    q, k, v, scale, window, segment_ids: as in :func:`attention`. The cached tokens belong to the document of the first real token.
-    k_cache: [B,S,HK,K], v_cache: [B,S,HK,V], floating point, finite: a ring, in which slot t % S holds token t of its row, or what
-        follows it S later. Nothing is written to it.
-    length: [B] integers, how many tokens each row has had. Those beyond the last S are gone: give window <= S, or let length <= S.
+    q: [B,T,H,K] floating point.
+    k_cache: [B,HK,S,K], v_cache: [B,HK,S,V], floating point, finite: rings, in which slot t % S holds token t of its row, or what
+        came S later; other slots are ignored. HK divides H.
+    length: [B] integers, the tokens of each row so far; its last real query is token length - 1. Only the last S of them are there:
+        let length <= S, or window + T - 1 <= S.
+    scale, window: as in :func:`attention`.
+    segment_ids: [B,T] int; 0 marks padding, which is skipped: its output is 0. All else is one document, that of the cache.
 
-    Returns the output [B,T,H,V] in v's dtype. Blockwise over the cache, as far as it is filled: scratch memory does not grow with S.
+    Returns the output [B,T,H,V] in v_cache's dtype. Blockwise over the cache, as far as it is filled: scratch memory does not grow
+    with S. Not differentiable.
     Raises ValueError for shapes that disagree, heads that do not divide, wrong dtypes and a window below 1.
     """
-    sizes = _check_cached("attention_prefill", "B T", q, k, v, k_cache, v_cache, length, window)
+    sizes = _check_cached("attention_prefill", q, "B T H K", k_cache, v_cache, length, window)
     checks.bind_shapes("attention_prefill", {"segment_ids": (segment_ids, "B T")}, B=sizes["B"], T=sizes["T"])
     checks.check_segment_ids("attention_prefill", segment_ids)
     scale = sizes["K"] ** -0.5 if scale is None else scale
     numbered = None if segment_ids is None else segments.number(segment_ids)
-    return xla.attention_prefill(q, k, v, k_cache, v_cache, length, scale, window, numbered).astype(v.dtype)
+    return xla.attention_prefill(q, k_cache, v_cache, length, scale, window, numbered).astype(v_cache.dtype)
 
 
 def attention_step(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
     k_cache: jax.Array,
     v_cache: jax.Array,
     length: jax.Array,
@@ -87,33 +87,21 @@ def attention_step(
     scale: float | None = None,
     window: int | None = None,
 ) -> jax.Array:
-    """One token of :func:`attention`, for decoding: it attends to the cached tokens of its row and to itself.
+    """One token of :func:`attention`, for decoding; its own key and value are in the cache already, as token length - 1.
 
-    q: [B,H,K]; k: [B,HK,K]; v: [B,HK,V]; k_cache, v_cache, length, scale, window: as in :func:`attention_prefill`.
-    Returns the output [B,H,V] in v's dtype. The cache then takes k and v in slot length % S, which is the caller's to do: for all
-    layers in one go, or in place.
+    q: [B,H,K]; k_cache, v_cache, length, scale, window: as in :func:`attention_prefill`. A row of length 0 has the output 0.
+    Returns the output [B,H,V] in v_cache's dtype.
     Raises ValueError for shapes that disagree, heads that do not divide, wrong dtypes and a window below 1.
     """
-    sizes = _check_cached("attention_step", "B", q, k, v, k_cache, v_cache, length, window)
+    sizes = _check_cached("attention_step", q, "B H K", k_cache, v_cache, length, window)
     scale = sizes["K"] ** -0.5 if scale is None else scale
-    q, k, v = q[:, None], k[:, None], v[:, None]
-    return reference.attention_prefill(q, k, v, k_cache, v_cache, length, scale, window, None)[:, 0].astype(v.dtype)
+    return reference.attention_prefill(q[:, None], k_cache, v_cache, length, scale, window, None)[:, 0].astype(v_cache.dtype)
 
 
-def _check_cached(operator: str, lead: str, q, k, v, k_cache, v_cache, length, window) -> dict[str, int]:
-    """Sizes by letter; ``lead`` names the axes in front of the heads."""
-    sizes = checks.bind_shapes(
-        operator,
-        {
-            "q": (q, f"{lead} H K"),
-            "k": (k, f"{lead} HK K"),
-            "v": (v, f"{lead} HK V"),
-            "k_cache": (k_cache, "B S HK K"),
-            "v_cache": (v_cache, "B S HK V"),
-            "length": (length, "B"),
-        },
-    )
-    _check(operator, sizes, window, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+def _check_cached(operator: str, q, axes: str, k_cache, v_cache, length, window) -> dict[str, int]:
+    arguments = {"q": (q, axes), "k_cache": (k_cache, "B HK S K"), "v_cache": (v_cache, "B HK S V"), "length": (length, "B")}
+    sizes = checks.bind_shapes(operator, arguments)
+    _check(operator, sizes, window, q=q, k_cache=k_cache, v_cache=v_cache)
     if not jnp.issubdtype(length.dtype, jnp.integer):
         raise ValueError(f"{operator}: length has dtype {length.dtype}, needs integers")
     return sizes

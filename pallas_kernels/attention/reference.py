@@ -30,33 +30,33 @@ def attention(q, k, v, scale, window, segments: Segments | None):
     return jnp.einsum("bhgts,bshv->bthgv", weights, v, precision="highest").reshape(B, T, H, -1)
 
 
-def attention_prefill(q, k, v, k_cache, v_cache, length, scale, window, segments: Segments | None):
-    """A chunk against the cache and itself, by the whole matrix of scores; see api.py."""
+def attention_prefill(q, k_cache, v_cache, length, scale, window, segments: Segments | None):
+    """A chunk against a cache that holds it, by the whole matrix of scores; see api.py."""
     B, T, H, K = q.shape
-    S, HK = k_cache.shape[1:3]
-    index, real = one_segment(B, T) if segments is None else segments
-    q, k, v = (jnp.where(real[:, :, None, None], a, 0) for a in (q, k, v))
-    place = jnp.where(real, length[:, None] + jnp.cumsum(real, axis=1) - 1, -1)  # of each token in its row; [B,T]
-    keys = jnp.concatenate([cached_places(length, S), place], axis=1)
-    document = jnp.concatenate([jnp.zeros((B, S), index.dtype), index], axis=1)
-    distance = place[:, :, None] - keys[:, None, :]  # [B,T,S+T]
-    allowed = (keys[:, None, :] >= 0) & (distance >= 0) & (document[:, None, :] == index[:, :, None])
+    HK, S = k_cache.shape[1:3]
+    place = query_places(length, segments, B, T)
+    distance = place[:, :, None] - cached_places(length, S)[:, None, :]  # [B,T,S]; to a slot never written more than any place
+    allowed = (place[:, :, None] >= 0) & (distance >= 0) & (distance <= place[:, :, None])
     if window is not None:
         allowed &= distance < window
     allowed = allowed[:, None, None]
 
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q = q.reshape(B, T, HK, H // HK, K)
-    # The cache is never copied: what is joined are the scores.
-    scores = [jnp.einsum("bthgk,bshk->bhgts", q, a.astype(q.dtype), preferred_element_type=dtype) for a in (k_cache, k)]
-    scores = jnp.where(allowed, scale * jnp.concatenate(scores, axis=-1), MASKED)
+    scores = scale * jnp.einsum("bthgk,bhsk->bhgts", q, k_cache.astype(q.dtype), preferred_element_type=dtype)
+    scores = jnp.where(allowed, scores, MASKED)
     weights = jnp.where(allowed, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1)
-    cached, own = jnp.split(weights.astype(v.dtype), [S], axis=-1)
-    values = zip((cached, own), (v_cache.astype(v.dtype), v), strict=True)
-    output = sum(jnp.einsum("bhgts,bshv->bthgv", w, a, preferred_element_type=dtype) for w, a in values)
-    return output.reshape(B, T, H, -1)
+    output = jnp.einsum("bhgts,bhsv->bhgtv", weights.astype(v_cache.dtype), v_cache, preferred_element_type=dtype)
+    return jnp.moveaxis(output, 3, 1).reshape(B, T, H, -1)
+
+
+def query_places(length, segments: Segments | None, B: int, T: int):
+    """[B,T] int32: which token of its row each query is, -1 at padding; the last real one is token length - 1."""
+    real = jnp.ones((B, T), bool) if segments is None else segments.real
+    before = length - jnp.sum(real, axis=1)
+    return jnp.where(real, before[:, None] + jnp.cumsum(real, axis=1) - 1, -1)
 
 
 def cached_places(length, slots: int):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import chunks
-from pallas_kernels.attention.reference import MASKED, cached_places
+from pallas_kernels.attention.reference import MASKED, cached_places, query_places
 from pallas_kernels.segments import Segments, one_segment
 
 BLOCK = 128
@@ -53,57 +53,39 @@ def attention(q, k, v, scale, window, segments: Segments | None):
     return chunks.join(output.reshape(-1, B, H, block, v.shape[-1]), T)
 
 
-def attention_prefill(q, k, v, k_cache, v_cache, length, scale, window, segments: Segments | None):
-    """A chunk against itself and against the cache, each blockwise, joined by what they weigh; see api.py."""
+def attention_prefill(q, k_cache, v_cache, length, scale, window, segments: Segments | None):
+    """A chunk against a cache that holds it, a block of the cache at a time, as many as are filled; see api.py."""
     B, T, H, K = q.shape
-    HK = k.shape[2]
-    block = min(BLOCK, -(-T // 8) * 8)
-    segments = one_segment(B, T) if segments is None else segments
-    q, k, v = (jnp.where(segments.real[:, :, None, None], a, 0) for a in (q, k, v))
-    q_blocks = chunks.split(q, block).reshape(-1, B, HK, H // HK, block, K)
-    own = _blocks_forward(scale, q_blocks, chunks.split(k, block), chunks.split(v, block), _reach(segments, window, block))
-    own = (chunks.join(a.reshape(-1, B, H, *a.shape[4:]), T) for a in own)  # [B,T,H,V] and [B,T,H]
-    cached = _over_cache(scale, q, k_cache.astype(k.dtype), v_cache.astype(v.dtype), length, window, segments)
-    outputs, logsumexps = zip(own, cached, strict=True)
-    shares = jax.nn.softmax(jnp.stack(logsumexps), axis=0)
-    return sum(share[..., None] * output for share, output in zip(shares, outputs, strict=True))
-
-
-def _over_cache(scale, q, k_cache, v_cache, length, window, segments: Segments):
-    """(output [B,T,H,V], logsumexp [B,T,H]) of q [B,T,H,K] over the cached keys alone, as many blocks as hold any."""
-    B, T, H, K = q.shape
-    S, HK = k_cache.shape[1:3]
+    HK, S = k_cache.shape[1:3]
     block = min(BLOCK, S)
-    end = [(0, 0), (0, -S % block)]
-    places = jnp.pad(cached_places(length, S), end, constant_values=-1)
-    k_cache, v_cache = (jnp.pad(a, [*end, (0, 0), (0, 0)]) for a in (k_cache, v_cache))
-    own = length[:, None] + jnp.cumsum(segments.real, axis=1) - 1
-    continues = segments.real & (segments.index == 0)  # later documents have nothing to do with the cache
+    end = (0, -S % block)
+    places = jnp.pad(cached_places(length, S), [(0, 0), end], constant_values=-1)[:, None]
+    k_cache, v_cache = (jnp.pad(a, [(0, 0), (0, 0), end, (0, 0)]) for a in (k_cache, v_cache))
+    own = query_places(length, segments, B, T)[:, :, None]
     q = q.reshape(B, T, HK, H // HK, K)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
 
     def keys(j, carry):
         m, total, acc = carry
-        k, v, place = (jax.lax.dynamic_slice_in_dim(a, j * block, block, axis=1) for a in (k_cache, v_cache, places))
-        allowed = continues[:, :, None] & (place >= 0)[:, None, :]
+        k, v, place = (jax.lax.dynamic_slice_in_dim(a, j * block, block, axis=2) for a in (k_cache, v_cache, places))
+        allowed = (place >= 0) & (place <= own)
         if window is not None:
-            allowed &= own[:, :, None] - place[:, None, :] < window
+            allowed &= own - place < window
         allowed = allowed[:, None, None]
-        scores = scale * _matmul("bthgk,bshk->bhgts", q, k)
+        scores = scale * _matmul("bthgk,bhsk->bhgts", q, k.astype(q.dtype))
         m_next = jnp.maximum(m, jnp.max(jnp.where(allowed, scores, MASKED), axis=-1))
         weights = jnp.exp(jnp.where(allowed, scores - m_next[..., None], MASKED))
         decay = jnp.exp(m - m_next)
         total = decay * total + jnp.sum(weights, axis=-1)
-        acc = decay[..., None] * acc + _matmul("bhgts,bshv->bhgtv", weights.astype(v.dtype), v)
+        acc = decay[..., None] * acc + _matmul("bhgts,bhsv->bhgtv", weights.astype(v.dtype), v)
         return m_next, total, acc
 
     rows = (B, HK, H // HK, T)
     start = jnp.full(rows, MASKED, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, v_cache.shape[-1]), dtype)
     filled = -(-jnp.minimum(jnp.max(length), S) // block)
-    m, total, acc = jax.lax.fori_loop(0, filled, keys, start)
-    total = jnp.where(total > 0, total, 1)
-    output, logsumexp = acc / total[..., None], m + jnp.log(total)
-    return jnp.moveaxis(output, 3, 1).reshape(B, T, H, -1), jnp.moveaxis(logsumexp, 3, 1).reshape(B, T, H)
+    _, total, acc = jax.lax.fori_loop(0, filled, keys, start)
+    output = acc / jnp.where(total > 0, total, 1)[..., None]  # padding attends to nothing
+    return jnp.moveaxis(output, 3, 1).reshape(B, T, H, -1)
 
 
 def _reach(segments: Segments, window, block) -> Reach:

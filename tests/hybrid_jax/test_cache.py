@@ -1,12 +1,10 @@
 """What a model remembers: prompts of any length, then token by token, are one full forward; and its size is what costs.py says."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_jax import cache as caches
 from hybrid_jax import config, costs
 from hybrid_jax.model import abstract
 from tests.helpers import relative_error, tree_errors
@@ -47,12 +45,8 @@ def check(mixer, layout):
         hidden, cache = model.extend(tokens, real, cache)
         return model.logits(hidden), cache
 
-    window = model.config.full_attention.window
-    slots = min(window or 40, 40)
+    slots = (model.config.full_attention.window or 0) + 40  # with a window the rings go round in two chunks
     nothing = model.empty_cache(len(SPLITS), slots)
-    assert sum(a.nbytes for a in jax.tree.leaves(nothing.stages)) == len(SPLITS) * (
-        costs.state_bytes(model.config) + costs.cache_bytes(model.config, slots)
-    )
 
     found = np.zeros_like(expected)
     starts = np.zeros(len(SPLITS), int)
@@ -97,13 +91,3 @@ def test_the_cache_of_the_studys_models_is_of_the_size_that_costs_say(mixer):
     cache = jax.eval_shape(lambda params: nnx.merge(abstract(model)[0], params).empty_cache(3, 1000), abstract(model)[1])
     size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache.stages))
     assert size == 3 * (costs.state_bytes(model) + costs.cache_bytes(model, 1000))
-
-
-def test_a_larger_cache_goes_on_as_the_smaller_would():
-    model = build(config.Attention(heads=2), layers=1, ratio=None)
-    tokens = random_tokens(2, 12)
-    real = jnp.ones((2, 12), bool).at[1, :5].set(False)
-    _, cache = model.extend(tokens, real, model.empty_cache(2, 12))
-    _, expected = model.extend(tokens, real, model.empty_cache(2, 30))
-    grown = caches.grow(cache, 30)
-    assert max(tree_errors(grown, expected).values()) == 0
