@@ -41,8 +41,8 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(correctness.TOLERANCE), "O
 _CONFIGS = flags.DEFINE_list(
     "configs", ["gla_pure:tiny", "gla_r6:tiny", "transformer:tiny"], "Of --suite=decode: models of experiments/configs, NAME:SIZE."
 )
-_CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048", "8192", "32768"], "Of --suite=decode: tokens of context.")
-_BATCH = flags.DEFINE_integer("batch", 1, "Of --suite=decode: texts written side by side.", lower_bound=1)
+_CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048", "8192"], "Of --suite=decode: tokens of context.")
+_BATCH = flags.DEFINE_integer("batch", 4, "Of --suite=decode: texts written side by side.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file to append to; experiments/results/<platform or tpu_static>.jsonl by default.")
 
 
