@@ -53,12 +53,9 @@ def main() -> int:
         if INTERACTIVE.value:
             converse(session, settings)
         elif PROMPT.value is not None:
-            session.read([model.tokenizer.encode(PROMPT.value)], room=MAX_NEW_TOKENS.value)
-            print(PROMPT.value, end="", flush=True)
-            write(session, settings)
+            turn(session, model.tokenizer.encode(PROMPT.value), settings, echo=PROMPT.value)
         else:
-            session.read([_token_ids(PROMPT_TOKENS.value)], room=MAX_NEW_TOKENS.value)
-            write(session, settings, texts=False)
+            turn(session, _token_ids(PROMPT_TOKENS.value), settings, texts=False)
     except ValueError as error:  # about an option or a prompt, and it says which
         raise ConfigError(str(error)) from None
     return 0
@@ -74,15 +71,16 @@ def converse(session, settings) -> None:
             print()
             return
         if line:
-            session.read([session.model.tokenizer.encode(_new_lines(line))], room=MAX_NEW_TOKENS.value)
-            write(session, settings)
+            turn(session, session.model.tokenizer.encode(_new_lines(line)), settings)
 
 
-def write(session, settings, texts: bool = True) -> None:
-    """Print what the session writes, as it comes, until its end or Ctrl-C."""
+def turn(session, tokens: list[int], settings, *, echo: str = "", texts: bool = True) -> None:
+    """Read ``tokens`` and print what follows them as it is written, after ``echo``, until its end or Ctrl-C."""
     from hybrid_jax.train.signals import Stop
 
     with Stop() as asked:
+        session.read([tokens], room=MAX_NEW_TOKENS.value)
+        print(echo, end="", flush=True)
         for _, piece in session.write(MAX_NEW_TOKENS.value, settings, stop=[_new_lines(stop) for stop in STOP.value], texts=texts):
             print(piece, end="" if texts else " ", flush=True)
             if asked.name:
