@@ -122,7 +122,7 @@ def plot(rows: list[dict], file: Path) -> Path:
             axes.set_xscale("log", base=2)
             axes.set_xticks(sorted({row["context"] for row in rows}), [f"{c:,}" for c in sorted({row["context"] for row in rows})])
             axes.set_xlabel("tokens of context")
-        speed.set(title="Time a token, ms", ylim=(0, None))
+        speed.set(title="Time a token, ms", yscale="log")
         size.set(title="State and KV cache a sequence, MiB", yscale="log")
         speed.legend()
         first = rows[0]
