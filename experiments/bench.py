@@ -4,7 +4,9 @@
     python -m experiments.bench --operators=causal_conv --shapes='*340m' --dtype=bfloat16
     python -m experiments.bench --suite=memory                                   # scratch memory at T = 8192; compiles only
     python -m experiments.bench --target=tpu:v6e --dtype=bfloat16                # a TPU's schedule, compiled without a TPU
-    python -m experiments.bench --target=tpu:v6e --suite=step --shapes='*340m'   # whole training steps: kernels, memory
+    python -m experiments.bench --suite=decode                                   # a token's time and the cache by context, with a plot
+    python -m experiments.bench --suite=decode --configs=gla_r6,transformer --contexts=4096,32768 --batch=8
+    python -m experiments.bench --target=tpu:v6e --suite=step --configs=gla_r6:1b3   # whole training steps: kernels, memory
 
 Each row is one implementation at one named shape of `pallas_kernels/<operator>/shapes.py`, forward alone or forward and
 backward. It is printed, and appended as a line of JSON to --output with the device, versions and git revision it came from.
@@ -12,9 +14,13 @@ FLOPs are the chunked algorithm's own matmuls, three times the forward's with th
 FLOP/s over that of a plain matmul, measured right before and after it. An implementation that does not give the reference's
 outputs and gradients is not measured: its row holds the errors, and the exit status is 1.
 
+--suite=decode measures whole models, with random parameters: the prompt read in chunks, then token by token as experiments.generate
+does. It takes --configs, --contexts and --batch in place of the operators' flags, and draws decode_<platform>.png beside its rows.
+
 With --target, nothing is timed: each program is compiled ahead of time for one chip of a TPU generation, and a row holds the
-bundles of the compiler's schedule (about a cycle each), the bytes moved, and which of the two takes longer. It needs the TPU
-compiler, as in pip install -e '.[tpu]'.
+bundles of the compiler's schedule (about a cycle each), the bytes moved, and which of the two takes longer; a picture of the target's
+rows is drawn beside them. With --suite=step a row is a training step of one of --configs on all chips of a small host: what it holds
+and moves, and which implementations it runs. It needs the TPU compiler, as in pip install -e '.[tpu]'.
 """
 
 import contextlib
@@ -24,9 +30,9 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from experiments.benchmarks import cases, correctness, memory, rows, steps, timing, tpu_static
+from experiments.benchmarks import cases, correctness, decode, memory, rows, steps, timing, tpu_static
 
-SUITES = {suite.name: suite for suite in (timing.SUITE, memory.SUITE)}
+SUITES = {suite.name: suite for suite in (timing.SUITE, memory.SUITE, decode.SUITE)}
 TARGET_SUITES = {"operators": tpu_static.suite, "step": steps.suite}
 
 _SUITE = flags.DEFINE_enum("suite", "operators", sorted({*SUITES, *TARGET_SUITES}), "What to measure.")
@@ -35,6 +41,9 @@ _OPERATORS = flags.DEFINE_list("operators", [], f"Of {', '.join(cases.OPERATORS)
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", [], "Such as xla, pallas; all by default, and those two with --target.")
 _SHAPES = flags.DEFINE_list("shapes", [], "Names from the operators' shapes.py, such as *340m; all by default.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(correctness.TOLERANCE), "Of the floating-point arguments.")
+_CONFIGS = flags.DEFINE_list("configs", [], "Of --suite=decode and step: models of experiments/configs, NAME:SIZE; those of the module by default.")
+_CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048", "8192"], "Of --suite=decode: tokens of context.")
+_BATCH = flags.DEFINE_integer("batch", 4, "Of --suite=decode: texts written side by side.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file to append to; experiments/results/<platform or tpu_static>.jsonl by default.")
 
 
@@ -45,13 +54,16 @@ def main(argv) -> int:
             if len(argv) > 1:
                 raise ValueError(f"unexpected argument {argv[1]!r}; the flags are in --help")
             suite, results = _suite(stack)
-            selected = steps.select(_SHAPES.value) if _SUITE.value == "step" else _operators(results)
+            selected = _selected(results)
         except (ValueError, tpu_static.NoCompiler) as error:
             sys.exit(f"experiments.bench: {error}")
         output = Path(_OUTPUT.value or Path(__file__).parent / "results" / f"{results}.jsonl")
-        # float32 rows are float32 throughout: TPUs and GPUs would multiply with fewer bits by default.
-        stack.enter_context(jax.default_matmul_precision("highest" if _DTYPE.value == "float32" else "default"))
+        # Operators' float32 rows are float32 throughout: TPUs and GPUs would multiply with fewer bits by default.
+        exact = _DTYPE.value == "float32" and suite is not decode.SUITE
+        stack.enter_context(jax.default_matmul_precision("highest" if exact else "default"))
         done = rows.run([case for one in selected for case in suite.cases(one)], suite, output)
+    if suite.draw:
+        print(f"drawn in {suite.draw(done, output)}")
     failures = [row for row in done if "failure" in row]
     print(f"{len(done)} rows, {len(failures)} of them failures, appended to {output}")
     return 1 if failures else 0
@@ -68,8 +80,12 @@ def _suite(stack: contextlib.ExitStack) -> tuple[rows.Suite, str]:
     return on[_SUITE.value], jax.devices()[0].platform
 
 
-def _operators(results: str) -> list[cases.Case]:
-    """The operators' cases that are asked for."""
+def _selected(results: str) -> list:
+    """The suite's cases that are asked for."""
+    if _SUITE.value == "decode":
+        return decode.select(_CONFIGS.value or decode.CONFIGS, _CONTEXTS.value, _BATCH.value)
+    if _SUITE.value == "step":
+        return steps.select(_CONFIGS.value or steps.CONFIGS)
     implementations = _IMPLEMENTATIONS.value or (["xla", "pallas"] if _TARGET.value else [])
     selected = cases.select(_OPERATORS.value, implementations, _SHAPES.value, _DTYPE.value)
     if not implementations and results == "cpu":  # where kernels are interpreted: their time says nothing

@@ -3,11 +3,18 @@
 model = hybrid_jax.build(config, seed=0)          # fresh parameters
 model = hybrid_jax.load(folder)                   # a run's workdir, its newest or a named step; or a Hugging Face folder
 logits = model(tokens, segment_ids=None)          # [B,T] int -> [B,T,vocabulary] float32
+texts = hybrid_jax.generate(model, prompts, ...)  # texts or lists of tokens; hybrid_jax.stream gives them as they are written
 """
 
 import importlib
 
-_HOME = {"Model": "hybrid_jax.model", "build": "hybrid_jax.model", "load": "hybrid_jax.loading"}
+_HOME = {
+    "Model": "hybrid_jax.model",
+    "build": "hybrid_jax.model",
+    "generate": "hybrid_jax.generation",
+    "load": "hybrid_jax.loading",
+    "stream": "hybrid_jax.generation",
+}
 __all__ = sorted(_HOME)
 
 

@@ -1,11 +1,15 @@
 """A model from whatever folder holds one."""
 
+import warnings
 from pathlib import Path
 
 import jax
 from flax import nnx
 
-from hybrid_jax.config import MeshConfig
+from hybrid_jax.config import MeshConfig, RunConfig
+from hybrid_jax.data import DataError
+from hybrid_jax.data.store import TokenStore
+from hybrid_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from hybrid_jax.hf import convert
 from hybrid_jax.model import Model, abstract
 from hybrid_jax.sharding import make_mesh
@@ -14,14 +18,36 @@ from hybrid_jax.train.workdir import read_config
 
 
 def load(folder, step: int | None = None) -> Model:
-    """The model in ``folder``, on the first device.
+    """The model in ``folder``, on the first device, with its tokenizer where the folder tells of one (``model.tokenizer``, else None).
 
     folder: a training run's workdir (the checkpoint of ``step``, or the newest), or a Hugging Face folder of
     flash-linear-attention. Raises ConfigError where it is neither, has no such checkpoint, or holds what is not supported.
     """
     folder, device = Path(folder), jax.local_devices()[0]
     if convert.is_folder(folder):
-        return convert.load(folder, device)
+        model = convert.load(folder, device)
+        model.tokenizer = _if_readable(lambda: convert.own_tokenizer(folder))
+        return model
     config = read_config(folder)
     _, params = load_params(folder, config, make_mesh(MeshConfig(), [device]), step)
-    return nnx.merge(abstract(config.model)[0], params)
+    model = nnx.merge(abstract(config.model)[0], params)
+    model.tokenizer = _if_readable(lambda: _run_tokenizer(folder, config))
+    return model
+
+
+def _run_tokenizer(workdir: Path, config: RunConfig) -> Tokenizer | None:
+    """The one that came with the parameters, or else that of the data; None for a model that came without one and was not trained since."""
+    if carried := convert.carried_tokenizer(workdir):
+        return carried
+    if config.data.source != "stdlib":
+        return TokenStore.open(config.data.source, "train").tokenizer
+    return None if (workdir / "huggingface").is_dir() else ByteTokenizer()
+
+
+def _if_readable(find) -> Tokenizer | None:
+    """What ``find()`` gives; None, with a warning, where that can not be read: a model is of use without its tokenizer."""
+    try:
+        return find()
+    except DataError as error:
+        warnings.warn(f"the model has no tokenizer, so that it takes tokens only: {error}", stacklevel=3)
+        return None

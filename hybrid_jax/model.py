@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybrid_jax import cache as caches
 from hybrid_jax import layout, mixers
+from hybrid_jax.cache import Cache
 from hybrid_jax.config import HGRN, HGRN2, ModelConfig
 from hybrid_jax.layers import Embedding, Linear, RMSNorm, SwiGLU
 from hybrid_jax.layers.gates import lower_bounds
 from hybrid_jax.layers.rotary import positions
-from hybrid_jax.mixers import Context
+from hybrid_jax.mixers import Context, Memory
 from hybrid_jax.sharding import constrain
 
 REMAT_POLICIES = {
@@ -29,11 +31,12 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = SwiGLU(config.width, config.mlp_hidden, std=config.init_std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
         with jax.named_scope(self.kind):
-            x = x + self.mixer(self.attn_norm(x), context)
+            y, memory = self.mixer(self.attn_norm(x), context, memory)
+        x = x + y
         x = x + self.mlp(self.mlp_norm(x))
-        return constrain(x, "batch", "time", None)
+        return constrain(x, "batch", "time", None), memory
 
 
 class Stage(nnx.Module):
@@ -47,25 +50,53 @@ class Stage(nnx.Module):
         self.remat = config.remat
         self.runs = nnx.List([_stacked_block(run, stage.repeats, config, rngs) for run in stage.runs])
 
-    def __call__(self, x: jax.Array, context: Context, bounds: jax.Array | None) -> jax.Array:
-        """x [B,T,D] through the stage; bounds [L,D] are the forget gates' lower bounds of all layers, if the model has them."""
+    def __call__(self, x: jax.Array, context: Context, bounds: jax.Array | None, memories: list[Memory] | None = None):
+        """x [B,T,D] through the stage: (x, the memories with x in them).
+
+        bounds [L,D] are the forget gates' lower bounds of all layers, if the model has them. memories: of each run, leaves
+        [repeats, length of the run, B, ...]; None where there are none, as in training.
+        """
         graphs, params = zip(*(nnx.split(run) for run in self.runs), strict=True)
         per_run = [None if bounds is None else bounds[jnp.array(self.layout.layers(i))] for i in range(len(self.runs))]
+        remat = "none" if memories else self.remat
 
         def block(graph):
-            def call(x, layer):
-                params, bound = layer
-                return nnx.merge(graph, params)(x, context._replace(lower_bound=bound)), None
+            def call(carry, layer):
+                x, memory = carry
+                params, bound, at = layer
+                x, new = nnx.merge(graph, params)(x, context._replace(lower_bound=bound), caches.read(memory, at))
+                return (x, caches.write(memory, at, new, context.real) if memories else memory), None
 
             # a scan already keeps forward and backward apart, so nothing needs to be said against common subexpressions
-            return call if self.remat == "none" else jax.checkpoint(call, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            return call if remat == "none" else jax.checkpoint(call, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
-        def repeat(x, layers):
-            for graph, layer in zip(graphs, layers, strict=True):
-                x, _ = jax.lax.scan(block(graph), x, layer)
-            return x, None
+        def repeat(carry, layers):
+            x, memories = carry
+            written = []
+            for graph, memory, layer in zip(graphs, memories, layers, strict=True):
+                (x, memory), _ = jax.lax.scan(block(graph), (x, memory), layer)
+                written.append(memory)
+            return (x, written), None
 
-        return jax.lax.scan(repeat, x, list(zip(params, per_run, strict=True)))[0]
+        places = [jnp.moveaxis(jnp.indices((self.layout.repeats, run.length)), 0, -1) for run in self.layout.runs]
+        carry = x, memories or [Memory()] * len(self.runs)
+        return jax.lax.scan(repeat, carry, list(zip(params, per_run, places, strict=True)))[0]
+
+    def empty_memories(self, batch: int, slots: int) -> list[Memory]:
+        """Memories of nothing, with room for ``slots`` keys and values a row."""
+
+        def empty(run: layout.Run, blocks: Block) -> Memory:
+            layers, mixer = (self.layout.repeats, run.length), blocks.mixer
+            width, dtype = blocks.attn_norm.scale.shape[-1], blocks.mlp.gate_proj.dtype
+            if run.kind == "attention":
+                return caches.empty_rings(layers, batch, mixer.kv_heads, slots, width // mixer.config.heads, dtype)
+            graph, params = nnx.split(mixer)
+            one = jax.tree.map(lambda a: a[0, 0], params)
+            context = Context(None, jnp.zeros((batch, 1), jnp.int32))
+            x = jnp.zeros((batch, 1, width), dtype)
+            return caches.empty(jax.eval_shape(lambda: nnx.merge(graph, one)(x, context, Memory())[1]), layers)
+
+        return [empty(*pair) for pair in zip(self.layout.runs, self.runs, strict=True)]
 
 
 def _stacked_block(run: layout.Run, repeats: int, config: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -80,11 +111,16 @@ def _stacked_block(run: layout.Run, repeats: int, config: ModelConfig, rngs: nnx
 
 
 class Model(nnx.Module):
-    """Tokens to logits. ``config`` is the ModelConfig it was built from."""
+    """Tokens to logits.
+
+    config: the ModelConfig it was built from.
+    tokenizer: of the tokens, where the folder it was loaded from has one (``hybrid_jax.load``); any may be set. Else None.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         self.config = config
+        self.tokenizer = None
         self.embedding = Embedding(config.vocabulary, config.width, std=config.init_std, dtype=dtype, rngs=rngs)
         self.stages = nnx.List([Stage(stage, config, rngs=rngs) for stage in layout.stages(config.layer_kinds)])
         bounded = isinstance(config.mixer, (HGRN, HGRN2)) and config.mixer.lower_bound
@@ -95,12 +131,32 @@ class Model(nnx.Module):
 
     def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """tokens [B,T] int -> [B,T,D] in the compute dtype, after the final norm. segment_ids [B,T]: documents of a row, 0 padding."""
-        context = Context(segment_ids, positions(*tokens.shape, segment_ids))
+        return self._run(tokens, Context(segment_ids, positions(*tokens.shape, segment_ids)))[0]
+
+    def extend(self, tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Tokens that go on from those of ``cache``: :meth:`hidden` of them, and the cache with them in it.
+
+        tokens [B,T] int; real [B,T] bool, False at padding, which leaves the cache as it is and whose output means nothing.
+        """
+        # One token takes the operators' steps, which know no padding: writing to the cache passes over it.
+        segment_ids = real.astype(jnp.int32) if tokens.shape[1] > 1 else None
+        places = cache.lengths[:, None] + positions(*tokens.shape, segment_ids)
+        x, stages = self._run(tokens, Context(segment_ids, places, cache.lengths, real), cache.stages)
+        return x, Cache(cache.lengths + jnp.sum(real, axis=1, dtype=jnp.int32), stages)
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache of ``batch`` rows that holds nothing, with room for ``slots`` keys and values at each full-attention layer."""
+        return Cache(jnp.zeros(batch, jnp.int32), [stage.empty_memories(batch, slots) for stage in self.stages])
+
+    def _run(self, tokens: jax.Array, context: Context, memories: list[list[Memory]] | None = None):
+        """(the hidden states [B,T,D] after the final norm, the memories of each stage's runs with the tokens in them)."""
         bounds = None if self.lower_bounds is None else lower_bounds(self.lower_bounds[...])
         x = constrain(self.embedding(tokens), "batch", "time", None)
-        for stage in self.stages:
-            x = stage(x, context, bounds)
-        return self.norm(x)
+        written = []
+        for stage, memory in zip(self.stages, memories or [None] * len(self.stages), strict=True):
+            x, memory = stage(x, context, bounds, memory)
+            written.append(memory)
+        return self.norm(x), written
 
     def output_kernel(self) -> jax.Array:
         """[D,vocabulary] float32: the output projection, the embedding transposed where they are tied."""
@@ -108,7 +164,10 @@ class Model(nnx.Module):
 
     def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """tokens [B,T] int -> logits [B,T,vocabulary] float32. segment_ids [B,T]: documents of a row, 0 padding."""
-        hidden = self.hidden(tokens, segment_ids)
+        return self.logits(self.hidden(tokens, segment_ids))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[...,D] -> [...,vocabulary] float32."""
         return jnp.matmul(hidden, self.output_kernel().astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 

@@ -61,31 +61,36 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
-def on_each_device(operator: Callable, *arrays: jax.Array, segment_ids: jax.Array | None = None, **keywords) -> Any:
-    """``operator(*arrays, segment_ids=segment_ids, **keywords)``, each device of the mesh in force computing its own rows and heads.
+def on_each_device(operator: Callable, *arrays: jax.Array | None, **named) -> Any:
+    """An operator, each device of the mesh in force computing its own rows and heads: XLA cannot partition a kernel by itself.
 
-    XLA cannot partition a kernel by itself. arrays: [B,T,H,...] or [B,T,D], or [H] for what is fixed; a result is [B,T,H,...] or
-    [B,T,D], a state beside it [B,H,...] or [B,D]. Rows or heads that do not divide over the mesh are computed on all of it, and so is time.
+    arrays: [B,T,H,...] or [B,T,D], [H] for what is fixed, or None; a result is [B,T,H,...] or [B,T,D], beside it may be a state.
+    named: ``segment_ids`` [B,T] and ``initial_state``, arrays or None, and what else the operator takes. States are [B,H,...] or [B,D].
+    Rows or heads that do not divide over the mesh are computed on all of it, and so is time.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
-        return operator(*arrays, segment_ids=segment_ids, **keywords)
-
-    def run(segment_ids, *arrays):
-        return operator(*arrays, segment_ids=segment_ids, **keywords)
+        return operator(*arrays, **named)
 
     def dividing(name, sizes):
         parts = spec(name)[0]
         return parts if all(size % mesh_size(mesh, parts) == 0 for size in sizes) else None
 
-    rows = dividing("batch", [arrays[0].shape[0]])
-    heads = dividing("heads", [x.shape[2] if x.ndim > 1 else x.shape[0] for x in arrays])
+    given = [x for x in arrays if x is not None]
+    rows = dividing("batch", [given[0].shape[0]])
+    heads = dividing("heads", [x.shape[2] if x.ndim > 1 else x.shape[0] for x in given])
     sequence, state = P(rows, None, heads), P(rows, heads)
-    in_specs = P(rows), *(sequence if x.ndim > 1 else P(heads) for x in arrays)
-    is_pair = isinstance(jax.eval_shape(run, segment_ids, *arrays), tuple)
+    named_specs = {"segment_ids": P(rows), "initial_state": state}
+    sharded = {name: named.pop(name, None) for name in named_specs}
+
+    def run(sharded, *arrays):
+        return operator(*arrays, **{name: x for name, x in sharded.items() if x is not None}, **named)
+
+    in_specs = named_specs, *(P(heads) if x is not None and x.ndim == 1 else sequence for x in arrays)
+    is_pair = isinstance(jax.eval_shape(run, sharded, *arrays), tuple)
     out_specs = (sequence, state) if is_pair else sequence
     # Not checked: kernels do not say over which axes what they compute varies.
-    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)(segment_ids, *arrays)
+    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)(sharded, *arrays)
 
 
 def mesh_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:

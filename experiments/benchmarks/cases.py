@@ -28,6 +28,12 @@ class Case:
         return f"{self.operator} {self.implementation} {self.shape_name} {self.dtype} {self.pass_name}"
 
     @property
+    def identity(self) -> dict:
+        """Of a row: which case it is of."""
+        names = {name: getattr(self, name) for name in ("operator", "implementation", "dtype")}
+        return names | {"shape": self.shape_name, "sizes": dataclasses.asdict(self.shape), "pass": self.pass_name}
+
+    @property
     def shapes(self) -> ModuleType:
         return importlib.import_module(f"pallas_kernels.{self.operator}.shapes")
 

@@ -1,6 +1,5 @@
 """Rows: measured one after the other, printed, appended as lines of JSON, each with what its numbers depend on."""
 
-import dataclasses
 import functools
 import importlib
 import json
@@ -22,12 +21,16 @@ from experiments.benchmarks.cases import Case
 
 
 class Suite(NamedTuple):
-    """What is measured: which cases a forward case stands for, their row, and what a table shows of it."""
+    """What is measured: which cases a selected one stands for, their row, what a table shows of it, and a picture, if there is one.
+
+    A case says what it is by ``str`` and, for the row, by its ``identity``. ``draw`` takes the rows and the file that they are in.
+    """
 
     name: str
     cases: Callable[[Case], Iterable[Case]]
     measure: Callable[[Case], dict]
     columns: dict[str, Callable[[dict], str]]  # heading -> text of a row
+    draw: Callable[[list[dict], Path], Path] | None = None
 
 
 @functools.cache
@@ -65,20 +68,19 @@ def _revision() -> str | None:
 def measure(suite: Suite, case: Case) -> dict:
     """The whole row of a case; one that raises is a row too, with the message as its failure."""
     row = {"suite": suite.name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
-    row |= {name: getattr(case, name) for name in ("operator", "implementation", "dtype")}
-    row |= {"shape": case.shape_name, "sizes": dataclasses.asdict(case.shape), "pass": case.pass_name}
+    row |= case.identity
     try:
         return row | suite.measure(case)
     except (ValueError, TypeError, RuntimeError) as error:  # refused arguments, failed compilations, no memory left
         return row | {"failure": f"{type(error).__name__}: {str(error).strip() or 'no message'}"}
 
 
-def table(suite: Suite, rows: list[dict]) -> Table:
-    identity = ("operator", "implementation", "shape", "dtype", "pass")
+def table(suite: Suite, cases: list[Case], rows: list[dict]) -> Table:
+    identity = [name for name in cases[0].identity if name != "sizes"] if cases else []
     table = Table(*identity, *suite.columns)
     for row in rows:
         cells = ["failed"] if "failure" in row else [text(row) for text in suite.columns.values()]
-        table.add_row(*(row[name] for name in identity), *cells)
+        table.add_row(*(str(row[name]) for name in identity), *cells)
     return table
 
 
@@ -101,5 +103,5 @@ def run(cases: list[Case], suite: Suite, output: Path) -> list[dict]:
             progress.advance(task)
             figures = row.get("failure") or ", ".join(f"{name} {text(row)}" for name, text in suite.columns.items())
             console.print(f"{number}/{len(cases)} {case}: {figures}", markup=False, highlight=False, soft_wrap=True)
-    console.print(table(suite, rows))
+    console.print(table(suite, cases, rows))
     return rows

@@ -1,13 +1,11 @@
 """The training steps of the study's models, compiled for the chips of a TPU host without a TPU: which kernels, how much memory.
 
-A row is a hybrid of one of the six recurrences with full attention at every sixth layer, its state dealt over the chips (fsdp), a
-sequence on each.
+By default the hybrids of each of the six recurrences with full attention at every sixth layer, their state dealt over the chips (fsdp),
+a sequence on each.
 """
 
 import contextlib
 import dataclasses
-import fnmatch
-import importlib
 import importlib.metadata
 import time
 from collections import Counter
@@ -15,51 +13,54 @@ from collections.abc import Iterator
 
 import jax
 
+from experiments import cli
 from experiments.benchmarks import hlo
-from experiments.benchmarks.cases import Case
 from experiments.benchmarks.rows import Suite
 from experiments.benchmarks.tpu_static import TARGETS, compiler
-from hybrid_jax.config import RunConfig, from_dict
+from hybrid_jax.config import RunConfig
 from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train.feed import batch_shapes
 from hybrid_jax.train.step import compile_step, make_program
 from pallas_kernels.checks import implementations_in
 
-FAMILIES = ("hgrn", "hgrn2", "retnet", "gla", "delta_net", "gated_delta_net")
-SIZES = ("340m", "1b3")
+CONFIGS = [f"{name}_r6:{size}" for size in ("340m", "1b3") for name in ("hgrn", "hgrn2", "retnet", "gla", "delta_net", "gated_delta_net")]
+WINDOW = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """A configuration of experiments/configs and its size; T tokens a sequence, one sequence a chip."""
+class Case:
+    """A training step of ``config`` on sequences of ``window`` tokens, one a device."""
 
-    config: str
-    size: str
-    T: int = 4096
+    config: str  # NAME:SIZE, of experiments/configs
+    window: int = WINDOW
 
+    def __str__(self):
+        return f"step of {self.config}, window {self.window}"
 
-def select(patterns: list[str]) -> list[Case]:
-    """Cases by patterns of their names, such as ``gla_r6_340m``; all where there are none. Raises ValueError for one that fits nothing."""
-    steps = {f"{family}_r6_{size}": Step(f"{family}_r6", size) for size in SIZES for family in FAMILIES}
-    for pattern in patterns:
-        if not fnmatch.filter(steps, pattern):
-            raise ValueError(f"--shapes: nothing is called {pattern}; choose from {', '.join(steps)}")
-    names = [name for name in steps if not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
-    return [Case("training_step", "default", name, steps[name], "bfloat16", "step") for name in names]
+    @property
+    def identity(self) -> dict:
+        return dataclasses.asdict(self)
 
-
-def run_config(step: Step, devices: int) -> RunConfig:
-    """The run of a step: as in its configuration, but for the batch."""
-    config = importlib.import_module(f"experiments.configs.{step.config}").get_config(step.size)
-    config.data.window = step.T
-    config.train.batch, config.train.microbatch = devices, 1
-    return from_dict(RunConfig, config.to_dict())
+    def run_config(self, devices: int) -> RunConfig:
+        """The run: as its configuration says, but for the batch and the window."""
+        name, _, size = self.config.partition(":")
+        config = cli.load_run([f"--config=configs/{name}.py:{size}"], "").config
+        data = dataclasses.replace(config.data, window=self.window)
+        train = dataclasses.replace(config.train, batch=devices, microbatch=1)
+        return dataclasses.replace(config, data=data, train=train)
 
 
-def compile_for(step: Step, target: str) -> dict:
-    """Compile a step for all chips of a target's smallest topology: what its row says of it."""
+def select(configs: list[str]) -> list[Case]:
+    """A case each. Raises ValueError for a configuration that does not exist."""
+    for case in map(Case, configs):
+        case.run_config(1)
+    return [Case(config) for config in configs]
+
+
+def compile_for(case: Case, target: str) -> dict:
+    """Compile a case for all chips of a target's smallest topology: what its row says of it."""
     devices = TARGETS[target].devices()
-    config = run_config(step, len(devices))
+    config = case.run_config(len(devices))
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         start = time.perf_counter()
@@ -89,7 +90,7 @@ def suite(target: str) -> Iterator[Suite]:
         yield Suite(
             "tpu_step",
             lambda case: (case,),
-            lambda case: {"target": target, "platform": "tpu"} | running.call(compile_for, case.shape, target),
+            lambda case: {"target": target, "platform": "tpu"} | running.call(compile_for, case, target),
             {
                 "implementations": _implementations,
                 "a chip holds GB": lambda row: f"{row['held_bytes'] / 1e9:.1f}",

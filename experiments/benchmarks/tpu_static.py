@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-from experiments.benchmarks import hlo, schedule
+from experiments.benchmarks import hlo, schedule, tpu_chart
 from experiments.benchmarks.cases import Case, arguments, both_passes, program
 from experiments.benchmarks.correctness import check
 from experiments.benchmarks.rows import Suite
@@ -197,4 +197,5 @@ def suite(target: str) -> Iterator[Suite]:
                 "us HBM": lambda row: f"{row['hbm_s'] * 1e6:.1f}",
                 "compile s": lambda row: f"{row['compile_s']:.1f}",
             },
+            lambda rows, output: tpu_chart.plot(output, target),
         )

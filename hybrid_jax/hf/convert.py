@@ -158,8 +158,12 @@ def _parameters(workdir: Path, run: RunConfig, step: int | None) -> tuple[int, C
 
 def carried_tokenizer(workdir: Path) -> Tokenizer | None:
     """The tokenizer that came with the model in ``workdir``; None where none did. Raises DataError where it can not be read."""
-    carried = workdir / "huggingface"
-    return load_tokenizer(carried) if any((carried / name).exists() for name in FILES) else None
+    return own_tokenizer(workdir / "huggingface")
+
+
+def own_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a Hugging Face folder; None where there is none. Raises DataError where it can not be read."""
+    return load_tokenizer(folder) if any((folder / name).exists() for name in FILES) else None
 
 
 def load(folder: Path, device: jax.Device) -> Model:

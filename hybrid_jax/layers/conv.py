@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from pallas_kernels.causal_conv import causal_conv
+from pallas_kernels.causal_conv import causal_conv, causal_conv_step
 
 
 class ShortConvolution(nnx.Module):
@@ -13,5 +13,11 @@ class ShortConvolution(nnx.Module):
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (channels, width)), axes=("heads", "taps"))
         self.activation = activation
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-        return causal_conv(x, self.weight[...], activation=self.activation, segment_ids=segment_ids)[0]
+    def __call__(self, x: jax.Array, segment_ids: jax.Array | None, tail: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Also the tail [B,width-1,D] in x's dtype, the inputs that the next tokens' taps reach; ``tail``: that of the tokens before x."""
+        if tail is not None and segment_ids is None and x.shape[1] == 1:
+            y, tail = causal_conv_step(x[:, 0], self.weight[...], tail, activation=self.activation)
+            y = y[:, None]
+        else:
+            y, tail = causal_conv(x, self.weight[...], activation=self.activation, initial_state=tail, segment_ids=segment_ids)
+        return y, tail.astype(x.dtype)  # inputs, as they came

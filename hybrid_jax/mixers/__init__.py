@@ -1,18 +1,20 @@
 """Token mixers: one file each, parameter for parameter the layers of flash-linear-attention.
 
-A mixer is built from its configuration (``hybrid_jax.config``), the model's, and random keys; called on x [B,T,D] and a
-:class:`Context` it gives [B,T,D].
+A mixer is built from its configuration (``hybrid_jax.config``), the model's, and random keys; called on x [B,T,D], a
+:class:`Context` and a :class:`Memory` of the tokens before x it gives [B,T,D] and what to remember of x. The same call trains
+(no memory), reads a prompt a chunk at a time, and decodes (one token, no segment ids: the operators' steps).
 """
 
 from hybrid_jax.config import NAMES, Mixer, ModelConfig
 from hybrid_jax.mixers.attention import Attention
-from hybrid_jax.mixers.context import Context
+from hybrid_jax.mixers.context import Context, Memory
 from hybrid_jax.mixers.delta_net import DeltaNet
 from hybrid_jax.mixers.gated_delta_net import GatedDeltaNet
 from hybrid_jax.mixers.gla import GLA
 from hybrid_jax.mixers.hgrn import HGRN
 from hybrid_jax.mixers.hgrn2 import HGRN2
 from hybrid_jax.mixers.retnet import RetNet
+from hybrid_jax.mixers.rings import Rings
 
 MIXERS = {
     "attention": Attention,
@@ -30,4 +32,4 @@ def build(mixer: Mixer, model: ModelConfig, rngs):
     return MIXERS[NAMES[type(mixer)]](mixer, model, rngs=rngs)
 
 
-__all__ = ["MIXERS", "Attention", "Context", "DeltaNet", "GLA", "GatedDeltaNet", "HGRN", "HGRN2", "RetNet", "build"]
+__all__ = ["MIXERS", "Attention", "Context", "DeltaNet", "GLA", "GatedDeltaNet", "HGRN", "HGRN2", "Memory", "RetNet", "Rings", "build"]

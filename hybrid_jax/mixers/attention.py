@@ -1,15 +1,16 @@
 """Full softmax attention with rotary positions."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.rotary import rotate
-from hybrid_jax.mixers.context import Context
+from hybrid_jax.mixers.context import Context, Memory
 from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, split_heads
 from hybrid_jax.sharding import on_each_device
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import attention, attention_prefill, attention_step
 
 QK_NORM_EPS = 1e-5  # fixed in flash-linear-attention, whatever the model's eps
 
@@ -29,7 +30,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(head_width, QK_NORM_EPS) if mixer.qk_norm else None
         self.o_proj = heads_out(model.width, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
         q = split_heads(self.q_proj(x), self.config.heads)
         k = split_heads(self.k_proj(x), self.kv_heads)
         v = split_heads(self.v_proj(x), self.kv_heads)
@@ -37,5 +38,15 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, context.positions, self.config.rope_theta)
         k = rotate(k, context.positions, self.config.rope_theta)
-        o = on_each_device(attention, q, k, v, window=self.config.window, segment_ids=context.segment_ids)
-        return self.o_proj(merge_heads(o))
+        if memory.state is None:
+            o = on_each_device(attention, q, k, v, window=self.config.window, segment_ids=context.segment_ids)
+        else:
+            memory = Memory(memory.state.write(k, v, context.lengths, context.real), ())
+            o = self._attend(q, *memory.state.read(), context)
+        return self.o_proj(merge_heads(o)), memory
+
+    def _attend(self, q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, context: Context) -> jax.Array:
+        lengths = context.lengths + jnp.sum(context.real, axis=1)
+        if q.shape[1] == 1:
+            return attention_step(q[:, 0], k_cache, v_cache, lengths, window=self.config.window)[:, None]
+        return attention_prefill(q, k_cache, v_cache, lengths, window=self.config.window, segment_ids=context.segment_ids)

@@ -6,9 +6,9 @@ from flax import nnx
 
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm, l2_normalize
-from hybrid_jax.mixers.context import Context
-from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, short_convolution, split_heads
-from hybrid_jax.sharding import on_each_device
+from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.mixers.projections import convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 
 ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu": lambda x: jax.nn.elu(x) + 1, "identity": lambda x: x}
@@ -36,27 +36,27 @@ class DeltaNet(nnx.Module):
         self.o_norm = RMSNorm(values // mixer.heads, model.norm_eps)
         self.o_proj = heads_out(values, model, rngs)
 
-    def _qkv(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries and keys [B,T,H,K], activated and normalised, and values [B,T,H,V]."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    def _qkv(self, x: jax.Array, context: Context, memory: Memory):
+        """Queries and keys [B,T,H,K], activated and normalised, values [B,T,H,V], and the convolutions' tails."""
+        (q, k, v), tails = (self.q_proj(x), self.k_proj(x), self.v_proj(x)), ()
         activation = ACTIVATIONS[self.config.qk_activation]
         if self.q_conv is None:
             q, k, v = activation(q), activation(k), jax.nn.silu(v)
         else:
-            q, k, v = self.q_conv(q, segment_ids), self.k_conv(k, segment_ids), self.v_conv(v, segment_ids)
+            (q, k, v), tails = convolve((self.q_conv, self.k_conv, self.v_conv), (q, k, v), context, memory)
             if self.config.qk_activation != "silu":  # silu is done by the convolution
                 q, k = activation(q), activation(k)
         q, k, v = (split_heads(a, self.config.heads) for a in (q, k, v))
         normalize = l2_normalize if self.config.qk_norm == "l2" else sum_normalize
-        return normalize(q), normalize(k), v
+        return normalize(q), normalize(k), v, tails
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        q, k, v = self._qkv(x, context.segment_ids)
+    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
+        q, k, v, tails = self._qkv(x, context, memory)
         beta = jnp.ones(q.shape[:-1], jnp.float32)
         if self.b_proj is not None:
             beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
         if self.config.negative_eigenvalues:
             beta = 2 * beta
-        o, _ = on_each_device(gated_delta_rule, q, k, v, beta, segment_ids=context.segment_ids)
+        o, state = recur(gated_delta_rule, q, k, v, beta, None, context=context, state=memory.state)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.config.heads)
-        return self.o_proj(merge_heads(self.o_norm(o, gate=gate)))
+        return self.o_proj(merge_heads(self.o_norm(o, gate=gate))), Memory(state, tails)

@@ -8,9 +8,9 @@ from flax import nnx
 
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm, l2_normalize
-from hybrid_jax.mixers.context import Context
-from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, short_convolution, split_heads
-from hybrid_jax.sharding import on_each_device
+from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.mixers.projections import convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 
 
@@ -43,24 +43,19 @@ class GatedDeltaNet(nnx.Module):
         self.o_norm = RMSNorm(value_width, model.norm_eps, activation=mixer.gate_activation)
         self.o_proj = heads_out(values, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
+        (q, k, v), tails = (self.q_proj(x), self.k_proj(x), self.v_proj(x)), ()
         if self.q_conv is None:
             q, k, v = jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(v)
         else:
-            q = self.q_conv(q, context.segment_ids)
-            k = self.k_conv(k, context.segment_ids)
-            v = self.v_conv(v, context.segment_ids)
+            (q, k, v), tails = convolve((self.q_conv, self.k_conv, self.v_conv), (q, k, v), context, memory)
         rate = jax.nn.softplus(self.a_proj(x).astype(jnp.float32) + self.dt_bias[...])
         beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
-        o, _ = on_each_device(
-            gated_delta_rule,
-            l2_normalize(split_heads(q, self.config.heads)),
-            l2_normalize(split_heads(k, self.config.heads)),
-            split_heads(v, self.value_heads),
-            2 * beta if self.config.negative_eigenvalues else beta,
-            -jnp.exp(self.A_log[...]) * rate,
-            segment_ids=context.segment_ids,
-        )
+        if self.config.negative_eigenvalues:
+            beta = 2 * beta
+        log_decay = -jnp.exp(self.A_log[...]) * rate
+        q, k = (l2_normalize(split_heads(a, self.config.heads)) for a in (q, k))
+        v = split_heads(v, self.value_heads)
+        o, state = recur(gated_delta_rule, q, k, v, beta, log_decay, context=context, state=memory.state)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.value_heads)
-        return self.o_proj(merge_heads(self.o_norm(o, gate=gate)))
+        return self.o_proj(merge_heads(self.o_norm(o, gate=gate))), Memory(state, tails)

@@ -6,9 +6,9 @@ from flax import nnx
 
 from hybrid_jax import config
 from hybrid_jax.layers import Linear, RMSNorm
-from hybrid_jax.mixers.context import Context
-from hybrid_jax.mixers.projections import FEATURE_MAPS, heads_in, heads_out, merge_heads, short_convolution, split_heads
-from hybrid_jax.sharding import on_each_device
+from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.mixers.projections import FEATURE_MAPS, convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 
 GATE_RANK = 16  # of the low-rank decay projection
@@ -36,18 +36,17 @@ class GLA(nnx.Module):
         self.g_norm = RMSNorm(values // self.heads, model.norm_eps, scale=mixer.norm_scale)
         self.o_proj = heads_out(values, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
+        (q, k, v), tails = (self.q_proj(x), self.k_proj(x), self.v_proj(x)), ()
         if self.q_conv is not None:
-            q = self.q_conv(q, context.segment_ids)
-            k = self.k_conv(k, context.segment_ids)
-            v = self.v_conv(v, context.segment_ids)
+            (q, k, v), tails = convolve((self.q_conv, self.k_conv, self.v_conv), (q, k, v), context, memory)
         q, k = self.feature_map(q), self.feature_map(k)
         log_decay = jax.nn.log_sigmoid(self.decay_out(self.decay_in(x)).astype(jnp.float32)) / GATE_NORMALIZER
         if self.log_decay_min is not None:
             log_decay = jnp.maximum(log_decay, self.log_decay_min)
         group = self.heads // self.kv_heads
         k, v, log_decay = (jnp.repeat(split_heads(a, self.kv_heads), group, axis=2) for a in (k, v, log_decay))
-        o, _ = on_each_device(gated_linear_attention, split_heads(q, self.heads), k, v, log_decay, segment_ids=context.segment_ids)
+        q = split_heads(q, self.heads)
+        o, state = recur(gated_linear_attention, q, k, v, log_decay, context=context, state=memory.state)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.heads)
-        return self.o_proj(merge_heads(self.g_norm(o, gate=gate)))
+        return self.o_proj(merge_heads(self.g_norm(o, gate=gate))), Memory(state, tails)

@@ -7,9 +7,9 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.gates import bounded_log_sigmoid
-from hybrid_jax.mixers.context import Context
-from hybrid_jax.mixers.projections import heads_in, heads_out, short_convolution
-from hybrid_jax.sharding import on_each_device
+from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.mixers.projections import convolve, heads_in, heads_out, short_convolution
+from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.linear_scan import linear_scan
 
 
@@ -25,11 +25,11 @@ class HGRN(nnx.Module):
         self.g_norm = RMSNorm(inner, model.norm_eps, scale=mixer.norm_scale)
         self.o_proj = heads_out(inner, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        i, f = self.i_proj(x), self.f_proj(x)
+    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
+        (i, f), tails = (self.i_proj(x), self.f_proj(x)), ()
         if self.i_conv is not None:
-            i, f = self.i_conv(i, context.segment_ids), self.f_conv(f, context.segment_ids)
+            (i, f), tails = convolve((self.i_conv, self.f_conv), (i, f), context, memory)
         log_decay = bounded_log_sigmoid(f, context.lower_bound)
         write = jax.nn.silu(i.astype(jnp.float32)) * -jnp.expm1(log_decay)
-        h, _ = on_each_device(linear_scan, jnp.exp(log_decay), write.astype(x.dtype), segment_ids=context.segment_ids)
-        return self.o_proj(self.g_norm(h, gate=self.g_proj(x)))
+        h, state = recur(linear_scan, jnp.exp(log_decay), write.astype(x.dtype), context=context, state=memory.state)
+        return self.o_proj(self.g_norm(h, gate=self.g_proj(x))), Memory(state, tails)

@@ -7,9 +7,9 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.gates import bounded_log_sigmoid
-from hybrid_jax.mixers.context import Context
-from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, short_convolution, split_heads
-from hybrid_jax.sharding import on_each_device
+from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.mixers.projections import convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 
 NORM_EPS = 1e-5  # fixed in flash-linear-attention, whatever the model's eps
@@ -28,20 +28,12 @@ class HGRN2(nnx.Module):
         self.g_norm = RMSNorm(model.width, NORM_EPS, scale=mixer.norm_scale)
         self.o_proj = heads_out(model.width, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        q, f, v = self.q_proj(x), self.f_proj(x), self.i_proj(x)
+    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
+        (q, f, v), tails = (self.q_proj(x), self.f_proj(x), self.i_proj(x)), ()
         if self.q_conv is not None:
-            q = self.q_conv(q, context.segment_ids)
-            f = self.f_conv(f, context.segment_ids)
-            v = self.i_conv(v, context.segment_ids)
+            (q, f, v), tails = convolve((self.q_conv, self.f_conv, self.i_conv), (q, f, v), context, memory)
         log_decay = bounded_log_sigmoid(f, context.lower_bound)
-        k = -jnp.expm1(log_decay)
-        o, _ = on_each_device(
-            gated_linear_attention,
-            split_heads(jax.nn.silu(q), self.heads),
-            split_heads(k.astype(x.dtype), self.heads),
-            split_heads(v, self.heads),
-            split_heads(log_decay, self.heads),
-            segment_ids=context.segment_ids,
-        )
-        return self.o_proj(self.g_norm(merge_heads(o)))
+        k = -jnp.expm1(log_decay).astype(x.dtype)
+        q, k, v, log_decay = (split_heads(a, self.heads) for a in (jax.nn.silu(q), k, v, log_decay))
+        o, state = recur(gated_linear_attention, q, k, v, log_decay, context=context, state=memory.state)
+        return self.o_proj(self.g_norm(merge_heads(o))), Memory(state, tails)

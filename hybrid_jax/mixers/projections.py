@@ -8,6 +8,7 @@ from flax import nnx
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers import Linear, ShortConvolution
+from hybrid_jax.mixers.context import Context, Memory
 
 # What queries and keys may pass before the recurrence, element by element; the names are flash-linear-attention's.
 FEATURE_MAPS = {
@@ -37,6 +38,12 @@ def short_convolution(width: int, activation: str | None, model: ModelConfig, rn
     """``conv(channels)``: a short convolution of ``width`` taps, or None where the width is 0."""
     make = partial(ShortConvolution, width=width, activation=activation, std=model.init_std, rngs=rngs)
     return lambda channels: make(channels) if width else None
+
+
+def convolve(convs: tuple[ShortConvolution, ...], xs: tuple[jax.Array, ...], context: Context, memory: Memory):
+    """Each x through its convolution, going on from its tail: (outputs, the tails after them)."""
+    tails = memory.tails or (None,) * len(convs)
+    return zip(*(conv(x, context.segment_ids, tail) for conv, x, tail in zip(convs, xs, tails, strict=True)), strict=True)
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

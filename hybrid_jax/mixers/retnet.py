@@ -7,9 +7,9 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.rotary import rotate
-from hybrid_jax.mixers.context import Context
+from hybrid_jax.mixers.context import Context, Memory
 from hybrid_jax.mixers.projections import FEATURE_MAPS, heads_in, heads_out, merge_heads, split_heads
-from hybrid_jax.sharding import on_each_device
+from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 
 ROPE_THETA = 10000.0
@@ -30,18 +30,14 @@ class RetNet(nnx.Module):
         self.g_norm = RMSNorm(values // self.heads, model.norm_eps, scale=mixer.norm_scale)
         self.o_proj = heads_out(values, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
         q = split_heads(self.feature_map(self.q_proj(x)), self.heads)
         k = split_heads(self.feature_map(self.k_proj(x)), self.kv_heads)
         v = split_heads(self.v_proj(x), self.kv_heads)
         group = self.heads // self.kv_heads
-        o, _ = on_each_device(
-            gated_linear_attention,
-            rotate(q, context.positions, ROPE_THETA),
-            jnp.repeat(rotate(k, context.positions, ROPE_THETA), group, axis=2),
-            jnp.repeat(v, group, axis=2),
-            jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.heads, dtype=jnp.float32)))),
-            segment_ids=context.segment_ids,
-        )
+        q = rotate(q, context.positions, ROPE_THETA)
+        k, v = (jnp.repeat(a, group, axis=2) for a in (rotate(k, context.positions, ROPE_THETA), v))
+        log_decay = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.heads, dtype=jnp.float32))))
+        o, state = recur(gated_linear_attention, q, k, v, log_decay, context=context, state=memory.state)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.heads)
-        return self.o_proj(merge_heads(self.g_norm(o, gate=gate)))
+        return self.o_proj(merge_heads(self.g_norm(o, gate=gate))), Memory(state, ())

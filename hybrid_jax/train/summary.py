@@ -72,6 +72,7 @@ def show(summary: dict[str, Any], workdir: Path) -> None:
     table.add_row("device", summary["device"])
     table.add_row("picture", str(workdir / "summary.png"))
     _print(table)
+    print(f"to let it write:       python -m experiments.generate --workdir={workdir} --prompt='def ' --temperature=0.8 --top_p=0.95")
     print(f"to evaluate it again:  python -m experiments.eval --workdir={workdir}")
     print("to train longer:       the same command with more --config.train.steps and another --workdir")
 

@@ -46,6 +46,38 @@ def attention(
     return run(q, k, v, scale, window, None if segment_ids is None else segments.number(segment_ids)).astype(v.dtype)
 
 
+def attention_prefill(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    length: jax.Array,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """:func:`attention` of a chunk of tokens against a cache of keys and values, which holds theirs already, after those before them.
+
+    q: [B,T,H,K] floating point.
+    k_cache: [B,HK,S,K], v_cache: [B,HK,S,V], floating point, finite: rings, in which slot t % S holds token t of its row, or what
+        came S later; other slots are ignored. HK divides H.
+    length: [B] integers, the tokens of each row so far; its last real query is token length - 1. Only the last S of them are there:
+        let length <= S, or window + T - 1 <= S.
+    scale, window: as in :func:`attention`.
+    segment_ids: [B,T] int; 0 marks padding, which is skipped: its output is 0. All else is one document, that of the cache.
+
+    Returns the output [B,T,H,V] in v_cache's dtype. Blockwise over the cache, as far as it is filled: scratch memory does not grow
+    with S. Not differentiable.
+    Raises ValueError for shapes that disagree, heads that do not divide, wrong dtypes and a window below 1.
+    """
+    sizes = _check_cached("attention_prefill", q, "B T H K", k_cache, v_cache, length, window)
+    checks.bind_shapes("attention_prefill", {"segment_ids": (segment_ids, "B T")}, B=sizes["B"], T=sizes["T"])
+    checks.check_segment_ids("attention_prefill", segment_ids)
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    numbered = None if segment_ids is None else segments.number(segment_ids)
+    return xla.attention_prefill(q, k_cache, v_cache, length, scale, window, numbered).astype(v_cache.dtype)
+
+
 def attention_step(
     q: jax.Array,
     k_cache: jax.Array,
@@ -55,24 +87,24 @@ def attention_step(
     scale: float | None = None,
     window: int | None = None,
 ) -> jax.Array:
-    """One token of :func:`attention`, for decoding: the query attends to the first ``length`` entries of its row's cache.
+    """One token of :func:`attention`, for decoding; its own key and value are in the cache already, as token length - 1.
 
-    q: [B,H,K], k_cache: [B,S,HK,K], v_cache: [B,S,HK,V], floating point; the token's own key and value are already in the cache,
-        as entry length - 1. Entries from ``length`` on are ignored, whatever they hold.
-    length: [B] int, from 0 (the output is 0) to S.
-    scale, window: as in :func:`attention`.
-
+    q: [B,H,K]; k_cache, v_cache, length, scale, window: as in :func:`attention_prefill`. A row of length 0 has the output 0.
     Returns the output [B,H,V] in v_cache's dtype.
     Raises ValueError for shapes that disagree, heads that do not divide, wrong dtypes and a window below 1.
     """
-    sizes = checks.bind_shapes(
-        "attention_step", {"q": (q, "B H K"), "k_cache": (k_cache, "B S HK K"), "v_cache": (v_cache, "B S HK V"), "length": (length, "B")}
-    )
-    _check("attention_step", sizes, window, q=q, k_cache=k_cache, v_cache=v_cache)
-    if not jnp.issubdtype(length.dtype, jnp.integer):
-        raise ValueError(f"attention_step: length has dtype {length.dtype}, needs integers")
+    sizes = _check_cached("attention_step", q, "B H K", k_cache, v_cache, length, window)
     scale = sizes["K"] ** -0.5 if scale is None else scale
-    return reference.attention_step(q, k_cache, v_cache, length, scale, window).astype(v_cache.dtype)
+    return reference.attention_prefill(q[:, None], k_cache, v_cache, length, scale, window, None)[:, 0].astype(v_cache.dtype)
+
+
+def _check_cached(operator: str, q, axes: str, k_cache, v_cache, length, window) -> dict[str, int]:
+    arguments = {"q": (q, axes), "k_cache": (k_cache, "B HK S K"), "v_cache": (v_cache, "B HK S V"), "length": (length, "B")}
+    sizes = checks.bind_shapes(operator, arguments)
+    _check(operator, sizes, window, q=q, k_cache=k_cache, v_cache=v_cache)
+    if not jnp.issubdtype(length.dtype, jnp.integer):
+        raise ValueError(f"{operator}: length has dtype {length.dtype}, needs integers")
+    return sizes
 
 
 def _check(operator: str, sizes: dict[str, int], window: int | None, **arrays: jax.Array) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import chunks
-from pallas_kernels.attention.reference import MASKED
+from pallas_kernels.attention.reference import MASKED, cached_places, query_places
 from pallas_kernels.segments import Segments, one_segment
 
 BLOCK = 128
@@ -51,6 +51,41 @@ def attention(q, k, v, scale, window, segments: Segments | None):
     q = q.reshape(-1, B, HK, H // HK, block, K)
     output = _attend(scale, q, k, v, reach)
     return chunks.join(output.reshape(-1, B, H, block, v.shape[-1]), T)
+
+
+def attention_prefill(q, k_cache, v_cache, length, scale, window, segments: Segments | None):
+    """A chunk against a cache that holds it, a block of the cache at a time, as many as are filled; see api.py."""
+    B, T, H, K = q.shape
+    HK, S = k_cache.shape[1:3]
+    block = min(BLOCK, S)
+    end = (0, -S % block)
+    places = jnp.pad(cached_places(length, S), [(0, 0), end], constant_values=-1)[:, None]
+    k_cache, v_cache = (jnp.pad(a, [(0, 0), (0, 0), end, (0, 0)]) for a in (k_cache, v_cache))
+    own = query_places(length, segments, B, T)[:, :, None]
+    q = q.reshape(B, T, HK, H // HK, K)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+
+    def keys(j, carry):
+        m, total, acc = carry
+        k, v, place = (jax.lax.dynamic_slice_in_dim(a, j * block, block, axis=2) for a in (k_cache, v_cache, places))
+        allowed = (place >= 0) & (place <= own)
+        if window is not None:
+            allowed &= own - place < window
+        allowed = allowed[:, None, None]
+        scores = scale * _matmul("bthgk,bhsk->bhgts", q, k.astype(q.dtype))
+        m_next = jnp.maximum(m, jnp.max(jnp.where(allowed, scores, MASKED), axis=-1))
+        weights = jnp.exp(jnp.where(allowed, scores - m_next[..., None], MASKED))
+        decay = jnp.exp(m - m_next)
+        total = decay * total + jnp.sum(weights, axis=-1)
+        acc = decay[..., None] * acc + _matmul("bhgts,bhsv->bhgtv", weights.astype(v.dtype), v)
+        return m_next, total, acc
+
+    rows = (B, HK, H // HK, T)
+    start = jnp.full(rows, MASKED, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, v_cache.shape[-1]), dtype)
+    filled = -(-jnp.minimum(jnp.max(length), S) // block)
+    _, total, acc = jax.lax.fori_loop(0, filled, keys, start)
+    output = acc / jnp.where(total > 0, total, 1)[..., None]  # padding attends to nothing
+    return jnp.moveaxis(output, 3, 1).reshape(B, T, H, -1)
 
 
 def _reach(segments: Segments, window, block) -> Reach:

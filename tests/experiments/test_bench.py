@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import bench
-from experiments.benchmarks import cases, correctness, memory, rows, timing
+from experiments.benchmarks import cases, correctness, decode, memory, rows, timing
+from hybrid_jax import costs
 from pallas_kernels.causal_conv import api, reference
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +106,27 @@ def test_memory_suite(tmp_path):
     assert all(row["sizes"]["T"] == memory.LENGTH and "median_s" not in row and row["pass"] == "forward_backward" for row in found)
     temporary = {row["implementation"]: row["temp_bytes"] for row in found}
     assert temporary["xla"] * 10 < temporary["reference"]
+
+
+def test_decode_suite(tmp_path):
+    selected = decode.select(["gla_r6:tiny", "transformer:tiny"], ["64"], batch=2)
+    found = rows.run(selected, decode.SUITE, tmp_path / "out.jsonl")
+    assert not [row for row in found if "failure" in row]
+    ours, theirs = found
+    model = decode._model_config("gla_r6:tiny")
+    assert 6 * ours["kv_bytes"] == theirs["kv_bytes"] and theirs["state_bytes"] == 0
+    assert ours["kv_bytes"] == 2 * costs.cache_bytes(model, 64) and ours["state_bytes"] == 2 * costs.state_bytes(model)
+    assert ours["tokens_per_s"] == pytest.approx(2 / ours["median_s"])
+    assert decode.plot(found, tmp_path / "decode.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "configs, contexts, message",
+    [(["gla_r7:tiny"], ["64"], "no configuration file 'configs/gla_r7.py'"), (["gla_r6:tiny"], ["33"], "--contexts=33: needs a number of")],
+)
+def test_unknown_models_and_contexts(configs, contexts, message):
+    with pytest.raises(ValueError, match=message):
+        decode.select(configs, contexts, 1)
 
 
 def test_repeat_is_bounded():

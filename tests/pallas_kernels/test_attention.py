@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import segments
-from pallas_kernels.attention import attention, attention_step, tpu, xla
+from pallas_kernels.attention import attention, attention_prefill, attention_step, reference, tpu, xla
 from pallas_kernels.attention.api import IMPLEMENTATIONS
 from tests.helpers import random_segment_ids, tree_errors
 
@@ -183,19 +183,66 @@ def test_padding_leaks_nothing(implementation):
         assert not np.any(np.where(padding, array, 0))
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_steps_are_the_sequence(window):
-    B, T = 2, 11
-    arguments = example(7, B, T, 4, 2, 3, 5)
+def ring(arrays, length, slots):
+    """The caches [B,HK,slots,K] in which slot t % slots holds token t of [B,T,HK,K] ``arrays``, for the tokens before ``length`` [B]."""
+    caches = [np.full((len(length), a.shape[2], slots, a.shape[3]), 7.0, a.dtype) for a in arrays]
+    for b, count in enumerate(length):
+        for t in range(count):
+            for cache, array in zip(caches, arrays, strict=True):
+                cache[b, :, t % slots] = array[b, t]
+    return [jnp.asarray(cache) for cache in caches]
+
+
+@pytest.mark.parametrize("window, slots", [(None, 11), (3, 3), (3, 5)])
+def test_steps_are_the_sequence(window, slots):
+    T = 11
+    arguments = example(7, 2, T, 4, 2, 3, 5)
+    q, k, v = arguments.values()
     whole = attention(**arguments, window=window)
-    beyond = [(0, 0), (0, 4), (0, 0), (0, 0)]  # cache not yet written
-    k_cache, v_cache = (jnp.pad(arguments[name], beyond, constant_values=jnp.nan) for name in "kv")
     step = jax.jit(partial(attention_step, window=window))
-    outputs = [step(arguments["q"][:, t], k_cache, v_cache, jnp.full((B,), t + 1, jnp.int32)) for t in range(T)]
-    assert max(tree_errors(jnp.stack(outputs, 1), whole).values()) < 1e-6
-    uneven = step(arguments["q"][:, 0], k_cache, v_cache, jnp.asarray([0, 1], jnp.int32))
-    assert not np.any(uneven[0])
-    assert max(tree_errors(uneven[1], outputs[0][1]).values()) < 1e-6
+    for t in range(T):
+        at = [t, max(t - 2, 0)]  # rows of a batch are at places of their own
+        length = [t + 1 for t in at]
+        output = step(q[jnp.arange(2), jnp.array(at)], *ring((k, v), length, slots), jnp.asarray(length, jnp.int32))
+        assert max(tree_errors(output, whole[jnp.arange(2), jnp.array(at)]).values()) < 1e-6
+    assert not np.any(step(q[:, 0], *ring((k, v), [0, 0], slots), jnp.zeros(2, jnp.int32)))
+
+
+PREFILL = [  # a chunk's segment ids: none of it padding; on the left, on the right, between; everywhere
+    [[1] * 12] * 3,
+    [[0, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0], [1] * 12, [0] * 12],
+    [[0] * 11 + [3], [3] * 9 + [0] * 3, [0, 3, 3] * 4],
+]
+
+
+@pytest.mark.parametrize("window, slots", [(None, 33), (5, 16), (5, 24)])
+def test_prefill_goes_on_from_a_cache(small_blocks, window, slots):
+    """Against the whole row at once, in float64: the cached tokens in front of the chunk."""
+    before, T = np.array([0, 7, 21]), 12
+    with jax.enable_x64(True):
+        run = jax.jit(partial(attention_prefill, window=window))
+        for seed, ids in enumerate(PREFILL):
+            ids = np.asarray(ids)
+            length = before + (ids != 0).sum(axis=1)
+            row = example(seed, 3, 21 + T, 4, 2, 3, 5, jnp.float64)
+            ids = np.concatenate([np.where(np.arange(21) < before[:, None], ids.max(), 0), ids], axis=1)
+            expected = numpy_loop(**row, segment_ids=ids, window=window)[:, 21:]
+            real_first = np.argsort(ids == 0, axis=1, kind="stable")[:, :, None, None]
+            k, v = (np.take_along_axis(np.asarray(row[name]), real_first, axis=1) for name in "kv")
+            arguments = row["q"][:, 21:], *ring((k, v), length, slots), jnp.asarray(length)
+            out = run(*arguments, segment_ids=jnp.asarray(ids[:, 21:]))
+            assert max(tree_errors(out, expected).values()) < 1e-13
+            out = reference.attention_prefill(*arguments, 3**-0.5, window, segments.number(jnp.asarray(ids[:, 21:])))
+            assert max(tree_errors(out, expected).values()) < 1e-13
+
+
+def test_prefill_memory_does_not_grow_with_the_cache():
+    def temporaries(slots):
+        q, cache = jax.ShapeDtypeStruct((1, 256, 4, 16), jnp.float32), jax.ShapeDtypeStruct((1, 4, slots, 16), jnp.float32)
+        lowered = jax.jit(attention_prefill).lower(q, cache, cache, jax.ShapeDtypeStruct((1,), jnp.int32))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(65536) < 1.2 * temporaries(4096) + 65536 * 8  # a few bytes a slot say which token it holds
 
 
 def test_under_vmap_and_checkpoint():
@@ -254,9 +301,15 @@ def test_bad_arguments(change, message):
         attention(**(example(11, 2, 5, 4, 2, 3, 5) | change))
 
 
-def test_bad_step_arguments():
-    q, cache = jnp.zeros((2, 4, 3)), jnp.zeros((2, 7, 2, 3))
-    with pytest.raises(ValueError, match="length has dtype float32"):
-        attention_step(q, cache, cache, jnp.zeros(2))
-    with pytest.raises(ValueError, match=r"length has shape \(3,\), needs \[B\] with B=2"):
-        attention_step(q, cache, cache, jnp.zeros(3, jnp.int32))
+def test_bad_arguments_with_a_cache():
+    q, cache, length = jnp.zeros((2, 5, 4, 3)), jnp.zeros((2, 2, 7, 3)), jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match="attention_step: length has dtype float32"):
+        attention_step(q[:, 0], cache, cache, jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"attention_step: length has shape \(3,\), needs \[B\] with B=2"):
+        attention_step(q[:, 0], cache, cache, jnp.zeros(3, jnp.int32))
+    with pytest.raises(ValueError, match="attention_step: q has 4 heads, needs a multiple of the 3"):
+        attention_step(q[:, 0], jnp.zeros((2, 3, 7, 3)), jnp.zeros((2, 3, 7, 3)), length)
+    with pytest.raises(ValueError, match="attention_prefill: v_cache has shape .* with S=7"):
+        attention_prefill(q, cache, cache[:, :, 1:], length)
+    with pytest.raises(ValueError, match=r"attention_prefill: segment_ids has shape \(2, 4\)"):
+        attention_prefill(q, cache, cache, length, segment_ids=jnp.ones((2, 4), jnp.int32))
