@@ -32,6 +32,11 @@ SHAPES = {
 }
 
 
+def takes(implementation: str, shape: Shape) -> bool:
+    """Whether ``implementation`` takes such arrays: the TPU kernel has no decays a channel."""
+    return implementation != "pallas" or shape.decay != "channel"
+
+
 def inputs(shape: Shape, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Array]:
     """Random arguments of ``gated_delta_rule``, by name: unit q and k, beta in (0, 1), g = -A softplus(a + dt) as Gated DeltaNet starts."""
     keys = jax.random.split(key, 8)

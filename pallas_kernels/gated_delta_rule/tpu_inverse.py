@@ -1,0 +1,84 @@
+"""Inside a Mosaic TPU kernel: the inverses of unit lower triangular matrices, those of several heads side by side.
+
+The C / s diagonal blocks of size s lie packed as [s,C], side by side. Those of 16 are inverted by forward substitution, one
+multiplication of whole registers a column; then two blocks of size s and what lies below the first give one of size 2 s,
+
+    [[X11, 0], [-X22 A21 X11, X22]]
+
+where the packed blocks are the left operand of both products, so that few rows pass through the matrix unit. No power of A is
+ever formed: those grow and cancel where keys repeat.
+"""
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 16
+
+
+def inverses(lower: list[jax.Array], dtype) -> list[jax.Array]:
+    """(I + A)^-1 [C,C] in float32 of each strictly lower triangular A [C,C] in float32, C = 16, 32, 64, ...
+
+    Where ``dtype`` is bfloat16 operands of products keep 16 of their 24 bits, else all.
+    """
+    C = lower[0].shape[0]
+    packed = _inverses_of_blocks([_pack(A) for A in lower])
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    multiply = _product if dtype == jnp.bfloat16 else _exact_product
+    size = BLOCK
+    while size < C:
+        below = (row // (2 * size) == column // (2 * size)) & (row // size > column // size)
+        products = [multiply(X, jnp.where(below, A, 0)) for X, A in zip(packed, lower, strict=True)]
+        products = [multiply(M, _spread(X)) for M, X in zip(products, packed, strict=True)]
+        early = _lane(size, C) // size % 2 == 0
+        packed = [
+            jnp.concatenate([jnp.where(early, X, 0), jnp.where(early, -X21, X)], axis=0) for X, X21 in zip(packed, products, strict=True)
+        ]
+        size *= 2
+    return packed
+
+
+def _inverses_of_blocks(packed: list[jax.Array]) -> list[jax.Array]:
+    """(I + A)^-1 of blocks A of size BLOCK, both packed [BLOCK,C], by rows from the top."""
+    C = packed[0].shape[1]
+    lane = _lane(BLOCK, C)
+    identity = (jax.lax.broadcasted_iota(jnp.int32, (BLOCK, C), 0) == lane % BLOCK).astype(jnp.float32)
+    X = [identity] * len(packed)
+    for j in range(BLOCK - 1):
+        # A_ij in all lanes of its block, 0 for i <= j: row j of X is complete and every row below takes its share of it.
+        columns = [jnp.take_along_axis(A, lane // BLOCK * BLOCK + j, axis=1) for A in packed]
+        X = [x - column * x[j : j + 1] for x, column in zip(X, columns, strict=True)]
+    return X
+
+
+def _pack(x: jax.Array) -> jax.Array:
+    """The diagonal blocks [BLOCK,C] of [C,C]."""
+    C = x.shape[0]
+    block = _lane(BLOCK, C) // BLOCK
+    packed = x[:BLOCK]
+    for b in range(1, C // BLOCK):
+        packed = jnp.where(block == b, x[b * BLOCK : (b + 1) * BLOCK], packed)
+    return packed
+
+
+def _spread(packed: jax.Array) -> jax.Array:
+    """Packed blocks [s,C] -> [C,C] with them on the diagonal and 0 elsewhere."""
+    size, C = packed.shape
+    block = _lane(size, C) // size
+    return jnp.concatenate([jnp.where(block == b, packed, 0) for b in range(C // size)], axis=0)
+
+
+def _lane(rows: int, C: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, (rows, C), 1)
+
+
+def _exact_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.dot(x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y of float32 arrays, but for the product of their halves below 2^-8, in three passes of the matrix unit instead of six."""
+    rows = x.shape[0]
+    x_high, y_high = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    x_low, y_low = ((a - high.astype(jnp.float32)).astype(jnp.bfloat16) for a, high in ((x, x_high), (y, y_high)))
+    both = jnp.dot(jnp.concatenate([x_high, x_low], axis=0), y_high, preferred_element_type=jnp.float32)
+    return both[:rows] + both[rows:] + jnp.dot(x_high, y_low, preferred_element_type=jnp.float32)
