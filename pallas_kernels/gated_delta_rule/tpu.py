@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import checks, platforms
 from pallas_kernels.gated_delta_rule import tpu_backward, tpu_forward
+from pallas_kernels.gated_delta_rule.tpu_gates import HEADS
 from pallas_kernels.gated_linear_attention.tpu import LANES, RESET, Blocking, Plan
 from pallas_kernels.gated_linear_attention.tpu import _running_sums as running_sums
 from pallas_kernels.segments import Segments
@@ -79,6 +80,8 @@ def _run(plan, q, k, v, beta, log_decay, initial_state):
 
 def _run_forward(plan, q, k, v, beta, log_decay, initial_state):
     gates = jnp.concatenate([beta, running_sums(plan, log_decay)], axis=2)
+    gates = gates.reshape(*gates.shape[:2], 3, plan.heads, -1)
+    gates = jnp.pad(gates, [(0, 0)] * 3 + [(0, HEADS - plan.heads), (0, 0)]).reshape(*gates.shape[:2], 3 * HEADS, -1)
     o, final_state, *kept = _forward_call(plan, q, k, v, gates, initial_state)
     return (o, final_state), (q, k, v, gates, *kept)
 
@@ -97,7 +100,7 @@ class _Blocks(NamedTuple):
     grid: tuple[int, int, int]
     keys: pl.BlockSpec  # [B,T,HV K]
     values: pl.BlockSpec  # [B,T,HV V]
-    gates: pl.BlockSpec  # [B,HV/G,3G,T]
+    gates: pl.BlockSpec  # [B,HV/G,3*8,T]
     d_gates: pl.BlockSpec  # [B,HV/G,2G,T]
     state: pl.BlockSpec  # [B,HV,K,V]
     states: pl.BlockSpec  # [B,N,HV,K,V]
@@ -115,7 +118,7 @@ class _Blocks(NamedTuple):
             (q.shape[0], HV // G, N),
             pl.BlockSpec((1, C, G * K), lambda b, h, n: (b, at(n), h)),
             pl.BlockSpec((1, C, G * V), lambda b, h, n: (b, at(n), h)),
-            pl.BlockSpec((1, 1, 3 * G, C), lambda b, h, n: (b, h, 0, at(n))),
+            pl.BlockSpec((1, 1, 3 * HEADS, C), lambda b, h, n: (b, h, 0, at(n))),
             pl.BlockSpec((1, 1, 2 * G, C), lambda b, h, n: (b, h, 0, at(n))),
             pl.BlockSpec((1, G, K, V), lambda b, h, n: (b, h, 0, 0)),
             pl.BlockSpec((1, 1, G, K, V), lambda b, h, n: (b, at(n), h, 0, 0)),
@@ -149,7 +152,6 @@ def _backward_call(plan, q, k, v, gates, states, updates, inverses, d_o, d_final
     """The gradients of q, k, v, the gates (beta and log_decay, [B,HV/G,2G,T]) and the initial state."""
     blocks = _Blocks.of(plan, q, states.shape, reverse=True)
     B, _, HV, K, V = states.shape
-    G = plan.heads
     return platforms.pallas_call(
         partial(tpu_backward.kernel, plan),
         name="gated_delta_rule_backward",
@@ -159,8 +161,8 @@ def _backward_call(plan, q, k, v, gates, states, updates, inverses, d_o, d_final
             *(blocks.states, blocks.values, blocks.inverses, blocks.values, blocks.state),
         ],
         out_specs=[blocks.keys, blocks.keys, blocks.values, blocks.d_gates, blocks.state],
-        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, gates[:, :, : 2 * G], d_final_state)),
-        scratch_shapes=[pltpu.VMEM((G, K, V), jnp.float32)],
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, jax.ShapeDtypeStruct((*gates.shape[:2], 2 * plan.heads, gates.shape[3]), jnp.float32), d_final_state)),
+        scratch_shapes=[pltpu.VMEM((plan.heads, K, V), jnp.float32)],
         compiler_params=_PARAMS,
         cost_estimate=_cost(plan, K, (q, k, v, q, k, v, v, v, states, inverses), products=(11, 6)),
     )(q, k, v, gates, states, updates, inverses, d_o, d_final_state)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.gated_delta_rule.tpu_forward import gates_of, strictly_lower
+from pallas_kernels.gated_delta_rule.tpu_gates import gates
 from pallas_kernels.gated_linear_attention.tpu import _as_wide as as_wide
 from pallas_kernels.gated_linear_attention.tpu import _dot as dot
 
@@ -29,8 +29,9 @@ def kernel(plan, *refs):
         d_state[...] = d_final_ref[0]
 
     heads = range(plan.heads)
-    beta, decays = gates_of(gates_ref[0, 0])
-    earlier = strictly_lower(C)
+    decays = gates(gates_ref[0, 0], plan.heads, until_end=True)
+    beta = [x.beta for x in decays]
+    i, t = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     keys, values = ([slice(h * width, (h + 1) * width) for h in heads] for width in (K, V))
     q, k, v = [q_ref[0, :, x] for x in keys], [k_ref[0, :, x] for x in keys], [v_ref[0, :, x] for x in values]
     d_o = [(plan.scale * d_o_ref[0, :, x]).astype(dtype) for x in values]
@@ -47,7 +48,7 @@ def kernel(plan, *refs):
     d_errors_operand = [x.astype(dtype) for x in d_errors]
 
     d_query_pairs = [dot(d_o[h], updates[h], (1, 1)) * decays[h].between for h in heads]
-    d_key_pairs = [jnp.where(earlier, -decays[h].between * dot(d_errors_operand[h], updates[h], (1, 1)), 0) for h in heads]
+    d_key_pairs = [jnp.where(i > t, -decays[h].between * dot(d_errors_operand[h], updates[h], (1, 1)), 0) for h in heads]
     d_query_reads, d_key_reads = ([dot(d[h], states_ref[0, 0, h], (1, 1)) for h in heads] for d in (d_o, d_errors_operand))
     d_writes = [dot(updates[h], d_next_operand[h], (1, 1)) for h in heads]
     for h in heads:
@@ -61,7 +62,6 @@ def kernel(plan, *refs):
         d_state[h] = decays[h].total * d_next[h] + read
 
     # Of the log decay of token t: every pair j < t <= i, the reads of the state from t on, the writes to it before t, and the state.
-    i, t = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     before = (i < t).astype(dtype)
     for h in heads:
         of_key_pairs, of_key_reads = d_key_pairs[h] * key_pairs[h], key_reads[h] * d_key_reads[h]

@@ -1,6 +1,6 @@
 """Inside a Mosaic TPU kernel: the inverses of unit lower triangular matrices, those of several heads side by side.
 
-The C / s diagonal blocks of size s lie packed as [s,C], side by side. Those of 16 are inverted by forward substitution, one
+The C / s diagonal blocks of size s lie packed as [s,C], side by side. Those of 8 are inverted by forward substitution, one
 multiplication of whole registers a column; then two blocks of size s and what lies below the first give one of size 2 s,
 
     [[X11, 0], [-X22 A21 X11, X22]]
@@ -12,23 +12,25 @@ ever formed: those grow and cancel where keys repeat.
 import jax
 import jax.numpy as jnp
 
-BLOCK = 16
+BLOCK = 8
 
 
 def inverses(lower: list[jax.Array], dtype) -> list[jax.Array]:
-    """(I + A)^-1 [C,C] in float32 of each strictly lower triangular A [C,C] in float32, C = 16, 32, 64, ...
+    """(I + A)^-1 [C,C] in float32 of the strictly lower part A of each [C,C] in float32, C = 16, 32, 64, ...
 
     Where ``dtype`` is bfloat16 operands of products keep 16 of their 24 bits, else all.
     """
     C = lower[0].shape[0]
     packed = _inverses_of_blocks([_pack(A) for A in lower])
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    multiply = _product if dtype == jnp.bfloat16 else _exact_product
+    split, multiply = (_halves, _product_of_halves) if dtype == jnp.bfloat16 else (_whole, _exact_product)
+    lower = [split(A) for A in lower]
     size = BLOCK
     while size < C:
         below = (row // (2 * size) == column // (2 * size)) & (row // size > column // size)
-        products = [multiply(X, jnp.where(below, A, 0)) for X, A in zip(packed, lower, strict=True)]
-        products = [multiply(M, _spread(X)) for M, X in zip(products, packed, strict=True)]
+        operands = [split(X) for X in packed]
+        products = [multiply(X, [jnp.where(below, part, 0) for part in A]) for X, A in zip(operands, lower, strict=True)]
+        products = [multiply(split(M), [_spread(part) for part in X]) for M, X in zip(products, operands, strict=True)]
         early = _lane(size, C) // size % 2 == 0
         packed = [
             jnp.concatenate([jnp.where(early, X, 0), jnp.where(early, -X21, X)], axis=0) for X, X21 in zip(packed, products, strict=True)
@@ -51,13 +53,14 @@ def _inverses_of_blocks(packed: list[jax.Array]) -> list[jax.Array]:
 
 
 def _pack(x: jax.Array) -> jax.Array:
-    """The diagonal blocks [BLOCK,C] of [C,C]."""
+    """What is strictly lower in the diagonal blocks of [C,C], packed as [BLOCK,C]."""
     C = x.shape[0]
     block = _lane(BLOCK, C) // BLOCK
     packed = x[:BLOCK]
     for b in range(1, C // BLOCK):
         packed = jnp.where(block == b, x[b * BLOCK : (b + 1) * BLOCK], packed)
-    return packed
+    lane, row = _lane(BLOCK, C), jax.lax.broadcasted_iota(jnp.int32, (BLOCK, C), 0)
+    return jnp.where(lane % BLOCK < row, packed, 0)
 
 
 def _spread(packed: jax.Array) -> jax.Array:
@@ -71,14 +74,22 @@ def _lane(rows: int, C: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, (rows, C), 1)
 
 
-def _exact_product(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.dot(x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+def _whole(x: jax.Array) -> list[jax.Array]:
+    return [x]
 
 
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x y of float32 arrays, but for the product of their halves below 2^-8, in three passes of the matrix unit instead of six."""
-    rows = x.shape[0]
-    x_high, y_high = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
-    x_low, y_low = ((a - high.astype(jnp.float32)).astype(jnp.bfloat16) for a, high in ((x, x_high), (y, y_high)))
-    both = jnp.dot(jnp.concatenate([x_high, x_low], axis=0), y_high, preferred_element_type=jnp.float32)
-    return both[:rows] + both[rows:] + jnp.dot(x_high, y_low, preferred_element_type=jnp.float32)
+def _exact_product(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
+    return jnp.dot(*x, *y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _halves(x: jax.Array) -> list[jax.Array]:
+    """Two bfloat16 arrays whose sum is the float32 ``x`` to 16 bits."""
+    high = x.astype(jnp.bfloat16)
+    return [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]
+
+
+def _product_of_halves(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
+    """x y, all four products of their halves in one pass of the matrix unit where it is 256 wide."""
+    rows, columns = x[0].shape[0], y[0].shape[1]
+    products = jnp.dot(jnp.concatenate(x, axis=0), jnp.concatenate(y, axis=1), preferred_element_type=jnp.float32)
+    return products[:rows, :columns] + (products[:rows, columns:] + products[rows:, :columns])
