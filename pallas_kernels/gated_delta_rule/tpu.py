@@ -3,11 +3,12 @@
 The grid is (B, groups of heads, chunks of T); chunks run in order, the states of a group's heads in VMEM between them. A chunk of
 C tokens that starts from the state S, with c_i the sum of the log decays up to and with token i and E_ij = exp(c_i - c_j), is
 
-    u = X r        r_i = beta_i (v_i - exp(c_i) S^T k_i)        X = (I + A)^-1        A_ij = beta_i (k_i . k_j) E_ij for j < i
-    o_i = scale * (sum_{j<=i} (q_i . k_j) E_ij u_j + exp(c_i) S^T q_i)        S' = exp(c_C) S + sum_j exp(c_C - c_j) k_j u_j^T
+    e = X (v - exp(c) S^T k)        X = (I + A)^-1        A_ij = (k_i . k_j) E_ij beta_j for j < i
+    o_i = scale * (sum_{j<=i} (q_i . k_j) E_ij beta_j e_j + exp(c_i) S^T q_i)        S' = exp(c_C) S + sum_j exp(c_C - c_j) beta_j k_j e_j^T
 
-as :mod:`.chunk` derives it. For the backward pass forward keeps, in the operands' dtype, the state before each chunk, u and X. Decays are
-those of :mod:`pallas_kernels.gated_linear_attention.tpu`: sums in two parts, and RESET at the first token of a document.
+Here e_i, what the state before token i gets wrong about v_i, stands for the updates u_i = beta_i e_i of :mod:`.chunk`: so beta is only
+ever a factor of columns, which costs no broadcast. For the backward pass forward keeps, in the operands' dtype, the state before each
+chunk, e and X. Decays are those of :mod:`pallas_kernels.gated_linear_attention.tpu`: sums in two parts, and RESET at a document's start.
 """
 
 from functools import partial
@@ -130,7 +131,7 @@ _PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arb
 
 
 def _forward_call(plan, q, k, v, gates, initial_state):
-    """(o [B,T,HV V], the final state [B,HV,K,V], the states before each chunk [B,N,HV,K,V], u [B,T,HV V], X [B,N,HV,C,C])."""
+    """(o [B,T,HV V], the final state [B,HV,K,V], the states before each chunk [B,N,HV,K,V], e [B,T,HV V], X [B,N,HV,C,C])."""
     blocks = _Blocks.of(plan, q, initial_state.shape, reverse=False)
     B, HV, K, V = initial_state.shape
     states, inverses = (jax.ShapeDtypeStruct((B, blocks.grid[2], HV, *shape), v.dtype) for shape in ((K, V), (plan.tokens, plan.tokens)))
@@ -148,7 +149,7 @@ def _forward_call(plan, q, k, v, gates, initial_state):
     )(q, k, v, gates, initial_state)
 
 
-def _backward_call(plan, q, k, v, gates, states, updates, inverses, d_o, d_final_state):
+def _backward_call(plan, q, k, v, gates, states, errors, inverses, d_o, d_final_state):
     """The gradients of q, k, v, the gates (beta and log_decay, [B,HV/G,2G,T]) and the initial state."""
     blocks = _Blocks.of(plan, q, states.shape, reverse=True)
     B, _, HV, K, V = states.shape
@@ -165,7 +166,7 @@ def _backward_call(plan, q, k, v, gates, states, updates, inverses, d_o, d_final
         scratch_shapes=[pltpu.VMEM((plan.heads, K, V), jnp.float32)],
         compiler_params=_PARAMS,
         cost_estimate=_cost(plan, K, (q, k, v, q, k, v, v, v, states, inverses), products=(11, 6)),
-    )(q, k, v, gates, states, updates, inverses, d_o, d_final_state)
+    )(q, k, v, gates, states, errors, inverses, d_o, d_final_state)
 
 
 def _cost(plan, K, moved, products) -> pl.CostEstimate:

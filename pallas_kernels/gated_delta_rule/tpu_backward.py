@@ -2,10 +2,10 @@
 
 With D the gradients (of o without its scale) and all else as at the head of :mod:`.tpu`,
 
-    D u_j = sum_{i>=j} (q_i . k_j) E_ij D o_i + exp(c_C - c_j) (D S')^T k_j        D r = X^T D u        D A = -(D r) u^T
-    D v = beta D r        D S = exp(c_C) D S' + sum_i exp(c_i) (q_i (D o_i)^T - beta_i k_i (D r_i)^T)
+    D e_j = beta_j (sum_{i>=j} (q_i . k_j) E_ij D o_i + exp(c_C - c_j) (D S')^T k_j)        D v = X^T D e        D A = -(D v) e^T
+    D S = exp(c_C) D S' + sum_i exp(c_i) (q_i (D o_i)^T - k_i (D v_i)^T)
 
-and D beta_i adds up what D r_i and D A_ij have beside the factor beta_i.
+and D beta_j adds up what column j of the scores, of A and of the writes have beside the factor beta_j.
 """
 
 import jax
@@ -19,7 +19,7 @@ from pallas_kernels.gated_linear_attention.tpu import _dot as dot
 
 def kernel(plan, *refs):
     """Blocks of the operands, the results and the scratch as in ``tpu._backward_call``."""
-    q_ref, k_ref, v_ref, gates_ref, states_ref, updates_ref, inverses_ref, d_o_ref, d_final_ref, *refs = refs
+    q_ref, k_ref, v_ref, gates_ref, states_ref, errors_ref, inverses_ref, d_o_ref, d_final_ref, *refs = refs
     d_q_ref, d_k_ref, d_v_ref, d_gates_ref, d_initial_ref, d_state = refs
     n = pl.program_id(2)
     C, dtype, (K, V) = plan.tokens, v_ref.dtype, d_state.shape[1:]
@@ -29,50 +29,49 @@ def kernel(plan, *refs):
         d_state[...] = d_final_ref[0]
 
     heads = range(plan.heads)
-    decays = gates(gates_ref[0, 0], plan.heads, until_end=True)
-    beta = [x.beta for x in decays]
-    i, t = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    of = gates(gates_ref[0, 0], plan.heads, write=True)
     keys, values = ([slice(h * width, (h + 1) * width) for h in heads] for width in (K, V))
-    q, k, v = [q_ref[0, :, x] for x in keys], [k_ref[0, :, x] for x in keys], [v_ref[0, :, x] for x in values]
+    q, k = [q_ref[0, :, x] for x in keys], [k_ref[0, :, x] for x in keys]
     d_o = [(plan.scale * d_o_ref[0, :, x]).astype(dtype) for x in values]
-    updates = [updates_ref[0, :, x] for x in values]
-    since_start, until_end = [as_wide(d.since_start, K) for d in decays], [as_wide(d.until_end, K) for d in decays]
-    query_reads, key_reads, writes = ([x[h] * decay[h] for h in heads] for x, decay in ((q, since_start), (k, since_start), (k, until_end)))
-    d_next = [d_state[h] for h in heads]
-    d_next_operand = [x.astype(dtype) for x in d_next]
+    errors = [errors_ref[0, :, x] for x in values]
+    decays = [of[h].between * of[h].beta for h in heads]
+    since_start, write = [as_wide(x.since_start, K) for x in of], [as_wide(x.write, K) for x in of]
+    d_after = [d_state[h] for h in heads]
+    d_next = [x.astype(dtype) for x in d_after]
 
-    query_pairs, key_pairs = ([dot(x[h], k[h], (1, 1)) for h in heads] for x in (q, k))
-    scores = [(query_pairs[h] * decays[h].between).astype(dtype) for h in heads]
-    d_updates = [dot(scores[h], d_o[h], (0, 0)) + dot(writes[h].astype(dtype), d_next_operand[h]) for h in heads]
-    d_errors = [dot(inverses_ref[0, 0, h], d_updates[h].astype(dtype), (0, 0)) for h in heads]  # D r, that is with beta apart
-    d_errors_operand = [x.astype(dtype) for x in d_errors]
+    pairs = [dot(jnp.concatenate([q[h], k[h]], axis=0), k[h], (1, 1)) for h in heads]
+    scores = [(pairs[h][:C] * decays[h]).astype(dtype) for h in heads]
+    d_errors = [dot(scores[h], d_o[h], (0, 0)) + dot((k[h] * write[h]).astype(dtype), d_next[h]) for h in heads]
+    d_targets = [dot(inverses_ref[0, 0, h], d_errors[h].astype(dtype), (0, 0)).astype(dtype) for h in heads]
 
-    d_query_pairs = [dot(d_o[h], updates[h], (1, 1)) * decays[h].between for h in heads]
-    d_key_pairs = [jnp.where(i > t, -decays[h].between * dot(d_errors_operand[h], updates[h], (1, 1)), 0) for h in heads]
-    d_query_reads, d_key_reads = ([dot(d[h], states_ref[0, 0, h], (1, 1)) for h in heads] for d in (d_o, d_errors_operand))
-    d_writes = [dot(updates[h], d_next_operand[h], (1, 1)) for h in heads]
+    i, t = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    d_met = [jnp.concatenate([d_o[h], -d_targets[h]], axis=0) for h in heads]
+    d_pairs = [dot(d_met[h], errors[h], (1, 1)) for h in heads]
+    d_pairs = [jnp.concatenate([x[:C], jnp.where(i > t, x[C:], 0)], axis=0) for x in d_pairs]
+    d_reads = [dot(d_met[h], states_ref[0, 0, h], (1, 1)) for h in heads]
+    d_writes = [dot(errors[h], d_next[h], (1, 1)) for h in heads]
     for h in heads:
-        beta_K, beta_V = as_wide(beta[h], K), as_wide(beta[h], V)
-        d_scores, d_lower = d_query_pairs[h].astype(dtype), (as_wide(beta[h], C) * d_key_pairs[h]).astype(dtype)
-        d_q_ref[0, :, keys[h]] = (dot(d_scores, k[h]) + since_start[h] * d_query_reads[h]).astype(dtype)
+        d_scores, d_lower = ((x * decays[h]).astype(dtype) for x in (d_pairs[h][:C], d_pairs[h][C:]))
+        d_q_ref[0, :, keys[h]] = (dot(d_scores, k[h]) + since_start[h] * d_reads[h][:C]).astype(dtype)
         d_k = dot(d_scores, q[h], (0, 0)) + dot(d_lower, k[h], (0, 0)) + dot(d_lower, k[h])
-        d_k_ref[0, :, keys[h]] = (d_k + until_end[h] * d_writes[h] - beta_K * since_start[h] * d_key_reads[h]).astype(dtype)
-        d_v_ref[0, :, values[h]] = (beta_V * d_errors[h]).astype(dtype)
-        read = dot(query_reads[h].astype(dtype), d_o[h], (0, 0)) - dot((beta_K * key_reads[h]).astype(dtype), d_errors_operand[h], (0, 0))
-        d_state[h] = decays[h].total * d_next[h] + read
+        d_k_ref[0, :, keys[h]] = (d_k + write[h] * d_writes[h] + since_start[h] * d_reads[h][C:]).astype(dtype)
+        d_v_ref[0, :, values[h]] = d_targets[h]
+        reads = jnp.concatenate([q[h] * since_start[h], k[h] * since_start[h]], axis=0).astype(dtype)
+        d_state[h] = of[h].total * d_after[h] + dot(reads, d_met[h], (0, 0))
 
     # Of the log decay of token t: every pair j < t <= i, the reads of the state from t on, the writes to it before t, and the state.
     before = (i < t).astype(dtype)
     for h in heads:
-        of_key_pairs, of_key_reads = d_key_pairs[h] * key_pairs[h], key_reads[h] * d_key_reads[h]
-        d_beta = _row_sums(d_errors[h] * v[h]) - _row_sums(of_key_reads) + _row_sums(of_key_pairs)
-        pairs = dot((d_query_pairs[h] * query_pairs[h] + as_wide(beta[h], C) * of_key_pairs).astype(dtype), before)
-        from_reads = _row_sums(query_reads[h] * d_query_reads[h] - as_wide(beta[h], K) * of_key_reads)
-        from_writes = _row_sums(writes[h] * d_writes[h])
-        kept = decays[h].total * jnp.sum(states_ref[0, 0, h] * d_next[h], keepdims=True)
-        d_decay = jnp.sum(jnp.where(i >= t, pairs + from_reads, from_writes), axis=0, keepdims=True)
-        d_gates_ref[0, 0, h : h + 1] = jnp.sum(jnp.where(i == t, d_beta, 0), axis=0, keepdims=True)
-        d_gates_ref[0, 0, plan.heads + h : plan.heads + h + 1] = d_decay + kept
+        by_pairs = (d_pairs[h][:C] * pairs[h][:C] + d_pairs[h][C:] * pairs[h][C:]) * of[h].between
+        by_writes = _row_sums(k[h] * d_writes[h])
+        d_beta = jnp.sum(by_pairs, axis=0, keepdims=True) + of[h].until_end * jnp.sum(jnp.where(i == t, by_writes, 0), axis=0, keepdims=True)
+        by_pairs = dot((by_pairs * of[h].beta).astype(dtype), before)
+        by_reads = _row_sums(since_start[h] * (q[h] * d_reads[h][:C] + k[h] * d_reads[h][C:]))
+        by_writes = as_wide(of[h].write, C) * by_writes
+        by_state = of[h].total * jnp.sum(states_ref[0, 0, h] * d_after[h], keepdims=True)
+        d_gates_ref[0, 0, h : h + 1] = d_beta
+        d_decay = jnp.sum(jnp.where(i >= t, by_pairs + by_reads, by_writes), axis=0, keepdims=True)
+        d_gates_ref[0, 0, plan.heads + h : plan.heads + h + 1] = d_decay + by_state
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _():

@@ -12,7 +12,7 @@ from pallas_kernels.gated_linear_attention.tpu import _dot as dot
 def kernel(plan, *refs):
     """Blocks of the operands, the results and the scratch as in ``tpu._forward_call``."""
     q_ref, k_ref, v_ref, gates_ref, initial_ref, *refs = refs
-    o_ref, final_ref, states_ref, updates_ref, inverses_ref, state = refs
+    o_ref, final_ref, states_ref, errors_ref, inverses_ref, state = refs
     n = pl.program_id(2)
     C, dtype, (K, V) = plan.tokens, v_ref.dtype, state.shape[1:]
 
@@ -22,7 +22,7 @@ def kernel(plan, *refs):
 
     states_ref[0, 0] = state[...].astype(dtype)
     heads = range(plan.heads)
-    of = gates(gates_ref[0, 0], plan.heads, until_end=False)
+    of = gates(gates_ref[0, 0], plan.heads, write=False)
     keys, values = ([slice(h * width, (h + 1) * width) for h in heads] for width in (K, V))
 
     # Rows of queries and of keys, met with the chunk's keys and with the state. Products share operands wherever they can.
@@ -31,17 +31,18 @@ def kernel(plan, *refs):
         dot(jnp.concatenate([q_ref[0, :, keys[h]], k_ref[0, :, keys[h]]], axis=0), jnp.concatenate([k_columns[h], states_ref[0, 0, h]], axis=1))
         for h in heads
     ]
-    inverse = [x.astype(dtype) for x in inverses([as_wide(of[h].beta, C) * of[h].between * met[h][C:, :C] for h in heads], dtype)]
+    decays = [of[h].between * of[h].beta for h in heads]
+    inverse = [x.astype(dtype) for x in inverses([met[h][C:, :C] * decays[h] for h in heads], dtype)]
     since_start = [as_wide(of[h].since_start, V) for h in heads]
-    errors = [as_wide(of[h].beta, V) * (v_ref[0, :, values[h]] - since_start[h] * met[h][C:, C:]) for h in heads]
-    updates = [dot(inverse[h], errors[h].astype(dtype)).astype(dtype) for h in heads]
+    targets = [(v_ref[0, :, values[h]] - since_start[h] * met[h][C:, C:]).astype(dtype) for h in heads]
+    errors = [dot(inverse[h], targets[h]).astype(dtype) for h in heads]
 
-    scores = [(met[h][:C, :C] * of[h].between).astype(dtype) for h in heads]
-    writes = [(k_columns[h] * of[h].across).astype(dtype) for h in heads]
-    taken = [dot(jnp.concatenate([scores[h], writes[h]], axis=0), updates[h]) for h in heads]
+    scores = [(met[h][:C, :C] * decays[h]).astype(dtype) for h in heads]
+    writes = [(k_columns[h] * (of[h].beta * of[h].until_end)).astype(dtype) for h in heads]
+    taken = [dot(jnp.concatenate([scores[h], writes[h]], axis=0), errors[h]) for h in heads]
     for h in heads:
         o_ref[0, :, values[h]] = (plan.scale * (taken[h][:C] + since_start[h] * met[h][:C, C:])).astype(dtype)
-        updates_ref[0, :, values[h]] = updates[h]
+        errors_ref[0, :, values[h]] = errors[h]
         inverses_ref[0, 0, h] = inverse[h]
         state[h] = of[h].total * state[h] + taken[h][C:]
 
