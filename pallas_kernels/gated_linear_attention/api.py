@@ -37,7 +37,7 @@ def gated_linear_attention(
     segment_ids: [B,T] integers. The state starts at zero where the id changes; 0 marks padding, which changes no state and
         whose output is 0. ``initial_state`` belongs to the first real token's segment, the final state to the last one's.
     implementation: "reference" (token by token), "xla" (chunked, a loop over chunks), "associative_scan" (all chunks at once) or
-        "pallas" (a TPU kernel for decays per head, interpreted on CPU; float32 and bfloat16). None takes the fastest measured for
+        "pallas" (a TPU kernel, interpreted on CPU; float32 and bfloat16). None takes the fastest measured for
         the platform that the program is lowered for: "pallas" on TPU where it can, else "xla".
 
     Returns (o [B,T,HV,V] in v's dtype, final_state [B,HV,K,V] in float32). Decays, sums and states are float32, or float64

@@ -22,18 +22,15 @@ SHAPES = {
     "tiny_head": Shape(B=2, T=96, H=2, K=16, V=32, decay="head"),
     "tiny_channel": Shape(B=2, T=96, H=2, K=16, V=32, decay="channel"),
     "simple_gla_340m": Shape(B=1, T=2048, H=8, K=128, V=128, decay="head"),
+    "simple_gla_4k": Shape(B=1, T=4096, H=8, K=128, V=128, decay="head"),
     "retnet_340m": Shape(B=1, T=2048, H=8, K=128, V=256, decay="fixed"),
     "retnet_1b3": Shape(B=1, T=2048, H=8, K=256, V=512, decay="fixed"),
     "gla_340m": Shape(B=1, T=2048, H=4, K=128, V=256, decay="channel"),
     "gla_1b3": Shape(B=1, T=2048, H=4, K=256, V=512, decay="channel"),
+    "gla_4k": Shape(B=1, T=4096, H=8, K=128, V=128, decay="channel"),
     "hgrn2_340m": Shape(B=1, T=2048, H=8, K=128, V=128, decay="channel"),
     "hgrn2_1b3": Shape(B=1, T=2048, H=16, K=128, V=128, decay="channel"),
 }
-
-
-def takes(implementation: str, shape: Shape) -> bool:
-    """Whether ``implementation`` takes such arrays: the TPU kernel has no decays a channel."""
-    return implementation != "pallas" or shape.decay != "channel"
 
 
 def inputs(shape: Shape, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Array]:

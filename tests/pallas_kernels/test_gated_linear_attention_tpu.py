@@ -1,4 +1,4 @@
-"""The TPU kernel of linear attention with a decay a head, interpreted: against the reference in float64, and its contract."""
+"""The TPU kernels of linear attention with decay, interpreted: against the reference in float64, and their contract."""
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,18 @@ from tests.pallas_kernels.test_gated_linear_attention import ROWS, Case, documen
 @pytest.mark.parametrize(
     "case",
     [
-        Case(1, "head"),
-        Case(70, "fixed", documents=True),
+        Case(1, "head", HV=2),
+        Case(70, "fixed", documents=True, HV=2),
         Case(300, "head", documents=True),  # three chunks
-        Case(300, "head", "strong"),
-        Case(256, "head", "none"),
-        Case(256, "fixed", "weak", HV=2, K=130, V=4),  # wider than a register
-        Case(130, "head", H=3, HV=9),  # heads that no group of eight divides
+        Case(300, "head", "strong", B=1, HV=2),
+        Case(256, "head", "none", B=1, H=1, HV=2),
+        Case(256, "fixed", "weak", B=1, H=1, HV=1, K=130, V=4),  # wider than a register
+        Case(130, "head", B=1, H=3, HV=9),  # heads that no group of eight divides
+        Case(1, "channel", B=1, HV=2),
+        Case(300, "channel", documents=True, H=1, HV=2),  # grouped values
+        Case(200, "channel", "strong", B=1, H=1, HV=1),
+        Case(256, "channel", "none", B=1, H=1, HV=2),
+        Case(130, "channel", "weak", B=1, H=1, HV=1, K=130, V=4),
     ],
     ids=str,
 )
@@ -31,10 +36,18 @@ def test_matches_the_reference(case):
     assert max(found.values()) < 2e-6, found
 
 
-@pytest.mark.parametrize("dtype, bound", [(jnp.float32, 2e-6), (jnp.bfloat16, 6e-3)])
-def test_no_races_and_nothing_read_before_it_is_written(capsys, dtype, bound):
+@pytest.mark.parametrize(
+    "axes, dtype, bound",
+    [
+        ("head", jnp.float32, 2e-6),
+        ("channel", jnp.bfloat16, 6e-3),
+        pytest.param("head", jnp.bfloat16, 6e-3, marks=pytest.mark.slow),
+        pytest.param("channel", jnp.float32, 2e-6, marks=pytest.mark.slow),
+    ],
+)
+def test_no_races_and_nothing_read_before_it_is_written(capsys, axes, dtype, bound):
     interpreter = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
-    case = Case(143, "head", B=2, H=2, HV=2)
+    case = Case(143, axes, H=1, HV=1)
     segment_ids = np.tile(ROWS, (1, 11))[2:4]  # padding left, right, between and inside
     with pltpu.force_tpu_interpret_mode(interpreter):
         found = errors(example(0, case, segment_ids), segment_ids, "pallas", dtype, state_dtype=jnp.float32)
@@ -43,8 +56,9 @@ def test_no_races_and_nothing_read_before_it_is_written(capsys, dtype, bound):
     assert "RACE" not in capsys.readouterr().out.upper()
 
 
-def test_two_parts_are_one_sequence():
-    case = Case(200, "head")
+@pytest.mark.parametrize("axes", ["head", "channel"])
+def test_two_parts_are_one_sequence(axes):
+    case = Case(200, axes, B=1, H=1, HV=1)
     arguments = {name: jnp.asarray(x, jnp.float32) for name, x in example(3, case).items()}
 
     def part(tokens, state):
@@ -58,7 +72,7 @@ def test_two_parts_are_one_sequence():
 
 
 def test_checkpoint_and_vmap():
-    arguments = {name: jnp.asarray(x, jnp.float32) for name, x in example(4, Case(130, "head", B=1, HV=2)).items()}
+    arguments = {name: jnp.asarray(x, jnp.float32) for name, x in example(4, Case(130, "head", B=1, H=1, HV=1)).items()}
     expected = value_and_gradients(arguments, None, "pallas")
 
     def loss(arguments):
@@ -74,9 +88,6 @@ def test_checkpoint_and_vmap():
 
 
 def test_what_the_kernel_does_not_take_is_refused_by_name_and_not_chosen():
-    channel = {name: jnp.asarray(x, jnp.float32) for name, x in example(0, Case(5, "channel")).items()}
-    with pytest.raises(ValueError, match=r"log_decay is \[B,T,HV,K\], implementation='pallas' needs \[B,T,HV\] or \[HV\]"):
-        gated_linear_attention(**channel, implementation="pallas")
     with jax.enable_x64(True):
         double = example(0, Case(5, "head"))
         with pytest.raises(ValueError, match="q has dtype float64, needs float32 or bfloat16 for implementation='pallas'"):
@@ -84,8 +95,9 @@ def test_what_the_kernel_does_not_take_is_refused_by_name_and_not_chosen():
         assert gated_linear_attention(**double)[0].dtype == jnp.float64
 
 
-def test_chosen_where_it_is_lowered_for_a_tpu():
-    arguments = {name: jnp.asarray(x, jnp.float32) for name, x in example(0, Case(140, "head")).items()}
+@pytest.mark.parametrize("axes", ["head", "channel"])
+def test_chosen_where_it_is_lowered_for_a_tpu(axes):
+    arguments = {name: jnp.asarray(x, jnp.float32) for name, x in example(0, Case(140, axes, HV=2)).items()}
     program = jax.jit(lambda arguments: gated_linear_attention(**arguments))
     text = {platform: jax.export.export(program, platforms=[platform])(arguments).mlir_module() for platform in ("tpu", "cpu")}
     assert "tpu_custom_call" in text["tpu"] and "tpu_custom_call" not in text["cpu"]
