@@ -22,8 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import checks, platforms
 from pallas_kernels.gated_delta_rule import tpu_backward, tpu_forward
 from pallas_kernels.gated_delta_rule.tpu_gates import HEADS
-from pallas_kernels.gated_linear_attention.tpu import LANES, RESET, Blocking, Plan
-from pallas_kernels.gated_linear_attention.tpu import _running_sums as running_sums
+from pallas_kernels.gated_linear_attention.tpu import Blocking
+from pallas_kernels.gated_linear_attention.tpu_decays import LANES, RESET, running_sums
 from pallas_kernels.segments import Segments
 
 # Within the VMEM of all generations; those tuned, for bfloat16, within that of their own.
@@ -74,13 +74,21 @@ def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments
     return o.reshape(B, o.shape[1], HV, -1)[:, :T, :, :V], final_state[:, :, :K, :V]
 
 
+class Plan(NamedTuple):
+    """scale; tokens: C; heads: G, that a step of the grid takes."""
+
+    scale: float
+    tokens: int
+    heads: int
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(plan, q, k, v, beta, log_decay, initial_state):
     return _run_forward(plan, q, k, v, beta, log_decay, initial_state)[0]
 
 
 def _run_forward(plan, q, k, v, beta, log_decay, initial_state):
-    gates = jnp.concatenate([beta, running_sums(plan, log_decay)], axis=2)
+    gates = jnp.concatenate([beta, running_sums(log_decay, plan.tokens)], axis=2)
     gates = gates.reshape(*gates.shape[:2], 3, plan.heads, -1)
     gates = jnp.pad(gates, [(0, 0)] * 3 + [(0, HEADS - plan.heads), (0, 0)]).reshape(*gates.shape[:2], 3 * HEADS, -1)
     o, final_state, *kept = _forward_call(plan, q, k, v, gates, initial_state)
@@ -152,7 +160,9 @@ def _forward_call(plan, q, k, v, gates, initial_state):
 def _backward_call(plan, q, k, v, gates, states, errors, inverses, d_o, d_final_state):
     """The gradients of q, k, v, the gates (beta and log_decay, [B,HV/G,2G,T]) and the initial state."""
     blocks = _Blocks.of(plan, q, states.shape, reverse=True)
-    B, _, HV, K, V = states.shape
+    B, groups, _, T = gates.shape
+    K, V = states.shape[3:]
+    d_gates = jax.ShapeDtypeStruct((B, groups, 2 * plan.heads, T), jnp.float32)
     return platforms.pallas_call(
         partial(tpu_backward.kernel, plan),
         name="gated_delta_rule_backward",
@@ -162,7 +172,7 @@ def _backward_call(plan, q, k, v, gates, states, errors, inverses, d_o, d_final_
             *(blocks.states, blocks.values, blocks.inverses, blocks.values, blocks.state),
         ],
         out_specs=[blocks.keys, blocks.keys, blocks.values, blocks.d_gates, blocks.state],
-        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, jax.ShapeDtypeStruct((*gates.shape[:2], 2 * plan.heads, gates.shape[3]), jnp.float32), d_final_state)),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, d_gates, d_final_state)),
         scratch_shapes=[pltpu.VMEM((plan.heads, K, V), jnp.float32)],
         compiler_params=_PARAMS,
         cost_estimate=_cost(plan, K, (q, k, v, q, k, v, v, v, states, inverses), products=(11, 6)),

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.gated_delta_rule.tpu_gates import gates
-from pallas_kernels.gated_linear_attention.tpu import _as_wide as as_wide
-from pallas_kernels.gated_linear_attention.tpu import _dot as dot
+from pallas_kernels.gated_linear_attention.tpu_decays import as_wide, dot
 
 
 def kernel(plan, *refs):
@@ -64,13 +63,13 @@ def kernel(plan, *refs):
     for h in heads:
         by_pairs = (d_pairs[h][:C] * pairs[h][:C] + d_pairs[h][C:] * pairs[h][C:]) * of[h].between
         by_writes = _row_sums(k[h] * d_writes[h])
-        d_beta = jnp.sum(by_pairs, axis=0, keepdims=True) + of[h].until_end * jnp.sum(jnp.where(i == t, by_writes, 0), axis=0, keepdims=True)
+        d_beta = _column_sums(by_pairs) + of[h].until_end * _column_sums(jnp.where(i == t, by_writes, 0))
         by_pairs = dot((by_pairs * of[h].beta).astype(dtype), before)
         by_reads = _row_sums(since_start[h] * (q[h] * d_reads[h][:C] + k[h] * d_reads[h][C:]))
         by_writes = as_wide(of[h].write, C) * by_writes
         by_state = of[h].total * jnp.sum(states_ref[0, 0, h] * d_after[h], keepdims=True)
         d_gates_ref[0, 0, h : h + 1] = d_beta
-        d_decay = jnp.sum(jnp.where(i >= t, by_pairs + by_reads, by_writes), axis=0, keepdims=True)
+        d_decay = _column_sums(jnp.where(i >= t, by_pairs + by_reads, by_writes))
         d_gates_ref[0, 0, plan.heads + h : plan.heads + h + 1] = d_decay + by_state
 
     @pl.when(n == pl.num_programs(2) - 1)
@@ -80,3 +79,7 @@ def kernel(plan, *refs):
 
 def _row_sums(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=1, keepdims=True)
+
+
+def _column_sums(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=0, keepdims=True)

@@ -5,8 +5,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.gated_delta_rule.tpu_gates import gates
 from pallas_kernels.gated_delta_rule.tpu_inverse import inverses
-from pallas_kernels.gated_linear_attention.tpu import _as_wide as as_wide
-from pallas_kernels.gated_linear_attention.tpu import _dot as dot
+from pallas_kernels.gated_linear_attention.tpu_decays import as_wide, dot
 
 
 def kernel(plan, *refs):
@@ -27,10 +26,8 @@ def kernel(plan, *refs):
 
     # Rows of queries and of keys, met with the chunk's keys and with the state. Products share operands wherever they can.
     k_columns = [k_ref[0, :, x].T for x in keys]
-    met = [
-        dot(jnp.concatenate([q_ref[0, :, keys[h]], k_ref[0, :, keys[h]]], axis=0), jnp.concatenate([k_columns[h], states_ref[0, 0, h]], axis=1))
-        for h in heads
-    ]
+    rows = [jnp.concatenate([q_ref[0, :, x], k_ref[0, :, x]], axis=0) for x in keys]
+    met = [dot(rows[h], jnp.concatenate([k_columns[h], states_ref[0, 0, h]], axis=1)) for h in heads]
     decays = [of[h].between * of[h].beta for h in heads]
     inverse = [x.astype(dtype) for x in inverses([met[h][C:, :C] * decays[h] for h in heads], dtype)]
     since_start = [as_wide(of[h].since_start, V) for h in heads]

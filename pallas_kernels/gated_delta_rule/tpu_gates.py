@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_linear_attention.tpu import LANES
+from pallas_kernels.gated_linear_attention.tpu_decays import LANES, dot
 
 HEADS = 8  # the most that a step of the grid takes: rows of a register
 
@@ -57,7 +57,7 @@ def gates(rows: jax.Array, heads: int, write: bool) -> list[Gates]:
         right += [zeros * 3 + ones + zeros, zeros * 4 + ones][: 1 + write]
         left, *right = (jnp.concatenate([*x, zeros[0]], axis=0).astype(jnp.bfloat16) for x in (left, *right))
         right = [x[:, : C if n < 2 else LANES] for n, x in enumerate(right)]
-        found.append(jax.lax.dot_general(left, jnp.concatenate(right, axis=1), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32))
+        found.append(dot(left, jnp.concatenate(right, axis=1), (0, 0)))
     return [
         Gates(
             between=jnp.exp(jnp.where(i >= j, own[:, :C] + own[:, C : 2 * C], -jnp.inf)),

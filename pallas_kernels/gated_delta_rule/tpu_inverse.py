@@ -27,11 +27,12 @@ def inverses(lower: list[jax.Array], dtype) -> list[jax.Array]:
     lower = [split(A) for A in lower]
     size = BLOCK
     while size < C:
-        below = (row // (2 * size) == column // (2 * size)) & (row // size > column // size)
+        # Of two places in a block of 2 size tokens and not in one of size, the higher bits are the same and that of size is not.
+        below = ((row ^ column) & -size == size) & (row > column)
         operands = [split(X) for X in packed]
         products = [multiply(X, [jnp.where(below, part, 0) for part in A]) for X, A in zip(operands, lower, strict=True)]
         products = [multiply(split(M), [_spread(part) for part in X]) for M, X in zip(products, operands, strict=True)]
-        early = _lane(size, C) // size % 2 == 0
+        early = _lane(size, C) & size == 0
         packed = [
             jnp.concatenate([jnp.where(early, X, 0), jnp.where(early, -X21, X)], axis=0) for X, X21 in zip(packed, products, strict=True)
         ]
@@ -43,11 +44,11 @@ def _inverses_of_blocks(packed: list[jax.Array]) -> list[jax.Array]:
     """(I + A)^-1 of blocks A of size BLOCK, both packed [BLOCK,C], by rows from the top."""
     C = packed[0].shape[1]
     lane = _lane(BLOCK, C)
-    identity = (jax.lax.broadcasted_iota(jnp.int32, (BLOCK, C), 0) == lane % BLOCK).astype(jnp.float32)
+    identity = (jax.lax.broadcasted_iota(jnp.int32, (BLOCK, C), 0) == lane & (BLOCK - 1)).astype(jnp.float32)
     X = [identity] * len(packed)
     for j in range(BLOCK - 1):
         # A_ij in all lanes of its block, 0 for i <= j: row j of X is complete and every row below takes its share of it.
-        columns = [jnp.take_along_axis(A, lane // BLOCK * BLOCK + j, axis=1) for A in packed]
+        columns = [jnp.take_along_axis(A, (lane & -BLOCK) + j, axis=1) for A in packed]
         X = [x - column * x[j : j + 1] for x, column in zip(X, columns, strict=True)]
     return X
 
@@ -55,19 +56,18 @@ def _inverses_of_blocks(packed: list[jax.Array]) -> list[jax.Array]:
 def _pack(x: jax.Array) -> jax.Array:
     """What is strictly lower in the diagonal blocks of [C,C], packed as [BLOCK,C]."""
     C = x.shape[0]
-    block = _lane(BLOCK, C) // BLOCK
     packed = x[:BLOCK]
-    for b in range(1, C // BLOCK):
-        packed = jnp.where(block == b, x[b * BLOCK : (b + 1) * BLOCK], packed)
+    for start in range(BLOCK, C, BLOCK):
+        packed = jnp.where(_lane(BLOCK, C) < start, packed, x[start : start + BLOCK])
     lane, row = _lane(BLOCK, C), jax.lax.broadcasted_iota(jnp.int32, (BLOCK, C), 0)
-    return jnp.where(lane % BLOCK < row, packed, 0)
+    return jnp.where(lane & (BLOCK - 1) < row, packed, 0)
 
 
 def _spread(packed: jax.Array) -> jax.Array:
     """Packed blocks [s,C] -> [C,C] with them on the diagonal and 0 elsewhere."""
     size, C = packed.shape
-    block = _lane(size, C) // size
-    return jnp.concatenate([jnp.where(block == b, packed, 0) for b in range(C // size)], axis=0)
+    start = _lane(size, C) & -size
+    return jnp.concatenate([jnp.where(start == n, packed, 0) for n in range(0, C, size)], axis=0)
 
 
 def _lane(rows: int, C: int) -> jax.Array:
