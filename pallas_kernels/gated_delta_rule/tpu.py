@@ -84,15 +84,21 @@ class Plan(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(plan, q, k, v, beta, log_decay, initial_state):
-    return _run_forward(plan, q, k, v, beta, log_decay, initial_state)[0]
+    return _forward_call(plan, q, k, v, _gates(plan, beta, log_decay), initial_state, keep=False)
 
 
 def _run_forward(plan, q, k, v, beta, log_decay, initial_state):
+    gates = _gates(plan, beta, log_decay)
+    o, final_state, *kept = _forward_call(plan, q, k, v, gates, initial_state, keep=True)
+    return (o, final_state), (q, k, v, gates, *kept)
+
+
+def _gates(plan, beta, log_decay):
+    """beta, log_decay [B,HV/G,G,T] -> [B,HV/G,3*8,T]: beta and both parts of the running sums, each padded to 8 heads."""
     gates = jnp.concatenate([beta, running_sums(log_decay, plan.tokens)], axis=2)
     gates = gates.reshape(*gates.shape[:2], 3, plan.heads, -1)
-    gates = jnp.pad(gates, [(0, 0)] * 3 + [(0, HEADS - plan.heads), (0, 0)]).reshape(*gates.shape[:2], 3 * HEADS, -1)
-    o, final_state, *kept = _forward_call(plan, q, k, v, gates, initial_state)
-    return (o, final_state), (q, k, v, gates, *kept)
+    gates = jnp.pad(gates, [(0, 0)] * 3 + [(0, HEADS - plan.heads), (0, 0)])
+    return gates.reshape(*gates.shape[:2], 3 * HEADS, -1)
 
 
 def _run_backward(plan, residuals, cotangents):
@@ -138,22 +144,26 @@ class _Blocks(NamedTuple):
 _PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def _forward_call(plan, q, k, v, gates, initial_state):
-    """(o [B,T,HV V], the final state [B,HV,K,V], the states before each chunk [B,N,HV,K,V], e [B,T,HV V], X [B,N,HV,C,C])."""
+def _forward_call(plan, q, k, v, gates, initial_state, keep: bool):
+    """(o [B,T,HV V], the final state [B,HV,K,V]) and, if asked to keep them for the backward pass, in v's dtype,
+    the states before each chunk [B,N,HV,K,V], e [B,T,HV V] and X [B,N,HV,C,C]."""
     blocks = _Blocks.of(plan, q, initial_state.shape, reverse=False)
-    B, HV, K, V = initial_state.shape
-    states, inverses = (jax.ShapeDtypeStruct((B, blocks.grid[2], HV, *shape), v.dtype) for shape in ((K, V), (plan.tokens, plan.tokens)))
-    values = jax.ShapeDtypeStruct(v.shape, v.dtype)
+    (B, HV, K, V), C = initial_state.shape, plan.tokens
+    shapes = [v.shape, initial_state.shape, (B, blocks.grid[2], HV, K, V), v.shape, (B, blocks.grid[2], HV, C, C)]
+    dtypes = [v.dtype, jnp.float32, v.dtype, v.dtype, v.dtype]
+    specs = [blocks.values, blocks.state, blocks.states, blocks.values, blocks.inverses]
+    results = slice(None) if keep else slice(2)
+    out_shape = tuple(map(jax.ShapeDtypeStruct, shapes[results], dtypes[results]))
     return platforms.pallas_call(
         partial(tpu_forward.kernel, plan),
         name="gated_delta_rule_forward",
         grid=blocks.grid,
         in_specs=[blocks.keys, blocks.keys, blocks.values, blocks.gates, blocks.state],
-        out_specs=[blocks.values, blocks.state, blocks.states, blocks.values, blocks.inverses],
-        out_shape=(values, jax.ShapeDtypeStruct(initial_state.shape, jnp.float32), states, values, inverses),
+        out_specs=specs[results],
+        out_shape=out_shape,
         scratch_shapes=[pltpu.VMEM((plan.heads, K, V), jnp.float32)],
         compiler_params=_PARAMS,
-        cost_estimate=_cost(plan, K, (q, k, v, v, v, states, inverses), products=(6, 3)),
+        cost_estimate=_cost(plan, K, (q, k, v, *out_shape), products=(6, 3)),
     )(q, k, v, gates, initial_state)
 
 

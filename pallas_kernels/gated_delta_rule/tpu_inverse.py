@@ -6,31 +6,31 @@ multiplication of whole registers a column; then two blocks of size s and what l
     [[X11, 0], [-X22 A21 X11, X22]]
 
 where the packed blocks are the left operand of both products, so that few rows pass through the matrix unit. No power of A is
-ever formed: those grow and cancel where keys repeat.
+ever formed: those grow and cancel where keys repeat. The last level is left to :func:`solve`, by which half of its rows do, once.
 """
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gated_linear_attention.tpu_decays import dot
+
 BLOCK = 8
 
 
 def inverses(lower: list[jax.Array], dtype) -> list[jax.Array]:
-    """(I + A)^-1 [C,C] in float32 of the strictly lower part A of each [C,C] in float32, C = 16, 32, 64, ...
+    """Of the strictly lower part A of each [C,C] in float32, C = 16, 32, 64, ..., the inverses of the two diagonal blocks of I + A,
+    side by side as [C/2,C] in float32.
 
     Where ``dtype`` is bfloat16 operands of products keep 16 of their 24 bits, else all.
     """
     C = lower[0].shape[0]
     packed = _inverses_of_blocks([_pack(A) for A in lower])
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     split, multiply = (_halves, _product_of_halves) if dtype == jnp.bfloat16 else (_whole, _exact_product)
     lower = [split(A) for A in lower]
     size = BLOCK
-    while size < C:
-        # Of two places in a block of 2 size tokens and not in one of size, the higher bits are the same and that of size is not.
-        below = ((row ^ column) & -size == size) & (row > column)
+    while size < C // 2:
         operands = [split(X) for X in packed]
-        products = [multiply(X, [jnp.where(below, part, 0) for part in A]) for X, A in zip(operands, lower, strict=True)]
+        products = [multiply(X, [_below(part, size) for part in A]) for X, A in zip(operands, lower, strict=True)]
         products = [multiply(split(M), [_spread(part) for part in X]) for M, X in zip(products, operands, strict=True)]
         early = _lane(size, C) & size == 0
         packed = [
@@ -38,6 +38,28 @@ def inverses(lower: list[jax.Array], dtype) -> list[jax.Array]:
         ]
         size *= 2
     return packed
+
+
+def solve(inverse: list[jax.Array], below: list[jax.Array], x: list[jax.Array]) -> list[jax.Array]:
+    """(I + A)^-1 x of each x [C,V] float32, by blocks: ``inverse`` [C/2,C] as :func:`inverses` has it, ``below`` [C/2,C/2] = A21.
+
+    Operands of products are rounded to ``inverse``'s dtype, and so is the result.
+    """
+    half, dtype, heads = below[0].shape[0], below[0].dtype, range(len(x))
+    first = [dot(inverse[h][:, :half], x[h][:half].astype(dtype)).astype(dtype) for h in heads]
+    rest = [(x[h][half:] - dot(below[h], first[h])).astype(dtype) for h in heads]
+    second = [dot(inverse[h][:, half:], rest[h]).astype(dtype) for h in heads]
+    return [jnp.concatenate([first[h], second[h]], axis=0) for h in heads]
+
+
+def whole(inverse: list[jax.Array], below: list[jax.Array]) -> list[jax.Array]:
+    """(I + A)^-1 [C,C] from its blocks, as in :func:`solve`, in their dtype."""
+    half, dtype, heads = below[0].shape[0], below[0].dtype, range(len(below))
+    below = [dot(inverse[h][:, half:], below[h]).astype(dtype) for h in heads]
+    below = [-dot(below[h], inverse[h][:, :half]).astype(dtype) for h in heads]
+    zeros = jnp.zeros((half, half), dtype)
+    above = [jnp.concatenate([x[:, :half], zeros], axis=1) for x in inverse]
+    return [jnp.concatenate([above[h], jnp.concatenate([below[h], inverse[h][:, half:]], axis=1)], axis=0) for h in heads]
 
 
 def _inverses_of_blocks(packed: list[jax.Array]) -> list[jax.Array]:
@@ -64,10 +86,18 @@ def _pack(x: jax.Array) -> jax.Array:
 
 
 def _spread(packed: jax.Array) -> jax.Array:
-    """Packed blocks [s,C] -> [C,C] with them on the diagonal and 0 elsewhere."""
+    """Packed blocks [s,C] -> [C,C] with every second one, from the first on, on the diagonal and 0 elsewhere."""
     size, C = packed.shape
-    start = _lane(size, C) & -size
-    return jnp.concatenate([jnp.where(start == n, packed, 0) for n in range(0, C, size)], axis=0)
+    block, zeros = _lane(size, C) >> size.bit_length() - 1, jnp.zeros_like(packed)
+    return jnp.concatenate([zeros if n % 2 else jnp.where(block == n, packed, 0) for n in range(C // size)], axis=0)
+
+
+def _below(x: jax.Array, size: int) -> jax.Array:
+    """[C,C] with 0 for all but the blocks just below those that :func:`_spread` keeps."""
+    C = x.shape[0]
+    block, zeros = _lane(size, C) >> size.bit_length() - 1, jnp.zeros_like(x[:size])
+    rows = [x[start : start + size] for start in range(0, C, size)]
+    return jnp.concatenate([jnp.where(block == n - 1, x, 0) if n % 2 else zeros for n, x in enumerate(rows)], axis=0)
 
 
 def _lane(rows: int, C: int) -> jax.Array:
