@@ -12,8 +12,6 @@ ever formed: those grow and cancel where keys repeat. The last level is left to 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_linear_attention.tpu_decays import dot
-
 BLOCK = 8
 
 
@@ -46,17 +44,17 @@ def solve(inverse: list[jax.Array], below: list[jax.Array], x: list[jax.Array]) 
     Operands of products are rounded to ``inverse``'s dtype, and so is the result.
     """
     half, dtype, heads = below[0].shape[0], below[0].dtype, range(len(x))
-    first = [dot(inverse[h][:, :half], x[h][:half].astype(dtype)).astype(dtype) for h in heads]
-    rest = [(x[h][half:] - dot(below[h], first[h])).astype(dtype) for h in heads]
-    second = [dot(inverse[h][:, half:], rest[h]).astype(dtype) for h in heads]
+    first = [_exact(inverse[h][:, :half], x[h][:half].astype(dtype)).astype(dtype) for h in heads]
+    rest = [(x[h][half:] - _exact(below[h], first[h])).astype(dtype) for h in heads]
+    second = [_exact(inverse[h][:, half:], rest[h]).astype(dtype) for h in heads]
     return [jnp.concatenate([first[h], second[h]], axis=0) for h in heads]
 
 
 def whole(inverse: list[jax.Array], below: list[jax.Array]) -> list[jax.Array]:
     """(I + A)^-1 [C,C] from its blocks, as in :func:`solve`, in their dtype."""
     half, dtype, heads = below[0].shape[0], below[0].dtype, range(len(below))
-    below = [dot(inverse[h][:, half:], below[h]).astype(dtype) for h in heads]
-    below = [-dot(below[h], inverse[h][:, :half]).astype(dtype) for h in heads]
+    below = [_exact(inverse[h][:, half:], below[h]).astype(dtype) for h in heads]
+    below = [-_exact(below[h], inverse[h][:, :half]).astype(dtype) for h in heads]
     zeros = jnp.zeros((half, half), dtype)
     above = [jnp.concatenate([x[:, :half], zeros], axis=1) for x in inverse]
     return [jnp.concatenate([above[h], jnp.concatenate([below[h], inverse[h][:, half:]], axis=1)], axis=0) for h in heads]
@@ -109,7 +107,13 @@ def _whole(x: jax.Array) -> list[jax.Array]:
 
 
 def _exact_product(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
-    return jnp.dot(*x, *y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return _exact(*x, *y)
+
+
+def _exact(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y in float32, of float32 operands with all their bits."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _halves(x: jax.Array) -> list[jax.Array]:
