@@ -105,10 +105,9 @@ def _run(plan, q, k, v, log_decay, initial_state):
 
 
 def _run_forward(plan, q, k, v, log_decay, initial_state):
-    # Clipping has no derivative of its own to be taken: no pair of tokens is left that a decay below RESET lies between.
-    decays = plan.kernels.operands(plan, jnp.maximum(log_decay, RESET), v.dtype)
-    o, final_state, states = _forward_call(plan, q, k, v, decays, initial_state)
-    return (o, final_state), (q, k, v, decays, states)
+    decays = plan.kernels.operands(plan, log_decay, v.dtype)
+    o, final_state, *kept = _forward_call(plan, q, k, v, decays, initial_state)
+    return (o, final_state), (q, k, v, decays, kept)
 
 
 def _run_backward(plan, residuals, cotangents):
@@ -124,32 +123,35 @@ class _Blocks(NamedTuple):
     grid: tuple[int, int, int]
     keys: pl.BlockSpec  # [B,T,HV K]
     values: pl.BlockSpec  # [B,T,HV V]
-    decays: tuple[pl.BlockSpec, ...]  # of the kind's ``operands``
+    decays: tuple[pl.BlockSpec, ...]  # of the ``operands`` of the kind of decay: a head [B,HV/G,2G,T]; a channel as the keys, and constants
     d_decays: pl.BlockSpec  # a head: [B,HV/G,G,T]; a channel: as the keys
     state: pl.BlockSpec  # [B,HV,V,K]
-    states: pl.BlockSpec  # [B,N,HV,V,K]
+    kept: tuple[pl.BlockSpec, ...]  # the states [B,N,HV,V,K]; for decays a channel, the scores [B,T,HV C]
 
     @classmethod
-    def of(cls, plan: Plan, q, state_shape, reverse: bool) -> "_Blocks":
+    def of(cls, plan: Plan, q, decays, state_shape, reverse: bool) -> "_Blocks":
         C, G, (HV, V, K) = plan.tokens, plan.heads, state_shape[-3:]
         N = q.shape[1] // C
 
         def at(n):
             return N - 1 - n if reverse else n
 
+        def tokens(width):
+            return pl.BlockSpec((1, C, G * width), lambda b, h, n: (b, at(n), h))
+
         def rows(count):
             return pl.BlockSpec((1, 1, count, C), lambda b, h, n: (b, h, 0, at(n)))
 
-        keys = pl.BlockSpec((1, C, G * K), lambda b, h, n: (b, at(n), h))
-        per_head = plan.kernels is tpu_per_head
+        per_channel = plan.kernels is tpu_per_channel
+        states = pl.BlockSpec((1, 1, G, V, K), lambda b, h, n: (b, at(n), h, 0, 0))
         return cls(
             grid=(q.shape[0], HV // G, N),
-            keys=keys,
-            values=pl.BlockSpec((1, C, G * V), lambda b, h, n: (b, at(n), h)),
-            decays=(rows(2 * G),) if per_head else (keys, pl.BlockSpec((7 * C, C), lambda b, h, n: (0, 0))),
-            d_decays=rows(G) if per_head else keys,
+            keys=tokens(K),
+            values=tokens(V),
+            decays=(tokens(K) if per_channel else rows(2 * G), *(pl.BlockSpec(x.shape, lambda b, h, n: (0, 0)) for x in decays[1:])),
+            d_decays=tokens(K) if per_channel else rows(G),
             state=pl.BlockSpec((1, G, V, K), lambda b, h, n: (b, h, 0, 0)),
-            states=pl.BlockSpec((1, 1, G, V, K), lambda b, h, n: (b, at(n), h, 0, 0)),
+            kept=(states, tokens(C)) if per_channel else (states,),
         )
 
 
@@ -157,37 +159,37 @@ _PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arb
 
 
 def _forward_call(plan, q, k, v, decays, initial_state):
-    """(o [B,T,HV V], the final state [B,HV,V,K], the states before each chunk [B,N,HV,V,K])."""
-    blocks = _Blocks.of(plan, q, initial_state.shape, reverse=False)
+    """(o [B,T,HV V], the final state [B,HV,V,K], and what is kept for the backward pass, see :class:`_Blocks`)."""
+    blocks = _Blocks.of(plan, q, decays, initial_state.shape, reverse=False)
     B, HV, V, K = initial_state.shape
-    states = jax.ShapeDtypeStruct((B, blocks.grid[2], HV, V, K), v.dtype)
+    kept = [(B, blocks.grid[2], HV, V, K), (B, q.shape[1], HV * plan.tokens)][: len(blocks.kept)]
+    kept = [jax.ShapeDtypeStruct(shape, v.dtype) for shape in kept]
     return platforms.pallas_call(
         partial(plan.kernels.forward, plan),
         name="gated_linear_attention_forward",
         grid=blocks.grid,
         in_specs=[blocks.keys, blocks.keys, blocks.values, *blocks.decays, blocks.state],
-        out_specs=[blocks.values, blocks.state, blocks.states],
-        out_shape=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(initial_state.shape, jnp.float32), states),
+        out_specs=[blocks.values, blocks.state, *blocks.kept],
+        out_shape=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(initial_state.shape, jnp.float32), *kept),
         compiler_params=_PARAMS,
-        cost_estimate=_cost(plan, K, (q, k, v, v, decays[0], states), products=(2, 2)),
+        cost_estimate=_cost(plan, K, (q, k, v, v, decays[0], *kept), products=(2, 2)),
     )(q, k, v, *decays, initial_state)
 
 
-def _backward_call(plan, q, k, v, decays, states, d_o, d_final_state):
+def _backward_call(plan, q, k, v, decays, kept, d_o, d_final_state):
     """The gradients of q, k, v, log_decay and the initial state."""
-    blocks = _Blocks.of(plan, q, states.shape, reverse=True)
-    K = states.shape[-1]
-    d_decays = decays[0][:, :, : plan.heads] if plan.kernels is tpu_per_head else decays[0]
+    blocks = _Blocks.of(plan, q, decays, d_final_state.shape, reverse=True)
+    d_decays = decays[0] if plan.kernels is tpu_per_channel else decays[0][:, :, : plan.heads]
     return platforms.pallas_call(
         partial(plan.kernels.backward, plan),
         name="gated_linear_attention_backward",
         grid=blocks.grid,
-        in_specs=[blocks.keys, blocks.keys, blocks.values, *blocks.decays, blocks.states, blocks.values, blocks.state],
+        in_specs=[blocks.keys, blocks.keys, blocks.values, *blocks.decays, *blocks.kept, blocks.values, blocks.state],
         out_specs=[blocks.keys, blocks.keys, blocks.values, blocks.d_decays, blocks.state],
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, d_decays, d_final_state)),
         compiler_params=_PARAMS,
-        cost_estimate=_cost(plan, K, (q, k, v, states, v, q, k, v, d_decays, d_decays), products=(6, 4)),
-    )(q, k, v, *decays, states, d_o, d_final_state)
+        cost_estimate=_cost(plan, d_final_state.shape[-1], (q, k, v, *kept, v, q, k, v, d_decays, d_decays), products=(6, 4)),
+    )(q, k, v, *decays, *kept, d_o, d_final_state)
 
 
 def _cost(plan, K, moved, products) -> pl.CostEstimate:

@@ -8,13 +8,16 @@ A query i meets a key j <= i through the decay exp(g_{j+1} + ... + g_i). Neither
   has it: each meets the middle through a decay of its own tokens only, at most 1, and the pairs of a level are one product.
 """
 
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8
+PART = 64  # tokens whose sums of decays a channel are one product, in two parts over 128
 RESET = -1024.0  # the log decay of a new document's first token: exp of it is 0 in float32; sums over a chunk stay exact in sixteenths
 
 
@@ -79,56 +82,149 @@ def per_head(sums: jax.Array) -> list[Decays]:
 class ChannelDecays(NamedTuple):
     """Of one head of a chunk, all [C,K] float32.
 
-    to_middle: for halves of s = 1, 2, 4, ..., C/2 tokens, the decay from after token j of a block's first half to the middle, or
-        from the middle to after token i of its second half.
+    through: exp(g_i), of each token alone.
+    to_middle: for halves of s = 2, 4, ..., C/2 tokens, the decay from after token j of a block's first half to the middle, or from
+        the middle to after token i of its second half.
     since_start: the decay from before the chunk to after token i. until_end: from after token j to the chunk's end.
     """
 
-    to_middle: tuple[jax.Array, ...]
+    through: jax.Array
+    to_middle: dict[int, jax.Array]
     since_start: jax.Array
     until_end: jax.Array
 
+    @property
+    def total(self) -> jax.Array:
+        """[1,K], the decay of the whole chunk."""
+        return self.since_start[-1:]
 
-def level_of_pairs(C: int) -> jax.Array:
-    """[C,C] int32: i ^ j for j <= i, else -1. A pair's smallest common block has halves of s tokens where s <= i ^ j < 2 s."""
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    return jnp.where(i >= j, i ^ j, -1)
 
+def spans(dtype) -> jax.Array:
+    """Zeros and ones for :func:`sums`: over which tokens t of a part of the chunk [4 PART,PART] a decay of token i is.
 
-def spans(C: int) -> np.ndarray:
-    """[5 C,C] zeros and ones: which tokens t the decay of token i is over, in blocks inside of a register.
-
-    That to the middle of a block with halves of 1, 2 and 4 tokens, and, in blocks of 8, that since the start and until the end.
+    Those to the middle of a block with halves of 2 and of 4 tokens, and, in blocks of 8, those since the start and until the end.
     """
-    i, t = np.arange(C)[:, None], np.arange(C)
+    i, t = np.arange(PART)[:, None], np.arange(PART)
 
     def inside(s, after):  # the tokens t of i's block of s tokens that are after i, or not after
         return (i // s == t // s) & ((t > i) if after else (t <= i))
 
-    to_middle = [np.where(i // s % 2 == 1, inside(s, False), inside(s, True)) for s in (1, 2, 4)]
-    return np.concatenate([*to_middle, inside(SUBLANES, False), inside(SUBLANES, True)])
+    to_middle = [np.where(i & s, inside(s, False), inside(s, True)) for s in (2, 4)]
+    return addends(np.concatenate([*to_middle, inside(SUBLANES, False), inside(SUBLANES, True)]), dtype)
 
 
-def per_channel(log_decay: jax.Array, spans: jax.Array) -> ChannelDecays:
-    """log_decay [C,K] float32, finite, C a power of two; ``spans`` in bfloat16, for sums of twice its precision, or float32."""
-    C = log_decay.shape[0]
-    # Blocks inside a register: sums of log decays, by products with zeros and ones. The larger blocks: products of these.
-    small = jnp.exp(sums(spans, log_decay))
-    *to_middle, since_start, until_end = (small[n * C : (n + 1) * C] for n in range(5))
-
-    since, until = ([x[n : n + SUBLANES] for n in range(0, C, SUBLANES)] for x in (since_start, until_end))
-    while len(since) > 1:
-        pairs = range(0, len(since), 2)
-        to_middle.append(jnp.concatenate([x for n in pairs for x in (until[n], since[n + 1])]))
-        until = [jnp.concatenate([until[n] * since[n + 1][-1:], until[n + 1]]) for n in pairs]
-        since = [jnp.concatenate([since[n], since[n][-1:] * since[n + 1]]) for n in pairs]
-    return ChannelDecays(tuple(to_middle), since[0], until[0])
+def addends(which: np.ndarray, dtype) -> jax.Array:
+    """Zeros and ones [n,m] as :func:`sums` takes them: [n,2 m] in bfloat16, once for each part of what is added up."""
+    return jnp.asarray(which if dtype == jnp.float32 else np.concatenate([which, which], axis=1), dtype)
 
 
-def sums(which: jax.Array, x: jax.Array) -> jax.Array:
-    """The product of zeros and ones [n,C] with float32 [C,K]; x in two parts where ``which`` is bfloat16."""
+def sums(which: jax.Array, *x: jax.Array) -> jax.Array:
+    """[n,K], the sums of rows of the ``x`` [...,K] float32, one below the other, that the zeros and ones :func:`addends` choose.
+
+    In float32 they are exact but for float32's own rounding; in bfloat16 x is taken to twice its precision.
+    """
+    x = jnp.concatenate(x)
     if which.dtype == jnp.float32:
         return jax.lax.dot(which, x, precision=jax.lax.Precision.HIGHEST)
     coarse = x.astype(which.dtype)
     fine = (x - coarse.astype(jnp.float32)).astype(which.dtype)
-    return dot(jnp.concatenate([which, which], axis=1), jnp.concatenate([coarse, fine]))
+    return dot(which, jnp.concatenate([coarse, fine]))
+
+
+def per_channel(log_decay: jax.Array, spans: jax.Array, heads: int) -> list[ChannelDecays]:
+    """log_decay [C,heads K] float32, C a power of two, :func:`spans` -> the decays of each head.
+
+    Two heads of 128 channels fill a matrix unit of 256 columns.
+    """
+    C, K = log_decay.shape[0], log_decay.shape[1] // heads
+    log_decay, exp = jnp.maximum(log_decay, RESET), jnp.exp
+    if spans.dtype != jnp.float32:  # one multiplication for all instead of one an exp; at -50 a step, an error of 3e-6
+        log_decay, exp = log_decay * np.float32(np.log2(np.e)), jnp.exp2
+    through = exp(log_decay)
+    parts = [exp(sums(spans, log_decay[n : n + PART])) for n in range(0, C, PART)]
+    two, four, *ends = (jnp.concatenate([x[n : n + PART] for x in parts]) for n in range(0, 4 * PART, PART))
+    to_middle = {2: two, 4: four}
+
+    # Blocks inside a register took sums of log decays; larger ones are products of the halves' decays.
+    since_start, until_end = ([x[n : n + SUBLANES] for n in range(0, C, SUBLANES)] for x in ends)
+    while len(since_start) > 1:
+        first, second = slice(0, None, 2), slice(1, None, 2)
+        met = list(zip(until_end[first], since_start[second], strict=True))
+        to_middle[C // len(since_start)] = jnp.concatenate([x for both in met for x in both])
+        until_end = [jnp.concatenate([a * b[-1:], c]) for (a, b), c in zip(met, until_end[second], strict=True)]
+        since_start = [jnp.concatenate([a, a[-1:] * b]) for a, (_, b) in zip(since_start[first], met, strict=True)]
+
+    def of(x, head):
+        return x[:, head * K : (head + 1) * K]
+
+    return [
+        ChannelDecays(of(through, n), {s: of(x, n) for s, x in to_middle.items()}, of(since_start[0], n), of(until_end[0], n))
+        for n in range(heads)
+    ]
+
+
+def halves(first: jax.Array, second: jax.Array, s: int) -> jax.Array:
+    """[C,K] whose blocks of 2 s tokens have their first half from ``first``, their second from ``second``."""
+    C = first.shape[0]
+    if s < SUBLANES:
+        return jnp.where((jax.lax.broadcasted_iota(jnp.int32, first.shape, 0) & s) != 0, second, first)
+    return jnp.concatenate([x for n in range(0, C, 2 * s) for x in (first[n : n + s], second[n + s : n + 2 * s])])
+
+
+def rolled(x: jax.Array, by: int) -> jax.Array:
+    """Each register of 8 tokens of [C,K] rolled ``by`` tokens."""
+    return pltpu.roll(x.reshape(-1, SUBLANES, x.shape[1]), by, 1).reshape(x.shape)
+
+
+def channel_scores(rows: list[jax.Array], k: jax.Array, decays: ChannelDecays, dtype) -> Generator[None, None, list[jax.Array]]:
+    """For each of ``rows``, [C,K] float32 as k is: rows_i . (k_j decayed from j to i), 0 where j > i, [C,C].
+
+    A generator that yields between levels, for :mod:`.tpu_stages`, and returns the scores. Products take operands in ``dtype``.
+    """
+    C = k.shape[0]
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    level = jnp.where(i >= j, i ^ j, -1)  # halves of s tokens: s <= level < 2 s
+    before = decays.through * rolled(k, 1)
+    scores = []
+    for x in rows:
+        itself, last = (jnp.sum(x * y, axis=1, keepdims=True) for y in (k, before))
+        scores.append(jnp.where(level == 0, itself, jnp.where(level == 1, last, 0)))
+    for s in (2, 4):
+        yield
+        met = [(halves(k, x, s) * decays.to_middle[s]).astype(dtype) for x in rows]
+        yield
+        products = dot(jnp.concatenate(met), met[0], (1, 1))
+        yield
+        scores = [jnp.where(level >= s, products[n * C : (n + 1) * C], scores[n]) for n in range(len(rows))]
+    for s in (8, 32):
+        yield
+        small, large = ([halves(k, x, s) * decays.to_middle[s] for x in rows] for s in (s, 2 * s))
+        yield
+        scores = yield from _two_levels(scores, small, large, s, dtype)
+    return scores
+
+
+def _two_levels(scores, small, large, s, dtype):
+    """Scores [C,C] with those of the pairs that meet in the middles of blocks of 2 s tokens (``small``) and of 4 s, by one product."""
+    C = scores[0].shape[0]
+    queries = [x[n + s : n + 2 * s] for x in small for n in range(0, C, 2 * s)]
+    queries += [x[n + 2 * s : n + 4 * s] for x in large for n in range(0, C, 4 * s)]
+    # Keys stand where their columns are, but for those of the small blocks where the keys of the large blocks are.
+    small, large = small[0], large[0]
+    keys = [x for n in range(0, C, 4 * s) for x in (large[n : n + 2 * s], small[n + 2 * s : n + 3 * s], small[n : n + s])]
+    products = dot(jnp.concatenate(queries).astype(dtype), jnp.concatenate(keys).astype(dtype), (1, 1))
+    yield
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, C), 1)
+    results = []
+    for m, own in enumerate(scores):
+        of_small, of_large = (products[(m + x) * C // 2 : (m + x + 1) * C // 2] for x in (0, len(scores)))
+        blocks = []
+        for n in range(0, C, 4 * s):
+            first, second, across = of_small[n // 2 : n // 2 + s], of_small[n // 2 + s : n // 2 + 2 * s], of_large[n // 2 : n // 2 + 2 * s]
+            first = pltpu.roll(first, C - 3 * s, 1)
+            a, b, c, d = (own[n + x * s : n + (x + 1) * s] for x in range(4))
+            # What overwrites the columns of earlier blocks is overwritten itself: those are for the larger levels, which come later.
+            second = jnp.concatenate([c, jnp.where(lane < n + 3 * s, second, d)])
+            blocks += [a, jnp.where(lane < n + s, first, b), jnp.where(lane < n + 2 * s, across, second)]
+        results.append(jnp.concatenate(blocks))
+    return results

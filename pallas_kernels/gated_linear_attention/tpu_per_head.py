@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.gated_linear_attention.tpu_decays import as_wide, dot, per_head, running_sums
+from pallas_kernels.gated_linear_attention.tpu_decays import RESET, as_wide, dot, per_head, running_sums
 
 
 def operands(plan, log_decay, dtype):
     """What the kernels take for the log decays [B,HV/G,G,T]: their running sums."""
-    return (running_sums(log_decay, plan.tokens),)
+    return (running_sums(jnp.maximum(log_decay, RESET), plan.tokens),)
 
 
 def forward(plan, q_ref, k_ref, v_ref, sums_ref, initial_ref, o_ref, state_ref, states_ref):
@@ -37,9 +37,7 @@ def forward(plan, q_ref, k_ref, v_ref, sums_ref, initial_ref, o_ref, state_ref, 
         state_ref[0, h] = decays[h].total * state_ref[0, h] + written[h]
 
 
-def backward(
-    plan, q_ref, k_ref, v_ref, sums_ref, states_ref, d_o_ref, d_final_ref, d_q_ref, d_k_ref, d_v_ref, d_decay_ref, d_state_ref
-):
+def backward(plan, q_ref, k_ref, v_ref, sums_ref, states_ref, d_o_ref, d_final_ref, d_q_ref, d_k_ref, d_v_ref, d_decay_ref, d_state_ref):
     n = pl.program_id(2)
     C, dtype, (V, K) = plan.tokens, v_ref.dtype, d_state_ref.shape[2:]
 
