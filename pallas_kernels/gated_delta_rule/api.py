@@ -3,12 +3,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks, segments
-from pallas_kernels.gated_delta_rule import associative_scan, reference, xla
+from pallas_kernels.gated_delta_rule import associative_scan, reference, tpu, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.gated_delta_rule,
     "xla": xla.gated_delta_rule,
     "associative_scan": associative_scan.gated_delta_rule,
+    "pallas": tpu.gated_delta_rule,
 }
 
 
@@ -39,8 +40,9 @@ def gated_delta_rule(
     initial_state: [B,HV,K,V], of the document of the first real token; zeros where None.
     segment_ids: [B,T] int; the state starts at zero wherever the id changes. 0 marks padding, whatever it holds: it changes no state
         and its output is 0.
-    implementation: "reference" (token by token), "xla" (a scan over chunks), "associative_scan" (chunks combined in log2(T) steps),
-        or None for the fastest measured, which is "xla".
+    implementation: "reference" (token by token), "xla" (a scan over chunks), "associative_scan" (chunks combined in log2(T) steps) or
+        "pallas" (a TPU kernel for no decay and decays per head, interpreted on CPU; float32 and bfloat16). None takes the fastest
+        measured for the platform that the program is lowered for: "pallas" on TPU where it can, else "xla".
 
     Returns (output [B,T,HV,V] in v's dtype, final_state [B,HV,K,V] after the last real token): states, gates and sums are in float32,
     in float64 where an argument is. Products of float32 arrays follow ``jax.default_matmul_precision``; those that decide about
@@ -55,7 +57,8 @@ def gated_delta_rule(
     checks.check_segment_ids(name, segment_ids)
     if sizes["T"] == 0:
         raise ValueError(f"{name}: q has shape {q.shape}, needs at least one token")
-    run = checks.choose(name, IMPLEMENTATIONS, implementation, default="xla")
+    on_tpu = "pallas" if tpu.is_faster(q, k, v, beta, log_decay) else None
+    run = checks.choose(name, IMPLEMENTATIONS, implementation, default="xla", on_tpu=on_tpu)
 
     dtype = _state_dtype(q, k, v, beta, log_decay, initial_state)
     # Arrays made from others with zeros_like vary over the same axes of a mesh, as a loop's carry has to inside shard_map.
