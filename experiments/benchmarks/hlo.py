@@ -18,7 +18,7 @@ _INDEX = re.compile(r"index=(\d+)")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # Instructions that name, regroup or wait for data and move none.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "async-done", "after-all", "partition-id"}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done", "async-done", "after-all", "partition-id"}
 ALLOCATION = 'custom_call_target="AllocateBuffer"'
 CONTROL = {"while", "conditional", "call", "async-start"}
 
@@ -99,6 +99,9 @@ class Module:
             return 2 * hbm_bytes(arrays[instruction.operands[1]].type)
         if instruction.opcode == "copy-start":  # (destination, source, context)
             return hbm_bytes(instruction.type)
+        if instruction.opcode == "slice-start":  # ((source), destination, context), the destination's size read of the source
+            destination = _arrays(instruction.type)[1]
+            return array_bytes(destination) + hbm_bytes(destination)
         return hbm_bytes(instruction.type) + sum(hbm_bytes(arrays[name].type) for name in instruction.operands)
 
     def _read(self, computation, index, type) -> int:
@@ -136,6 +139,10 @@ def array_bytes(type: str) -> int:
 def hbm_bytes(type: str) -> int:
     """The same, without arrays that XLA keeps in another memory space, such as VMEM: ``S(1)`` in their layout."""
     return sum(_size(match) for match in _ARRAY.finditer(type) if "S(" not in (match[3] or ""))
+
+
+def _arrays(type: str) -> list[str]:
+    return [match[0] for match in _ARRAY.finditer(type)]
 
 
 def _size(match) -> int:

@@ -73,6 +73,20 @@ ENTRY %main (x.0: bf16[32,8]) -> f32[32,8] {
 """
 
 
+PREFETCH = """\
+HloModule jit_g
+ENTRY %main (x.0: s8[64]) -> s8[16] {
+  %x.0 = s8[64]{0:T(1024)(128)(4,1)} parameter(0)
+  %slice-start = ((s8[64]{0:T(1024)(128)(4,1)}), s8[16]{0:T(1024)(128)(4,1)S(1)}, s32[]{:S(2)}) slice-start(%x.0), slice={[0:16]}
+  ROOT %slice-done = s8[16]{0:T(1024)(128)(4,1)S(1)} slice-done(%slice-start)
+}
+"""
+
+
+def test_a_slice_fetched_ahead_is_read_once():
+    assert [(e.name, e.hbm_bytes) for e in hlo.Module(PREFETCH).executions] == [("slice-start", 16)]
+
+
 def test_instructions_are_counted_by_the_trips_of_loops_and_slices_by_what_they_read():
     found = {e.name: e for e in hlo.Module(MODULE).executions}
     assert found["wide"] == hlo.Execution("wide", 1, 32 * 8 * (2 + 4), True)
