@@ -18,7 +18,8 @@ _INDEX = re.compile(r"index=(\d+)")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # Instructions that name, regroup or wait for data and move none.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done", "async-done", "after-all", "partition-id"}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
+FREE |= {"copy-done", "slice-done", "async-done"}
 ALLOCATION = 'custom_call_target="AllocateBuffer"'
 CONTROL = {"while", "conditional", "call", "async-start"}
 
