@@ -24,10 +24,11 @@ def check_kernels(row, family):
     assert found == {"attention": {"attention": ["pallas"]}}
 
 
-def test_a_tiny_step_runs_the_kernels():
-    row = compiled(steps.Case("hgrn_r6:tiny", window=256), "tpu:v6e")
+@pytest.mark.parametrize("family", ["hgrn", "retnet", "gla", "gated_delta_net"])  # each kernel, on a mesh
+def test_a_tiny_step_runs_the_kernels(family):
+    row = compiled(steps.Case(f"{family}_r6:tiny", window=256), "tpu:v6e")
     assert row["devices"] == 4 and min(row["hbm_bytes"], row["held_bytes"]) > 1e6
-    check_kernels(row, "hgrn")
+    check_kernels(row, family)
 
 
 @pytest.mark.slow
