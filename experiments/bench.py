@@ -3,7 +3,7 @@
     python -m experiments.bench                                                  # time: every operator, implementation and shape
     python -m experiments.bench --operators=causal_conv --shapes='*340m' --dtype=bfloat16
     python -m experiments.bench --suite=memory                                   # scratch memory at T = 8192; compiles only
-    python -m experiments.bench --target=tpu:v6e --dtype=bfloat16                # a TPU's schedule, compiled without a TPU
+    python -m experiments.bench --target=tpu:v6e,tpu:v5p --dtype=bfloat16        # TPUs' schedules, compiled without a TPU
     python -m experiments.bench --suite=decode                                   # a token's time and the cache by context, with a plot
     python -m experiments.bench --suite=decode --configs=gla_r6,transformer --contexts=4096,32768 --batch=8
     python -m experiments.bench --target=tpu:v6e --suite=step --configs=gla_r6:1b3   # whole training steps: kernels, memory
@@ -36,7 +36,7 @@ SUITES = {suite.name: suite for suite in (timing.SUITE, memory.SUITE, decode.SUI
 TARGET_SUITES = {"operators": tpu_static.suite, "step": steps.suite}
 
 _SUITE = flags.DEFINE_enum("suite", "operators", sorted({*SUITES, *TARGET_SUITES}), "What to measure.")
-_TARGET = flags.DEFINE_enum("target", None, sorted(tpu_static.TARGETS), "A chip to compile for in place of measuring on the local device.")
+_TARGETS = flags.DEFINE_list("target", [], f"Chips to compile for in place of measuring here: {', '.join(tpu_static.TARGETS)}.")
 _OPERATORS = flags.DEFINE_list("operators", [], f"Of {', '.join(cases.OPERATORS)}; all by default.")
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", [], "Such as xla, pallas; all by default, and those two with --target.")
 _SHAPES = flags.DEFINE_list("shapes", [], "Names from the operators' shapes.py, such as *340m; all by default.")
@@ -53,31 +53,36 @@ def main(argv) -> int:
         try:
             if len(argv) > 1:
                 raise ValueError(f"unexpected argument {argv[1]!r}; the flags are in --help")
-            suite, results = _suite(stack)
+            suites, results = _suites(stack)
             selected = _selected(results)
         except (ValueError, tpu_static.NoCompiler) as error:
             sys.exit(f"experiments.bench: {error}")
         output = Path(_OUTPUT.value or Path(__file__).parent / "results" / f"{results}.jsonl")
         # Operators' float32 rows are float32 throughout: TPUs and GPUs would multiply with fewer bits by default.
-        exact = _DTYPE.value == "float32" and suite is not decode.SUITE
+        exact = _DTYPE.value == "float32" and _SUITE.value != "decode"
         stack.enter_context(jax.default_matmul_precision("highest" if exact else "default"))
-        done = rows.run([case for one in selected for case in suite.cases(one)], suite, output)
-    if suite.draw:
-        print(f"drawn in {suite.draw(done, output)}")
+        done = []
+        for suite in suites:
+            done += rows.run([case for one in selected for case in suite.cases(one)], suite, output)
+            if suite.draw:
+                print(f"drawn in {suite.draw(done, output)}")
     failures = [row for row in done if "failure" in row]
     print(f"{len(done)} rows, {len(failures)} of them failures, appended to {output}")
     return 1 if failures else 0
 
 
-def _suite(stack: contextlib.ExitStack) -> tuple[rows.Suite, str]:
-    """The suite that is asked for, and the name of the file its rows go to. Raises ValueError where there is no such one."""
-    on = TARGET_SUITES if _TARGET.value else SUITES
+def _suites(stack: contextlib.ExitStack) -> tuple[list[rows.Suite], str]:
+    """The suite that is asked for, of each target, and the name of the file its rows go to. Raises ValueError where there is no such one."""
+    targets, on = _TARGETS.value, TARGET_SUITES if _TARGETS.value else SUITES
     if _SUITE.value not in on:
-        remedy = "is measured on the local device: leave out --target" if _TARGET.value else "needs a --target"
+        remedy = "is measured on the local device: leave out --target" if targets else "needs a --target"
         raise ValueError(f"--suite={_SUITE.value} {remedy}")
-    if _TARGET.value:
-        return stack.enter_context(on[_SUITE.value](_TARGET.value)), "tpu_static"
-    return on[_SUITE.value], jax.devices()[0].platform
+    for target in targets:
+        if target not in tpu_static.TARGETS:
+            raise ValueError(f"--target={target}: no such chip; choose from {', '.join(tpu_static.TARGETS)}")
+    if targets:
+        return [stack.enter_context(on[_SUITE.value](target)) for target in targets], "tpu_static"
+    return [on[_SUITE.value]], jax.devices()[0].platform
 
 
 def _selected(results: str) -> list:
@@ -86,7 +91,7 @@ def _selected(results: str) -> list:
         return decode.select(_CONFIGS.value or decode.CONFIGS, _CONTEXTS.value, _BATCH.value)
     if _SUITE.value == "step":
         return steps.select(_CONFIGS.value or steps.CONFIGS)
-    implementations = _IMPLEMENTATIONS.value or (["xla", "pallas"] if _TARGET.value else [])
+    implementations = _IMPLEMENTATIONS.value or (["xla", "pallas"] if _TARGETS.value else [])
     selected = cases.select(_OPERATORS.value, implementations, _SHAPES.value, _DTYPE.value)
     if not implementations and results == "cpu":  # where kernels are interpreted: their time says nothing
         selected = [case for case in selected if case.implementation != "pallas"]
