@@ -72,7 +72,7 @@ def main(argv) -> int:
 
 
 def _suites(stack: contextlib.ExitStack) -> tuple[list[rows.Suite], str]:
-    """The suite that is asked for, of each target, and the name of the file its rows go to. Raises ValueError where there is no such one."""
+    """The suite that is asked for, of each target, and the name of its rows' file. Raises ValueError where there is no such one."""
     targets, on = _TARGETS.value, TARGET_SUITES if _TARGETS.value else SUITES
     if _SUITE.value not in on:
         remedy = "is measured on the local device: leave out --target" if targets else "needs a --target"

@@ -78,8 +78,9 @@ class Compiler:
         self._start()
 
     def _start(self):
-        os.environ.update(ENVIRONMENT, LIBTPU_INIT_ARGS=self._options)  # what a process finds when it is spawned
+        os.environ.update(ENVIRONMENT, LIBTPU_INIT_ARGS=self._options)  # what a process finds when it is spawned,
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self._pool.submit(os.getpid).result()  # which is now
 
     def cost(self, case: Case) -> dict:
         """:func:`compile_cost` in that process. Raises RuntimeError where it dies."""
