@@ -1,4 +1,4 @@
-"""The kernels of gated linear attention with a decay a head. See :mod:`.tpu`; states are [V,K] here."""
+"""The kernels of gated linear attention with a decay a head. See :mod:`.tpu`."""
 
 import jax
 import jax.numpy as jnp
@@ -12,34 +12,33 @@ def operands(plan, log_decay, dtype):
     return (running_sums(jnp.maximum(log_decay, RESET), plan.tokens),)
 
 
-def forward(plan, q_ref, k_ref, v_ref, sums_ref, initial_ref, o_ref, state_ref, states_ref):
-    n = pl.program_id(2)
-    dtype, (V, K) = v_ref.dtype, state_ref.shape[2:]
+def forward(plan, q_ref, k_ref, v_ref, sums_ref, initial_ref, o_ref, state_ref, *kept_refs):
+    C, dtype, (K, V) = plan.tokens, v_ref.dtype, state_ref.shape[2:]
 
-    @pl.when(n == 0)
+    @pl.when(pl.program_id(2) == 0)
     def _():
         state_ref[...] = initial_ref[...]
 
-    states_ref[0, 0] = state_ref[0].astype(dtype)
     heads = range(plan.heads)
     decays = per_head(sums_ref[0, 0])
     keys, values = ([slice(h * width, (h + 1) * width) for h in heads] for width in (K, V))
-    q, k, v = [q_ref[0, :, x] for x in keys], [k_ref[0, :, x] for x in keys], [v_ref[0, :, x] for x in values]
-    products = [dot(q[h], k[h], (1, 1)) for h in heads]
-    reads = [(q[h] * as_wide(decays[h].since_start, K)).astype(dtype) for h in heads]
-    read = [dot(reads[h], states_ref[0, 0, h], (1, 1)) for h in heads]
-    writes = [(v[h].T * decays[h].across).astype(dtype) for h in heads]
-    written = [dot(writes[h], k[h]) for h in heads]
-    scores = [(products[h] * decays[h].between).astype(dtype) for h in heads]
-    o = [dot(scores[h], v[h]) + read[h] for h in heads]
+    before = [state_ref[0, h].astype(dtype) for h in heads]
+    if kept_refs:
+        for h in heads:
+            kept_refs[0][0, 0, h] = before[h]
+    # Two products a head: the queries with the keys and the state, and the scores and the keys that are written with the values.
+    k_columns = [k_ref[0, :, x].T for x in keys]
+    met = [dot(q_ref[0, :, keys[h]], jnp.concatenate([k_columns[h], before[h]], axis=1)) for h in heads]
+    weights = [jnp.concatenate([met[h][:, :C] * decays[h].between, k_columns[h] * decays[h].across]).astype(dtype) for h in heads]
+    taken = [dot(weights[h], v_ref[0, :, values[h]]) for h in heads]
     for h in heads:
-        o_ref[0, :, values[h]] = (plan.scale * o[h]).astype(dtype)
-        state_ref[0, h] = decays[h].total * state_ref[0, h] + written[h]
+        o_ref[0, :, values[h]] = (plan.scale * (taken[h][:C] + as_wide(decays[h].since_start, V) * met[h][:, C:])).astype(dtype)
+        state_ref[0, h] = decays[h].total * state_ref[0, h] + taken[h][C:]
 
 
 def backward(plan, q_ref, k_ref, v_ref, sums_ref, states_ref, d_o_ref, d_final_ref, d_q_ref, d_k_ref, d_v_ref, d_decay_ref, d_state_ref):
     n = pl.program_id(2)
-    C, dtype, (V, K) = plan.tokens, v_ref.dtype, d_state_ref.shape[2:]
+    C, dtype, (K, V) = plan.tokens, v_ref.dtype, d_state_ref.shape[2:]
 
     @pl.when(n == 0)
     def _():
@@ -57,15 +56,15 @@ def backward(plan, q_ref, k_ref, v_ref, sums_ref, states_ref, d_o_ref, d_final_r
 
     products = [dot(q[h], k[h], (1, 1)) for h in heads]
     d_products = [dot(d_o[h], v[h], (1, 1)) * decays[h].between for h in heads]
-    d_reads = [dot(d_o[h], states_ref[0, 0, h]) for h in heads]
-    d_writes = [dot(v[h], d_next_operand[h]) for h in heads]
+    d_reads = [dot(d_o[h], states_ref[0, 0, h], (1, 1)) for h in heads]
+    d_writes = [dot(v[h], d_next_operand[h], (1, 1)) for h in heads]
     for h in heads:
         d_scores, scores = d_products[h].astype(dtype), (products[h] * decays[h].between).astype(dtype)
         d_q_ref[0, :, keys[h]] = (dot(d_scores, k[h]) + since_start[h] * d_reads[h]).astype(dtype)
         d_k_ref[0, :, keys[h]] = (dot(d_scores, q[h], (0, 0)) + until_end[h] * d_writes[h]).astype(dtype)
-        d_v = dot(scores, d_o[h], (0, 0)) + dot(writes[h].astype(dtype), d_next_operand[h], (1, 1))
+        d_v = dot(scores, d_o[h], (0, 0)) + dot(writes[h].astype(dtype), d_next_operand[h])
         d_v_ref[0, :, values[h]] = d_v.astype(dtype)
-        d_state_ref[0, h] = decays[h].total * d_next[h] + dot(d_o[h], reads[h].astype(dtype), (0, 0))
+        d_state_ref[0, h] = decays[h].total * d_next[h] + dot(reads[h].astype(dtype), d_o[h], (0, 0))
 
     # Of the log decay of token t: every pair j < t <= i, the reads of the state from t on, the writes to it before t, and the state.
     i, t = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
