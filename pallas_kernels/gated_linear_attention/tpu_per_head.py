@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.gated_linear_attention.tpu_decays import RESET, as_wide, dot, per_head, running_sums
+from pallas_kernels.gated_linear_attention.tpu_stages import run
 
 
 def operands(plan, log_decay, dtype):
@@ -19,21 +20,27 @@ def forward(plan, q_ref, k_ref, v_ref, sums_ref, initial_ref, o_ref, state_ref, 
     def _():
         state_ref[...] = initial_ref[...]
 
-    heads = range(plan.heads)
-    decays = per_head(sums_ref[0, 0])
-    keys, values = ([slice(h * width, (h + 1) * width) for h in heads] for width in (K, V))
-    before = [state_ref[0, h].astype(dtype) for h in heads]
+    before = [state_ref[0, h].astype(dtype) for h in range(plan.heads)]
     if kept_refs:
-        for h in heads:
-            kept_refs[0][0, 0, h] = before[h]
-    # Two products a head: the queries with the keys and the state, and the scores and the keys that are written with the values.
-    k_columns = [k_ref[0, :, x].T for x in keys]
-    met = [dot(q_ref[0, :, keys[h]], jnp.concatenate([k_columns[h], before[h]], axis=1)) for h in heads]
-    weights = [jnp.concatenate([met[h][:, :C] * decays[h].between, k_columns[h] * decays[h].across]).astype(dtype) for h in heads]
-    taken = [dot(weights[h], v_ref[0, :, values[h]]) for h in heads]
-    for h in heads:
-        o_ref[0, :, values[h]] = (plan.scale * (taken[h][:C] + as_wide(decays[h].since_start, V) * met[h][:, C:])).astype(dtype)
-        state_ref[0, h] = decays[h].total * state_ref[0, h] + taken[h][C:]
+        for h, state in enumerate(before):
+            kept_refs[0][0, 0, h] = state
+
+    def head(h):
+        keys, values = (slice(h * width, (h + 1) * width) for width in (K, V))
+        k_columns = k_ref[0, :, keys].T
+        decays = per_head(sums_ref[0, 0], h)
+        yield
+        # Two products: the queries with the keys and the state, and the scores and the keys that are written with the values.
+        met = dot(q_ref[0, :, keys], jnp.concatenate([k_columns, before[h]], axis=1))
+        yield
+        weights = jnp.concatenate([met[:, :C] * decays.between, k_columns * decays.across]).astype(dtype)
+        yield
+        taken = dot(weights, v_ref[0, :, values])
+        yield
+        o_ref[0, :, values] = (plan.scale * (taken[:C] + as_wide(decays.since_start, V) * met[:, C:])).astype(dtype)
+        state_ref[0, h] = decays.total * state_ref[0, h] + taken[C:]
+
+    run(head(h) for h in range(plan.heads))
 
 
 def backward(plan, q_ref, k_ref, v_ref, sums_ref, states_ref, d_o_ref, d_final_ref, d_q_ref, d_k_ref, d_v_ref, d_decay_ref, d_state_ref):
@@ -45,7 +52,7 @@ def backward(plan, q_ref, k_ref, v_ref, sums_ref, states_ref, d_o_ref, d_final_r
         d_state_ref[...] = d_final_ref[...]
 
     heads = range(plan.heads)
-    decays = per_head(sums_ref[0, 0])
+    decays = [per_head(sums_ref[0, 0], h) for h in heads]
     keys, values = ([slice(h * width, (h + 1) * width) for h in heads] for width in (K, V))
     q, k, v = [q_ref[0, :, x] for x in keys], [k_ref[0, :, x] for x in keys], [v_ref[0, :, x] for x in values]
     d_o = [(plan.scale * d_o_ref[0, :, x]).astype(dtype) for x in values]
