@@ -6,8 +6,8 @@ chunk of C tokens that starts from the state S, with c_i the sum of the log deca
     o_i = scale * (sum_{j<=i} (q_i . k_j) exp(c_i - c_j) v_j + exp(c_i) S^T q_i)     S' = exp(c_C) S + sum_j exp(c_C - c_j) k_j v_j^T
 
 where a decay is one number or one a channel of k: :mod:`.tpu_per_head` and :mod:`.tpu_per_channel` have the kernels' bodies,
-:mod:`.tpu_decays` how exp(c_i - c_j) is computed. Inside, a state is [V,K], so that a decay a channel is a row. The backward
-pass reads the state before each chunk, which forward keeps in the operands' dtype, and computes the rest again.
+:mod:`.tpu_decays` how exp(c_i - c_j) is computed. With decays a channel a state is [V,K] inside, so that they are a row. The
+backward pass reads the state before each chunk, which forward then keeps in the operands' dtype, and computes the rest again.
 
 A new document is a log decay of RESET at its first token, which no state survives; padding has neither keys nor decay.
 """
