@@ -6,8 +6,8 @@ chunk of C tokens that starts from the state S, with c_i the sum of the log deca
     o_i = scale * (sum_{j<=i} (q_i . k_j) exp(c_i - c_j) v_j + exp(c_i) S^T q_i)     S' = exp(c_C) S + sum_j exp(c_C - c_j) k_j v_j^T
 
 where a decay is one number or one a channel of k: :mod:`.tpu_per_head` and :mod:`.tpu_per_channel` have the kernels' bodies,
-:mod:`.tpu_decays` how exp(c_i - c_j) is computed. Inside, a state is [V,K], so that a decay a channel is a row. The backward
-pass reads the state before each chunk, which forward keeps in the operands' dtype, and computes the rest again.
+:mod:`.tpu_decays` how exp(c_i - c_j) is computed. With decays a channel a state is [V,K] inside, so that they are a row. The
+backward pass reads the state before each chunk, which forward then keeps in the operands' dtype, and computes the rest again.
 
 A new document is a log decay of RESET at its first token, which no state survives; padding has neither keys nor decay.
 """
@@ -81,8 +81,13 @@ def gated_linear_attention(q, k, v, log_decay, initial_state, segments: Segments
         log_decay = jnp.pad(log_decay, [(0, 0), (0, -T % plan.tokens), (0, 0)])
         log_decay = jnp.moveaxis(log_decay, 1, 2).reshape(B, HV // heads, heads, -1)
     state = jnp.pad(initial_state.astype(jnp.float32), [(0, 0), (0, 0), (0, -K % LANES), (0, -V % LANES)])
-    o, final_state = _run(plan, columns(q), columns(k), columns(v), log_decay, jnp.swapaxes(state, 2, 3))
-    return o.reshape(B, o.shape[1], HV, -1)[:, :T, :, :V], jnp.swapaxes(final_state, 2, 3)[:, :, :K, :V]
+    o, final_state = _run(plan, columns(q), columns(k), columns(v), log_decay, _oriented(plan, state))
+    return o.reshape(B, o.shape[1], HV, -1)[:, :T, :, :V], _oriented(plan, final_state)[:, :, :K, :V]
+
+
+def _oriented(plan, state):
+    """[B,HV,K,V] as the kernels of the kind of decay have it, and back."""
+    return jnp.swapaxes(state, 2, 3) if plan.kernels is tpu_per_channel else state
 
 
 def _like(x, other):
@@ -101,12 +106,13 @@ class Plan(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(plan, q, k, v, log_decay, initial_state):
-    return _run_forward(plan, q, k, v, log_decay, initial_state)[0]
+    decays = plan.kernels.operands(plan, log_decay, v.dtype)
+    return _forward_call(plan, q, k, v, decays, initial_state, keep=False)
 
 
 def _run_forward(plan, q, k, v, log_decay, initial_state):
     decays = plan.kernels.operands(plan, log_decay, v.dtype)
-    o, final_state, *kept = _forward_call(plan, q, k, v, decays, initial_state)
+    o, final_state, *kept = _forward_call(plan, q, k, v, decays, initial_state, keep=True)
     return (o, final_state), (q, k, v, decays, kept)
 
 
@@ -125,13 +131,14 @@ class _Blocks(NamedTuple):
     values: pl.BlockSpec  # [B,T,HV V]
     decays: tuple[pl.BlockSpec, ...]  # of the ``operands`` of the kind of decay: a head [B,HV/G,2G,T]; a channel as the keys, and constants
     d_decays: pl.BlockSpec  # a head: [B,HV/G,G,T]; a channel: as the keys
-    state: pl.BlockSpec  # [B,HV,V,K]
-    kept: tuple[pl.BlockSpec, ...]  # the states [B,N,HV,V,K]; for decays a channel, the scores [B,T,HV C]
+    state: pl.BlockSpec  # [B,HV,K,V]; for decays a channel [B,HV,V,K]
+    kept: tuple[pl.BlockSpec, ...]  # the states before each chunk [B,N,HV,K,V] or [B,N,HV,V,K]; for decays a channel, the scores [B,T,HV C]
 
     @classmethod
-    def of(cls, plan: Plan, q, decays, state_shape, reverse: bool) -> "_Blocks":
-        C, G, (HV, V, K) = plan.tokens, plan.heads, state_shape[-3:]
-        N = q.shape[1] // C
+    def of(cls, plan: Plan, q, v, decays, state_shape, reverse: bool) -> "_Blocks":
+        C, G, (HV, *state) = plan.tokens, plan.heads, state_shape[-3:]
+        (B, T, K), V = (*q.shape[:2], q.shape[2] // HV), v.shape[2] // HV
+        N = T // C
 
         def at(n):
             return N - 1 - n if reverse else n
@@ -143,14 +150,14 @@ class _Blocks(NamedTuple):
             return pl.BlockSpec((1, 1, count, C), lambda b, h, n: (b, h, 0, at(n)))
 
         per_channel = plan.kernels is tpu_per_channel
-        states = pl.BlockSpec((1, 1, G, V, K), lambda b, h, n: (b, at(n), h, 0, 0))
+        states = pl.BlockSpec((1, 1, G, *state), lambda b, h, n: (b, at(n), h, 0, 0))
         return cls(
-            grid=(q.shape[0], HV // G, N),
+            grid=(B, HV // G, N),
             keys=tokens(K),
             values=tokens(V),
             decays=(tokens(K) if per_channel else rows(2 * G), *(pl.BlockSpec(x.shape, lambda b, h, n: (0, 0)) for x in decays[1:])),
             d_decays=tokens(K) if per_channel else rows(G),
-            state=pl.BlockSpec((1, G, V, K), lambda b, h, n: (b, h, 0, 0)),
+            state=pl.BlockSpec((1, G, *state), lambda b, h, n: (b, h, 0, 0)),
             kept=(states, tokens(C)) if per_channel else (states,),
         )
 
@@ -158,27 +165,27 @@ class _Blocks(NamedTuple):
 _PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def _forward_call(plan, q, k, v, decays, initial_state):
-    """(o [B,T,HV V], the final state [B,HV,V,K], and what is kept for the backward pass, see :class:`_Blocks`)."""
-    blocks = _Blocks.of(plan, q, decays, initial_state.shape, reverse=False)
-    B, HV, V, K = initial_state.shape
-    kept = [(B, blocks.grid[2], HV, V, K), (B, q.shape[1], HV * plan.tokens)][: len(blocks.kept)]
+def _forward_call(plan, q, k, v, decays, initial_state, keep: bool):
+    """(o [B,T,HV V], the final state) and, if asked to keep it for the backward pass, in v's dtype, what :class:`_Blocks` has."""
+    blocks = _Blocks.of(plan, q, v, decays, initial_state.shape, reverse=False)
+    B, HV, *state = initial_state.shape
+    kept = [(B, blocks.grid[2], HV, *state), (B, q.shape[1], HV * plan.tokens)][: len(blocks.kept) if keep else 0]
     kept = [jax.ShapeDtypeStruct(shape, v.dtype) for shape in kept]
     return platforms.pallas_call(
         partial(plan.kernels.forward, plan),
         name="gated_linear_attention_forward",
         grid=blocks.grid,
         in_specs=[blocks.keys, blocks.keys, blocks.values, *blocks.decays, blocks.state],
-        out_specs=[blocks.values, blocks.state, *blocks.kept],
+        out_specs=[blocks.values, blocks.state, *blocks.kept[: len(kept)]],
         out_shape=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(initial_state.shape, jnp.float32), *kept),
         compiler_params=_PARAMS,
-        cost_estimate=_cost(plan, K, (q, k, v, v, decays[0], *kept), products=(2, 2)),
+        cost_estimate=_cost(plan, HV, (q, k, v, v, decays[0], *kept), products=(2, 2)),
     )(q, k, v, *decays, initial_state)
 
 
 def _backward_call(plan, q, k, v, decays, kept, d_o, d_final_state):
     """The gradients of q, k, v, log_decay and the initial state."""
-    blocks = _Blocks.of(plan, q, decays, d_final_state.shape, reverse=True)
+    blocks = _Blocks.of(plan, q, v, decays, d_final_state.shape, reverse=True)
     d_decays = decays[0] if plan.kernels is tpu_per_channel else decays[0][:, :, : plan.heads]
     return platforms.pallas_call(
         partial(plan.kernels.backward, plan),
@@ -188,15 +195,15 @@ def _backward_call(plan, q, k, v, decays, kept, d_o, d_final_state):
         out_specs=[blocks.keys, blocks.keys, blocks.values, blocks.d_decays, blocks.state],
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, d_decays, d_final_state)),
         compiler_params=_PARAMS,
-        cost_estimate=_cost(plan, d_final_state.shape[-1], (q, k, v, *kept, v, q, k, v, d_decays, d_decays), products=(6, 4)),
+        cost_estimate=_cost(plan, d_final_state.shape[1], (q, k, v, *kept, v, q, k, v, d_decays, d_decays), products=(6, 4)),
     )(q, k, v, *decays, *kept, d_o, d_final_state)
 
 
-def _cost(plan, K, moved, products) -> pl.CostEstimate:
+def _cost(plan, heads, moved, products) -> pl.CostEstimate:
     """``products``: how many are over pairs of tokens, and how many meet the state; XLA's own estimates take it from here."""
     (B, T, width), v, (pairs, meetings) = moved[0].shape, moved[2], products
     return pl.CostEstimate(
-        flops=2 * B * T * v.shape[2] * (pairs * plan.tokens + meetings * K),
+        flops=2 * B * T * v.shape[2] * (pairs * plan.tokens + meetings * width // heads),
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
-        transcendentals=B * T * (width // K) * plan.tokens,
+        transcendentals=B * T * heads * plan.tokens,
     )

@@ -56,27 +56,22 @@ def running_sums(log_decay: jax.Array, tokens: int) -> jax.Array:
     return jnp.einsum("bhgnt,ti->bhgni", chunks, upper, precision=jax.lax.Precision.HIGHEST).reshape(parts.shape)
 
 
-def per_head(sums: jax.Array) -> list[Decays]:
-    """The :func:`running_sums` [2G,C] of a chunk -> the decays of each head."""
+def per_head(sums: jax.Array, head: int) -> Decays:
+    """The decays of a head by the :func:`running_sums` [2G,C] of a chunk."""
     G, C = sums.shape[0] // 2, sums.shape[1]
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    columns = sums.T  # [C,2G]
-    heads = []
-    for head in range(G):
-        coarse_j, fine_j = sums[head : head + 1], sums[G + head : G + head + 1]
-        coarse_i, fine_i = (jnp.broadcast_to(columns[:, g : g + 1], (C, LANES)) for g in (head, G + head))
-        coarse_end, fine_end = coarse_j[:, C - 1 :], fine_j[:, C - 1 :]
-        log_between = (as_wide(coarse_i, C) - coarse_j) + (as_wide(fine_i, C) - fine_j)
-        heads.append(
-            Decays(
-                between=jnp.exp(jnp.where(i >= j, log_between, -jnp.inf)),
-                since_start=jnp.exp(coarse_i + fine_i),
-                until_end=jnp.exp((coarse_end - coarse_i) + (fine_end - fine_i)),
-                across=jnp.exp((coarse_end - coarse_j) + (fine_end - fine_j)),
-                total=jnp.exp(coarse_end + fine_end),
-            )
-        )
-    return heads
+    columns = sums.T  # [C,2G], for all heads the same
+    coarse_j, fine_j = sums[head : head + 1], sums[G + head : G + head + 1]
+    coarse_i, fine_i = (jnp.broadcast_to(columns[:, g : g + 1], (C, LANES)) for g in (head, G + head))
+    coarse_end, fine_end = coarse_j[:, C - 1 :], fine_j[:, C - 1 :]
+    log_between = (as_wide(coarse_i, C) - coarse_j) + (as_wide(fine_i, C) - fine_j)
+    return Decays(
+        between=jnp.exp(jnp.where(i >= j, log_between, -jnp.inf)),
+        since_start=jnp.exp(coarse_i + fine_i),
+        until_end=jnp.exp((coarse_end - coarse_i) + (fine_end - fine_i)),
+        across=jnp.exp((coarse_end - coarse_j) + (fine_end - fine_j)),
+        total=jnp.exp(coarse_end + fine_end),
+    )
 
 
 class ChannelDecays(NamedTuple):

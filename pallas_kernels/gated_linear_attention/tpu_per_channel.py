@@ -31,14 +31,17 @@ def _heads(plan, log_decay_ref, spans_ref, head):
     run(pair(h) for h in range(0, plan.heads, side))
 
 
-def forward(plan, q_ref, k_ref, v_ref, log_decay_ref, spans_ref, _, initial_ref, o_ref, state_ref, states_ref, scores_ref):
+def forward(plan, q_ref, k_ref, v_ref, log_decay_ref, spans_ref, _, initial_ref, o_ref, state_ref, *kept_refs):
     C, dtype, (V, K) = plan.tokens, v_ref.dtype, state_ref.shape[2:]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         state_ref[...] = initial_ref[...]
 
-    states_ref[0, 0] = state_ref[0].astype(dtype)
+    before = state_ref[0].astype(dtype)
+    if kept_refs:
+        states_ref, scores_ref = kept_refs
+        states_ref[0, 0] = before
 
     def head(h, decays):
         keys, values, pairs = (slice(h * width, (h + 1) * width) for width in (K, V, C))
@@ -46,10 +49,11 @@ def forward(plan, q_ref, k_ref, v_ref, log_decay_ref, spans_ref, _, initial_ref,
         (scores,) = yield from channel_scores([q], k, decays, dtype)
         reads, scores = (q * decays.since_start).astype(dtype), scores.astype(dtype)
         yield
-        scores_ref[0, :, pairs] = scores
-        yield
+        if kept_refs:
+            scores_ref[0, :, pairs] = scores
+            yield
         # One product over the tokens of the chunk and the state before it.
-        o = dot(jnp.concatenate([scores, reads], axis=1), jnp.concatenate([v, states_ref[0, 0, h].T]))
+        o = dot(jnp.concatenate([scores, reads], axis=1), jnp.concatenate([v, before[h].T]))
         yield
         o_ref[0, :, values] = (plan.scale * o).astype(dtype)
         yield
