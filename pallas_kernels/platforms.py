@@ -36,6 +36,11 @@ def generation() -> str | None:
     return GENERATIONS.get(device.device_kind)
 
 
+def cores() -> int:
+    """TensorCores of the device a program is traced for, which share the parallel axes of a kernel's grid."""
+    return {"v4": 2, "v5p": 2}.get(generation(), 1)
+
+
 def is_partitioned() -> bool:
     """Whether XLA partitions the program over the mesh in force, which it cannot do with a kernel: only ``shard_map`` can."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -51,7 +51,7 @@ def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments
     B, T, HV, V = v.shape
     K, dtype = q.shape[3], v.dtype
     blocking = TUNED.get(platforms.generation(), DEFAULT) if dtype == jnp.bfloat16 else DEFAULT
-    heads = blocking.heads_a_step(HV, K * V * dtype.itemsize)
+    heads = blocking.heads_a_step(B, HV, K * V * dtype.itemsize)
 
     beta, log_decay = beta.astype(jnp.float32), log_decay.astype(jnp.float32)
     q, k = (jnp.repeat(x.astype(dtype), HV // q.shape[2], axis=2) for x in (q, k))

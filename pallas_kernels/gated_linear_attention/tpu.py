@@ -34,9 +34,9 @@ class Blocking(NamedTuple):
     heads: int
     state_bytes: int
 
-    def heads_a_step(self, heads: int, state_bytes: int) -> int:
-        """The largest number that divides ``heads`` and is within the limits, for states of ``state_bytes`` a head."""
-        most = min(self.heads, max(1, self.state_bytes // state_bytes))
+    def heads_a_step(self, B: int, heads: int, state_bytes: int) -> int:
+        """The largest number that divides ``heads``, is within the limits for states of ``state_bytes`` a head, and leaves no core idle."""
+        most = min(self.heads, max(1, self.state_bytes // state_bytes), max(1, B * heads // platforms.cores()))
         return next(n for n in range(most, 0, -1) if heads % n == 0)
 
 
@@ -60,7 +60,7 @@ def gated_linear_attention(q, k, v, log_decay, initial_state, segments: Segments
     B, T, HV, V = v.shape
     K, dtype = q.shape[3], v.dtype
     blocking = TUNED.get(platforms.generation(), DEFAULT) if dtype == jnp.bfloat16 else DEFAULT
-    heads = blocking.heads_a_step(HV, K * V * dtype.itemsize)
+    heads = blocking.heads_a_step(B, HV, K * V * dtype.itemsize)
     plan = Plan(scale, blocking.tokens, heads, tpu_per_channel if log_decay.ndim == 4 else tpu_per_head)
 
     log_decay = log_decay.astype(jnp.float32)
