@@ -33,6 +33,7 @@ from pallas_kernels.segments import Segments
 DEFAULT = Blocking(tokens=128, heads=4, state_bytes=2**18)
 LARGER = Blocking(tokens=128, heads=8, state_bytes=2**19)
 TUNED = {"v5e": LARGER, "v5p": LARGER, "tpu7x": LARGER, "v6e": LARGER}
+TUNED_PER_CHANNEL = {name: LARGER for name in TUNED if name != "v5p"}  # where eight heads' backward pass does not fit
 
 
 def is_faster(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None) -> bool:
@@ -51,9 +52,11 @@ def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments
     checks.check_kernel_dtypes("gated_delta_rule", q=q, k=k, v=v, beta=beta, log_decay=log_decay)
     B, T, HV, V = v.shape
     K, dtype = q.shape[3], v.dtype
-    blocking = TUNED.get(platforms.generation(), DEFAULT) if dtype == jnp.bfloat16 else DEFAULT
+    per_channel = log_decay.ndim == 4
+    tuned = TUNED_PER_CHANNEL if per_channel else TUNED
+    blocking = tuned.get(platforms.generation(), DEFAULT) if dtype == jnp.bfloat16 else DEFAULT
     heads = blocking.heads_a_step(HV, K * V * dtype.itemsize)
-    plan = Plan(scale, blocking.tokens, heads, per_channel=log_decay.ndim == 4)
+    plan = Plan(scale, blocking.tokens, heads, per_channel)
 
     beta, log_decay = beta.astype(jnp.float32), log_decay.astype(jnp.float32)
     q, k = (jnp.repeat(x.astype(dtype), HV // q.shape[2], axis=2) for x in (q, k))
@@ -70,7 +73,7 @@ def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments
         return jnp.moveaxis(x, 1, 2).reshape(B, HV // heads, heads, -1)
 
     state = jnp.pad(initial_state.astype(jnp.float32), [(0, 0), (0, 0), (0, -K % LANES), (0, -V % LANES)])
-    log_decay = columns(log_decay) if plan.per_channel else rows(jnp.maximum(log_decay, RESET))
+    log_decay = columns(log_decay) if per_channel else rows(jnp.maximum(log_decay, RESET))
     o, final_state = _run(plan, columns(q), columns(k), columns(v), rows(beta), log_decay, plan.turned(state))
     return o.reshape(B, o.shape[1], HV, -1)[:, :T, :, :V], plan.turned(final_state)[:, :, :K, :V]
 
