@@ -78,7 +78,7 @@ def both_passes(case: Case) -> Iterable[Case]:
 
 
 def select(operators: list[str], implementations: list[str], shapes: list[str], dtype: str) -> list[Case]:
-    """The forward cases asked for by patterns of names, of shapes that the implementation takes; an empty list stands for all.
+    """The forward cases asked for by patterns of names; an empty list stands for all.
 
     Raises ValueError for a pattern that fits nothing.
     """
@@ -91,14 +91,8 @@ def select(operators: list[str], implementations: list[str], shapes: list[str], 
         for name, shape in named[operator].items()
         if name in shapes
         for implementation in api(operator).IMPLEMENTATIONS
-        if implementation in implementations and _takes(operator, implementation, shape)
+        if implementation in implementations
     ]
-
-
-def _takes(operator: str, implementation: str, shape) -> bool:
-    """Where an operator's shapes.py has ``takes``, its answer; other operators' implementations take every shape."""
-    takes = getattr(importlib.import_module(f"pallas_kernels.{operator}.shapes"), "takes", None)
-    return takes is None or takes(implementation, shape)
 
 
 def _matching(flag: str, patterns: list[str], known: Iterable[str]) -> list[str]:

@@ -28,14 +28,10 @@ SHAPES = {
     "delta_net_1b3": Shape(B=1, T=2048, H=16, HV=16, K=128, V=128, decay="none"),
     "gated_delta_net_340m": Shape(B=1, T=2048, H=4, HV=4, K=256, V=256, decay="head"),
     "gated_delta_net_1b3": Shape(B=1, T=2048, H=8, HV=8, K=256, V=256, decay="head"),
+    "kda_4k": Shape(B=1, T=4096, H=8, HV=8, K=128, V=128, decay="channel"),
     "kda_340m": Shape(B=1, T=2048, H=8, HV=8, K=128, V=128, decay="channel"),
     "kda_1b3": Shape(B=1, T=2048, H=16, HV=16, K=128, V=128, decay="channel"),
 }
-
-
-def takes(implementation: str, shape: Shape) -> bool:
-    """Whether ``implementation`` takes such arrays: the TPU kernel has no decays a channel."""
-    return implementation != "pallas" or shape.decay != "channel"
 
 
 def inputs(shape: Shape, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Array]:

@@ -23,7 +23,11 @@ def together(work: Iterable[Generator]) -> Generator[None, None, list]:
     return results
 
 
-def run(work: Iterable[Generator]) -> None:
-    """Run generators to their ends, a stage each in turn."""
-    for _ in together(work):
-        pass
+def run(work: Iterable[Generator]) -> list:
+    """Run generators to their ends, a stage each in turn, and return what they return."""
+    stages = together(work)
+    while True:
+        try:
+            next(stages)
+        except StopIteration as end:
+            return end.value

@@ -1,4 +1,4 @@
-"""The TPU kernel of the gated delta rule with no decay or one a head, interpreted: against the reference in float64, and its contract."""
+"""The TPU kernels of the gated delta rule, interpreted: against the reference in float64, and its contract."""
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,10 @@ def errors(case, segment_ids, dtype=np.float32, seed=1):
         Case(1, "fixed", H=1, HV=2),
         Case(256, "fixed", "weak", B=1, H=1, HV=1, K=130, V=4),  # wider than a register
         Case(30, "head", B=1, H=3, HV=9, documents=True),  # heads that no group of eight divides
+        pytest.param(Case(1, "channel", B=1, H=1, HV=1), marks=pytest.mark.slow),
+        pytest.param(Case(256, "channel", "weak", B=1, H=1, HV=1, K=130, V=4), marks=pytest.mark.slow),
+        pytest.param(Case(150, "channel", B=1, H=1, HV=1, keys="long"), marks=pytest.mark.slow),
+        pytest.param(Case(30, "channel", B=1, H=3, HV=9, documents=True), marks=pytest.mark.slow),
     ],
     ids=lambda case: "-".join(str(x) for x in case),
 )
@@ -40,8 +44,9 @@ def test_matches_the_reference(case):
 
 
 @pytest.mark.parametrize("decays", ["mixed", "strong", "weak", "zero"])
-def test_any_decay_and_documents_anywhere(decays):
-    case = Case(300, "head", decays, documents=True, H=1, HV=2)  # three chunks
+@pytest.mark.parametrize("axes", ["head", "channel"])
+def test_any_decay_and_documents_anywhere(axes, decays):
+    case = Case(300, axes, decays, documents=True, H=1, HV=2)  # three chunks
     for seed in range(3):
         found = errors(case, documents_of(case, seed), seed=seed)
         assert max(found.values()) < 2e-6, (seed, found)
@@ -73,10 +78,18 @@ def test_the_inverse(keys):
         assert relative_error(found, expected) < bound, (keys, dtype)
 
 
-@pytest.mark.parametrize("dtype, bound", [(np.float32, 2e-6), (jnp.bfloat16, 8e-3)])
-def test_no_races_and_nothing_read_before_it_is_written(capsys, dtype, bound):
+@pytest.mark.parametrize(
+    "axes, dtype, bound",
+    [
+        ("head", np.float32, 2e-6),
+        ("head", jnp.bfloat16, 8e-3),
+        ("channel", jnp.bfloat16, 8e-3),
+        pytest.param("channel", np.float32, 2e-6, marks=pytest.mark.slow),
+    ],
+)
+def test_no_races_and_nothing_read_before_it_is_written(capsys, axes, dtype, bound):
     interpreter = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
-    case = Case(143, "head", B=2, H=1, HV=2)
+    case = Case(143, axes, B=2, H=1, HV=2 if axes == "head" else 1)
     segment_ids = np.tile(ROWS, (1, 11))[2:4]  # padding left, right, between and inside
     with pltpu.force_tpu_interpret_mode(interpreter):
         found = errors(case, segment_ids, dtype)
@@ -113,9 +126,6 @@ def test_checkpoint_and_vmap():
 
 
 def test_what_the_kernel_does_not_take_is_refused_by_name_and_not_chosen():
-    channel = {name: jnp.asarray(x, jnp.float32) for name, x in example(0, Case(5, "channel")).items()}
-    with pytest.raises(ValueError, match=r"log_decay is \[B,T,HV,K\], implementation='pallas' needs \[B,T,HV\], \[HV\] or None"):
-        gated_delta_rule(**channel, implementation="pallas")
     with jax.enable_x64(True):
         double = example(0, Case(5, "none"))
         with pytest.raises(ValueError, match="q has dtype float64, needs float32 or bfloat16 for implementation='pallas'"):
@@ -123,7 +133,7 @@ def test_what_the_kernel_does_not_take_is_refused_by_name_and_not_chosen():
         assert gated_delta_rule(**double)[0].dtype == jnp.float64
 
 
-@pytest.mark.parametrize("axes", ["none", "head"])
+@pytest.mark.parametrize("axes", ["none", "head", "channel"])
 def test_chosen_where_it_is_lowered_for_a_tpu(axes):
     arguments = {name: jnp.asarray(x, jnp.float32) for name, x in example(0, Case(140, axes, H=1, HV=1)).items()}
     program = jax.jit(lambda arguments: gated_delta_rule(**arguments))
