@@ -25,8 +25,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import checks, platforms
 from pallas_kernels.gated_delta_rule import tpu_backward, tpu_forward, tpu_per_channel
 from pallas_kernels.gated_delta_rule.tpu_gates import HEADS
+from pallas_kernels.gated_linear_attention import tpu_layout
 from pallas_kernels.gated_linear_attention.tpu import Blocking
-from pallas_kernels.gated_linear_attention.tpu_decays import LANES, RESET, running_sums
+from pallas_kernels.gated_linear_attention.tpu_decays import RESET, running_sums
 from pallas_kernels.segments import Segments
 
 # Within the VMEM of all generations; those tuned, for bfloat16, within that of their own.
@@ -61,26 +62,15 @@ def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments
     beta, log_decay = beta.astype(jnp.float32), log_decay.astype(jnp.float32)
     q, k = (jnp.repeat(x.astype(dtype), HV // q.shape[2], axis=2) for x in (q, k))
     if segments is not None:
-        log_decay = jnp.where(_like(segments.starts, log_decay), RESET, log_decay)
-        q, k, v, beta, log_decay = (jnp.where(_like(segments.real, x), x, 0) for x in (q, k, v, beta, log_decay))
+        log_decay = jnp.where(tpu_layout.like(segments.starts, log_decay), RESET, log_decay)
+        q, k, v, beta, log_decay = (jnp.where(tpu_layout.like(segments.real, x), x, 0) for x in (q, k, v, beta, log_decay))
 
-    def columns(x):  # [B,T,HV,width] -> [B,N C,HV W], W whole registers
-        x = jnp.pad(x, [(0, 0), (0, -T % blocking.tokens), (0, 0), (0, -x.shape[3] % LANES)])
-        return x.reshape(*x.shape[:2], -1)
-
-    def rows(x):  # [B,T,HV] -> [B,HV/G,G,N C]
-        x = jnp.pad(x, [(0, 0), (0, -T % blocking.tokens), (0, 0)])
-        return jnp.moveaxis(x, 1, 2).reshape(B, HV // heads, heads, -1)
-
-    state = jnp.pad(initial_state.astype(jnp.float32), [(0, 0), (0, 0), (0, -K % LANES), (0, -V % LANES)])
+    columns = partial(tpu_layout.columns, tokens=plan.tokens)
+    rows = partial(tpu_layout.rows, tokens=plan.tokens, heads=heads)
+    state = tpu_layout.padded_state(initial_state)
     log_decay = columns(log_decay) if per_channel else rows(jnp.maximum(log_decay, RESET))
     o, final_state = _run(plan, columns(q), columns(k), columns(v), rows(beta), log_decay, plan.turned(state))
     return o.reshape(B, o.shape[1], HV, -1)[:, :T, :, :V], plan.turned(final_state)[:, :, :K, :V]
-
-
-def _like(x, other):
-    """[B,T] with as many axes as ``other``."""
-    return x.reshape(*x.shape, *[1] * (other.ndim - 2))
 
 
 class Plan(NamedTuple):
@@ -190,7 +180,7 @@ def _forward_call(plan, q, k, v, gates, initial_state, keep: bool):
         out_shape=out_shape,
         scratch_shapes=[pltpu.VMEM((plan.heads, *state_shape), jnp.float32)],
         compiler_params=_PARAMS,
-        cost_estimate=_cost(plan, HV, (q, k, v, *out_shape), products=(6, 3)),
+        cost_estimate=tpu_layout.cost(plan.tokens, HV, (q, k, v, *out_shape), products=(6, 3)),
     )(q, k, v, *gates, initial_state)
 
 
@@ -211,15 +201,5 @@ def _backward_call(plan, q, k, v, gates, kept, d_o, d_final_state):
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, *d_gates, d_final_state)),
         scratch_shapes=[pltpu.VMEM((plan.heads, *state_shape), jnp.float32)],
         compiler_params=_PARAMS,
-        cost_estimate=_cost(plan, HV, (q, k, v, q, k, v, v, *d_gates, *kept), products=(11, 6)),
+        cost_estimate=tpu_layout.cost(plan.tokens, HV, (q, k, v, q, k, v, v, *d_gates, *kept), products=(11, 6)),
     )(q, k, v, *gates, *kept, d_o, d_final_state)
-
-
-def _cost(plan, heads, moved, products) -> pl.CostEstimate:
-    """``products``: how many are over pairs of tokens, and how many meet the state; XLA's own estimates take it from here."""
-    (B, T, width), v, (pairs, meetings) = moved[0].shape, moved[2], products
-    return pl.CostEstimate(
-        flops=2 * B * T * v.shape[2] * (pairs * plan.tokens + meetings * width // heads),
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
-        transcendentals=B * T * heads * plan.tokens,
-    )

@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import checks, platforms
-from pallas_kernels.gated_linear_attention import tpu_per_channel, tpu_per_head
-from pallas_kernels.gated_linear_attention.tpu_decays import LANES, RESET
+from pallas_kernels.gated_linear_attention import tpu_layout, tpu_per_channel, tpu_per_head
+from pallas_kernels.gated_linear_attention.tpu_decays import RESET
 from pallas_kernels.segments import Segments
 
 
@@ -68,19 +68,12 @@ def gated_linear_attention(q, k, v, log_decay, initial_state, segments: Segments
         log_decay = jnp.broadcast_to(log_decay, (B, T, HV))
     q, k = (jnp.repeat(x.astype(dtype), HV // q.shape[2], axis=2) for x in (q, k))
     if segments is not None:
-        q, k, v, log_decay = (jnp.where(_like(segments.real, x), x, 0) for x in (q, k, v, log_decay))
-        log_decay = jnp.where(_like(segments.starts, log_decay), RESET, log_decay)
+        q, k, v, log_decay = (jnp.where(tpu_layout.like(segments.real, x), x, 0) for x in (q, k, v, log_decay))
+        log_decay = jnp.where(tpu_layout.like(segments.starts, log_decay), RESET, log_decay)
 
-    def columns(x):  # [B,T,HV,width] -> [B,N C,HV W], W whole registers
-        x = jnp.pad(x, [(0, 0), (0, -T % plan.tokens), (0, 0), (0, -x.shape[3] % LANES)])
-        return x.reshape(*x.shape[:2], -1)
-
-    if log_decay.ndim == 4:
-        log_decay = columns(log_decay)
-    else:
-        log_decay = jnp.pad(log_decay, [(0, 0), (0, -T % plan.tokens), (0, 0)])
-        log_decay = jnp.moveaxis(log_decay, 1, 2).reshape(B, HV // heads, heads, -1)
-    state = jnp.pad(initial_state.astype(jnp.float32), [(0, 0), (0, 0), (0, -K % LANES), (0, -V % LANES)])
+    columns = partial(tpu_layout.columns, tokens=plan.tokens)
+    log_decay = columns(log_decay) if log_decay.ndim == 4 else tpu_layout.rows(log_decay, plan.tokens, heads)
+    state = tpu_layout.padded_state(initial_state)
     o, final_state = _run(plan, columns(q), columns(k), columns(v), log_decay, _oriented(plan, state))
     return o.reshape(B, o.shape[1], HV, -1)[:, :T, :, :V], _oriented(plan, final_state)[:, :, :K, :V]
 
@@ -88,11 +81,6 @@ def gated_linear_attention(q, k, v, log_decay, initial_state, segments: Segments
 def _oriented(plan, state):
     """[B,HV,K,V] as the kernels of the kind of decay have it, and back."""
     return jnp.swapaxes(state, 2, 3) if plan.kernels is tpu_per_channel else state
-
-
-def _like(x, other):
-    """[B,T] with as many axes as ``other``."""
-    return x.reshape(*x.shape, *[1] * (other.ndim - 2))
 
 
 class Plan(NamedTuple):
@@ -179,7 +167,7 @@ def _forward_call(plan, q, k, v, decays, initial_state, keep: bool):
         out_specs=[blocks.values, blocks.state, *blocks.kept[: len(kept)]],
         out_shape=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(initial_state.shape, jnp.float32), *kept),
         compiler_params=_PARAMS,
-        cost_estimate=_cost(plan, HV, (q, k, v, v, decays[0], *kept), products=(2, 2)),
+        cost_estimate=tpu_layout.cost(plan.tokens, HV, (q, k, v, v, decays[0], *kept), products=(2, 2)),
     )(q, k, v, *decays, initial_state)
 
 
@@ -195,15 +183,7 @@ def _backward_call(plan, q, k, v, decays, kept, d_o, d_final_state):
         out_specs=[blocks.keys, blocks.keys, blocks.values, blocks.d_decays, blocks.state],
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, d_decays, d_final_state)),
         compiler_params=_PARAMS,
-        cost_estimate=_cost(plan, d_final_state.shape[1], (q, k, v, *kept, v, q, k, v, d_decays, d_decays), products=(6, 4)),
+        cost_estimate=tpu_layout.cost(
+            plan.tokens, d_final_state.shape[1], (q, k, v, *kept, v, q, k, v, d_decays, d_decays), products=(6, 4)
+        ),
     )(q, k, v, *decays, *kept, d_o, d_final_state)
-
-
-def _cost(plan, heads, moved, products) -> pl.CostEstimate:
-    """``products``: how many are over pairs of tokens, and how many meet the state; XLA's own estimates take it from here."""
-    (B, T, width), v, (pairs, meetings) = moved[0].shape, moved[2], products
-    return pl.CostEstimate(
-        flops=2 * B * T * v.shape[2] * (pairs * plan.tokens + meetings * width // heads),
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
-        transcendentals=B * T * heads * plan.tokens,
-    )
