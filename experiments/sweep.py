@@ -2,9 +2,11 @@
 
     python -m experiments.sweep --size=tiny --config.train.steps=50            # all 31 models of the study
     python -m experiments.sweep --size=tiny --models='gla_*,transformer'       # some of them
+    python -m experiments.sweep --size=tiny --seeds=1,2,3                      # each of them three times
     python -m experiments.sweep --size=tiny --rows=experiments/results/tiny.jsonl
 
-Every run has its own folder, SWEEP/NAME-SIZE, and log; run the same command again to continue: runs that ended are not
+Every run has its own folder, SWEEP/NAME-SIZE (with --seeds NAME-SIZE-sSEED), and log; `python -m experiments.report
+--runs='SWEEP/*'` makes tables and figures of them. Run the same command again to continue: runs that ended are not
 repeated. Exit code 1 where any run failed; the table names it and its log.
 """
 
@@ -13,7 +15,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from rich.console import Console
@@ -25,6 +27,7 @@ from hybrid_jax.config import ConfigError
 
 SIZE = flags.DEFINE_string("size", "tiny", "Of the models: tiny, 340m or 1b3.")
 MODELS = flags.DEFINE_list("models", ["*"], "Names, with wildcards, of files in experiments/configs.")
+SEEDS = flags.DEFINE_list("seeds", [], "Train each model with each of these seeds; the configuration's own if not given.")
 FOLDER = flags.DEFINE_string("sweep", "runs/sweep", "Folder of the runs.")
 ROWS = flags.DEFINE_string("rows", None, "JSON lines file that each run's summary is appended to, once all have ended.")
 
@@ -38,11 +41,29 @@ def chosen(patterns: list[str]) -> list[str]:
     return [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
-def train(name: str, size: str, folder: Path, overrides: list[str]) -> dict[str, Any] | None:
+class Job(NamedTuple):
+    """One run of a sweep."""
+
+    model: str  # a file of experiments/configs
+    size: str
+    seed: str | None
+
+    @property
+    def name(self) -> str:
+        """Of its folder and log."""
+        return f"{self.model}-{self.size}" + ("" if self.seed is None else f"-s{self.seed}")
+
+    @property
+    def flags(self) -> list[str]:
+        """What tells it from the others on the command line."""
+        return [f"--config=configs/{self.model}.py:{self.size}", *([] if self.seed is None else [f"--config.train.seed={self.seed}"])]
+
+
+def train(job: Job, folder: Path, overrides: list[str]) -> dict[str, Any] | None:
     """The summary of one run, trained in a process of its own; None where it failed."""
-    workdir = folder / f"{name}-{size}"
-    command = [sys.executable, "-m", "experiments.train", f"--config=configs/{name}.py:{size}", f"--workdir={workdir}", *overrides]
-    with (folder / f"{name}-{size}.log").open("a") as log:
+    workdir = folder / job.name
+    command = [sys.executable, "-m", "experiments.train", *job.flags, f"--workdir={workdir}", *overrides]
+    with (folder / f"{job.name}.log").open("a") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     return json.loads((workdir / "summary.json").read_text()) if done.returncode == 0 else None
 
@@ -58,22 +79,23 @@ def row(name: str, summary: dict[str, Any] | None, log: Path) -> list[str]:
 
 
 def main(overrides: list[str]) -> int:
-    names, size, folder = chosen(MODELS.value), SIZE.value, Path(FOLDER.value)
-    for name in names:  # a mistake in any of them is told before the first one starts
-        cli.load_run([f"--config=configs/{name}.py:{size}", *overrides], "")
+    jobs = [Job(name, SIZE.value, seed) for name in chosen(MODELS.value) for seed in SEEDS.value or [None]]
+    folder = Path(FOLDER.value)
+    for job in jobs:  # a mistake in any of them is told before the first one starts
+        cli.load_run([*job.flags, *overrides], "")
     folder.mkdir(parents=True, exist_ok=True)
     summaries: dict[str, dict[str, Any] | None] = {}
     columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(highlight=False)) as progress:
-        task = progress.add_task("", total=len(names))
-        for name in names:
-            progress.update(task, description=f"{name}:{size}")
-            summaries[name] = train(name, size, folder, overrides)
+        task = progress.add_task("", total=len(jobs))
+        for job in jobs:
+            progress.update(task, description=job.name)
+            summaries[job.name] = train(job, folder, overrides)
             progress.advance(task)
 
-    table = Table("model", "parameters", "steps", "held-out loss", "bits per byte", "recall", "tokens/s", title=f"{size}, {folder}")
+    table = Table("run", "parameters", "steps", "held-out loss", "bits per byte", "recall", "tokens/s", title=f"{SIZE.value}, {folder}")
     for name, summary in summaries.items():
-        table.add_row(*row(name, summary, folder / f"{name}-{size}.log"))
+        table.add_row(*row(name, summary, folder / f"{name}.log"))
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
     if ROWS.value and all(summaries.values()):
         with Path(ROWS.value).open("a") as file:

@@ -35,7 +35,7 @@ def claim(workdir: Path, config: RunConfig) -> None:
         refused = [
             (path, old, new)
             for path, old, new in differences(read_config(workdir), config)
-            if not (_is_free(path) or untrained and (path in GIVEN or not path.startswith("model.")))
+            if not (is_free(path) or untrained and (path in GIVEN or not path.startswith("model.")))
         ]
         if refused:
             shown = "; ".join(f"{path}: {old!r} -> {new!r}" for path, old, new in refused)
@@ -81,7 +81,8 @@ def _flat(values: dict, prefix: str = "") -> dict:
     return pairs
 
 
-def _is_free(path: str) -> bool:
+def is_free(path: str) -> bool:
+    """Whether runs that differ in the field at ``path`` alone are one run, started differently."""
     return any(path == free or path.startswith(free + ".") for free in FREE)
 
 

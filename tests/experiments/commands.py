@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, convert, generate, train
+from experiments import cli, convert, generate, report, train
 from experiments import eval as evaluation
 from hybrid_jax import sharding
 from hybrid_jax.config import to_dict
@@ -47,7 +47,7 @@ def run(main, *arguments: str, devices: int | None = 1) -> Result:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended, Captured() as captured:
         patch.setattr(sharding, "make_mesh", lambda config, given=None: make_mesh(config, given or jax.devices()[:devices]))
-        start = cli.start_without_config if main in (evaluation.main, convert.main, generate.main) else cli.start
+        start = cli.start_without_config if main in (evaluation.main, convert.main, generate.main, report.main) else cli.start
         start(main, ["command", *arguments])
     return Result(ended.value.code, captured.out, captured.err)
 

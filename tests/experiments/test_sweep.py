@@ -6,6 +6,7 @@ import pytest
 from absl import flags
 
 from experiments import sweep
+from experiments.sweep import Job
 from hybrid_jax.config import ConfigError
 
 SUMMARY = {
@@ -22,14 +23,14 @@ def started(tmp_path, monkeypatch):
     flags.FLAGS(["sweep", f"--sweep={tmp_path / 'runs'}", f"--rows={tmp_path / 'rows.jsonl'}", "--models=gla_r6,retnet_r3"])
     names = []
 
-    def train(name, size, folder, overrides):
-        names.append((name, size, overrides))
-        return None if name == "retnet_r3" else SUMMARY
+    def train(job, folder, overrides):
+        names.append((job, overrides))
+        return None if job.model == "retnet_r3" else SUMMARY
 
     monkeypatch.setattr(sweep, "train", train)
     yield names
     flags.FLAGS.unparse_flags()
-    for name in ("sweep", "rows", "models"):
+    for name in ("sweep", "rows", "models", "seeds"):
         flags.FLAGS[name].unparse()
 
 
@@ -42,7 +43,7 @@ def test_wildcards_choose_models_in_order():
 
 def test_a_failed_run_is_named_and_the_others_are_kept(started, capsys, tmp_path):
     assert sweep.main(["--config.train.steps=5"]) == 1
-    assert started == [(name, "tiny", ["--config.train.steps=5"]) for name in ("gla_r6", "retnet_r3")]
+    assert started == [(Job(name, "tiny", None), ["--config.train.steps=5"]) for name in ("gla_r6", "retnet_r3")]
     printed = capsys.readouterr().out
     assert "1,234" in printed and "2.2500" in printed and "50.0%" in printed and "failed" in printed
     assert not (tmp_path / "rows.jsonl").exists()
@@ -53,6 +54,14 @@ def test_summaries_are_gathered(started, tmp_path):
     assert sweep.main([]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert rows == [SUMMARY] * 5
+
+
+def test_each_seed_is_a_run_of_its_own(started):
+    flags.FLAGS["models"].value, flags.FLAGS["seeds"].value = ["gla_r6"], ["3", "4"]
+    assert sweep.main([]) == 0
+    jobs = [job for job, _ in started]
+    assert [job.name for job in jobs] == ["gla_r6-tiny-s3", "gla_r6-tiny-s4"]
+    assert jobs[1].flags == ["--config=configs/gla_r6.py:tiny", "--config.train.seed=4"]
 
 
 def test_a_mistake_is_told_before_anything_starts(started):

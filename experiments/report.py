@@ -1,0 +1,43 @@
+"""Collect what runs came to into the study's tables and figures, beside the numbers it published.
+
+    python -m experiments.report --runs='runs/sweep/*'                        # writes report/report.md, scores.csv and pictures
+    python -m experiments.report --runs='runs/a/*,runs/b/*' --output=study --context=32768
+
+--runs are folders of training runs (or of converted checkpoints) that were evaluated: by training itself, or by
+`python -m experiments.eval` with any of its suites. Runs that differ in nothing but their seed are one model, whose
+scores are means, ± their standard deviation.
+"""
+
+import glob
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli
+from hybrid_jax.config import ConfigError
+
+RUNS = flags.DEFINE_list("runs", None, "Folders of runs, with wildcards; others than runs are passed over.")
+OUTPUT = flags.DEFINE_string("output", "report", "Folder to write to.")
+CONTEXT = flags.DEFINE_integer(
+    "context", None, "Tokens of context at which costs are given; by default the training window.", lower_bound=1
+)
+
+
+def main() -> int:
+    if not RUNS.value:
+        raise ConfigError("give the folders of runs, such as --runs='runs/sweep/*'")
+    folders = [Path(name) for pattern in RUNS.value for name in sorted(glob.glob(pattern))]
+    folders = [folder for folder in folders if (folder / "config.json").exists()]
+    if not folders:
+        raise ConfigError(f"--runs={','.join(RUNS.value)} matches no folder of a run (with a config.json)")
+
+    from experiments.reports import collect, write
+
+    runs = [collect.read(folder) for folder in folders]
+    file = write.report(runs, CONTEXT.value or max(run.config.data.window for run in runs), Path(OUTPUT.value))
+    print(f"{len(runs)} runs, written to {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.start_without_config(main)

@@ -1,0 +1,114 @@
+"""Runs, as a report sees them: which model of the study each is, what it costs, and what was measured of it."""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybrid_jax import costs
+from hybrid_jax.config import NAMES, Attention, ConfigError, ModelConfig, RunConfig
+from hybrid_jax.train.workdir import differences, evaluation_file, is_free, read_config, saved_steps
+
+RATIOS = ("pure", "24:1", "12:1", "6:1", "3:1", "full")  # in order of the share of full attention, as the study's figures have them
+SIZES = {1024: "340M", 2048: "1.3B"}  # by model.width
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model, at its newest evaluated step."""
+
+    workdir: Path
+    config: RunConfig
+    step: int
+    scores: dict[str, float]  # by measure: "bits_per_byte", "mqar", "lm/arc_easy", "ruler/average", "mqar/8x64", ...
+    notes: tuple[str, ...] = ()  # what a reader of its scores must know, such as substitutes for texts
+
+    @property
+    def model(self) -> tuple[str, str, str]:
+        """(size, family, ratio): what runs of different seeds have in common."""
+        return size(self.config.model), NAMES[type(self.config.model.mixer)], ratio(self.config.model)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A measure over the seeds of one model."""
+
+    mean: float
+    spread: float | None  # the sample standard deviation; None of a single seed
+    seeds: int
+
+
+def size(model: ModelConfig) -> str:
+    """What the study calls it, or the width."""
+    return SIZES.get(model.width, f"width {model.width}")
+
+
+def ratio(model: ModelConfig) -> str:
+    """ "pure", "6:1" (every 6th layer is full attention), "full", or the list of such layers where it is none of these."""
+    if isinstance(model.mixer, Attention):
+        return "full"
+    if model.attention_layers:
+        return "at " + ",".join(map(str, model.attention_layers))
+    if model.ratio is None:
+        return "pure"
+    return f"{model.ratio}:1" + (" after" if model.ratio_reading == "after" else "")
+
+
+def read(workdir: Path) -> Run:
+    """The run in ``workdir``. Raises ConfigError where there is none, or nothing was measured of it."""
+    config = read_config(workdir)
+    steps = [step for step in saved_steps(workdir) if evaluation_file(workdir, step).exists() or any(suite_files(workdir, step))]
+    if not steps:
+        raise ConfigError(
+            f"{workdir} has no evaluation of any of its checkpoints: evaluate it (python -m experiments.eval --workdir={workdir}), "
+            "or leave it out of --runs"
+        )
+    step = steps[-1]
+    scores, notes = {}, []
+    if evaluation_file(workdir, step).exists():
+        found = json.loads(evaluation_file(workdir, step).read_text())
+        names = {"loss": "loss", "bits_per_byte": "bits_per_byte", "mqar_accuracy": "mqar"}
+        scores |= {name: found[key] for key, name in names.items() if key in found}
+    for file in suite_files(workdir, step):
+        suite = file.name.removesuffix(f"-{step}.json")
+        found = json.loads(file.read_text())
+        scores |= {f"{suite}/{name}": value for name, value in found["scores"].items()}
+        notes += [f"{suite}: {note}" for note in found.get("notes", ())]
+    return Run(workdir, config, step, scores, tuple(notes))
+
+
+def suite_files(workdir: Path, step: int) -> list[Path]:
+    """What `experiments.eval --suite=...` wrote of a step."""
+    return sorted((workdir / "evals").glob(f"*-{step}.json"))
+
+
+def over_seeds(runs: Iterable[Run]) -> dict[tuple[str, str, str], dict[str, Score]]:
+    """{(size, family, ratio): {measure: Score}}. Raises ConfigError where two runs of one model differ in more than their seed."""
+    models: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        models[run.model].append(run)
+    return {model: _scores(found) for model, found in models.items()}
+
+
+def _scores(runs: list[Run]) -> dict[str, Score]:
+    for run in runs[1:]:
+        _check_same(runs[0], run)
+    measures = dict.fromkeys(name for run in runs for name in run.scores)
+    values = {name: [run.scores[name] for run in runs if name in run.scores] for name in measures}
+    return {name: Score(statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None, len(v)) for name, v in values.items()}
+
+
+def _check_same(one: Run, other: Run) -> None:
+    changed = [path for path, *_ in differences(one.config, other.config) if path != "train.seed" and not is_free(path)]
+    if changed or one.config.train.seed == other.config.train.seed:
+        what = f"differ in {', '.join(changed)}" if changed else f"have the same seed, {one.config.train.seed}"
+        raise ConfigError(
+            f"{one.workdir} and {other.workdir} are both {' '.join(one.model)} and {what}: give --runs of one recipe, a seed each"
+        )
+
+
+def costs_of(model: ModelConfig, context: int) -> dict[str, float]:
+    """ "flops": of a token's forward pass at ``context`` tokens; "bytes": of state and cache of one sequence of that length."""
+    return {"flops": costs.flops_per_token(model, context), "bytes": costs.state_bytes(model) + costs.cache_bytes(model, context)}

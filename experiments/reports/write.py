@@ -1,0 +1,59 @@
+"""A report's folder: report.md with its tables, scores.csv, and the pictures."""
+
+from pathlib import Path
+
+from experiments.reports import collect, figures, tables
+from experiments.reports.collect import Run
+from experiments.reports.tables import Measure
+
+RECALL = ("ruler/average", "mqar")  # the first that runs have is what costs are held against
+SUITES = {"lm": "Language modelling by task (%)", "ruler": "RULER by task and group (%)", "mqar": "MQAR by pairs x length (%)"}
+
+
+def report(runs: list[Run], context: int, folder: Path) -> Path:
+    """Write the report on ``runs`` into ``folder``, costs at ``context`` tokens; its Markdown file."""
+    models = collect.over_seeds(runs)
+    costs = {run.model: collect.costs_of(run.config.model, context) for run in runs}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scores.csv").write_text(tables.to_csv(models, costs))
+    parts = ["# Report", _about(runs, models)]
+    for size in sorted({model[0] for model in models}):
+        parts += _of_size(models, costs, size, context, folder)
+    if notes := dict.fromkeys(note for run in runs for note in run.notes):
+        parts += ["## Notes", "\n".join(f"* {note}" for note in notes)]
+    file = folder / "report.md"
+    file.write_text("\n\n".join(parts) + "\n")
+    return file
+
+
+def _about(runs: list[Run], models: tables.Models) -> str:
+    seeds = sorted({run.config.train.seed for run in runs})
+    steps = sorted({run.step for run in runs})
+    return (
+        f"{len(runs)} runs of {len(models)} models, seeds {', '.join(map(str, seeds))}, evaluated at step {', '.join(map(str, steps))}. "
+        "Means over seeds, ± their standard deviation. In brackets what the study published, from one seed."
+    )
+
+
+def _of_size(models: tables.Models, costs: dict, size: str, context: int, folder: Path) -> list[str]:
+    parts, stem = [f"## {size}"], size.replace(" ", "_")
+    measured = {name for model, scores in models.items() if model[0] == size for name in scores}
+    for measure in tables.BY_RATIO:
+        if measure.name in measured:
+            source = f" In brackets: the study's {measure.table}." if measure.table and size in ("340M", "1.3B") else ""
+            parts += [f"### {measure.title}{' (%)' if measure.percent else ''}", source.strip(), tables.by_ratio(models, size, measure)]
+    for suite, title in SUITES.items():
+        if table := tables.by_task(models, size, suite):
+            parts += [f"### {title}", table]
+    pictures = [
+        figures.by_ratio(models, size, folder / f"by_ratio_{stem}.png"),
+        figures.ruler_groups(models, size, folder / f"ruler_groups_{stem}.png"),
+        *(figures.pareto(models, costs, size, m, context, folder / f"pareto_{stem}.png") for m in _recall(measured)),
+    ]
+    parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})" for picture in pictures if picture]
+    return [part for part in parts if part]
+
+
+def _recall(measured: set[str]) -> list[Measure]:
+    known = {measure.name: measure for measure in tables.BY_RATIO}
+    return [known[name] for name in RECALL if name in measured][:1]

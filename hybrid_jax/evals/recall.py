@@ -1,0 +1,60 @@
+"""Multi-query associative recall over numbers of pairs and lengths, those of training and others."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from hybrid_jax.data import DataError, mqar, pipeline
+from hybrid_jax.model import Model
+from hybrid_jax.train.loss import cross_entropy
+
+
+def evaluate(
+    model: Model, *, pairs: Sequence[int], lengths: Sequence[int], alphabet: int, examples: int = 256, batch: int = 32
+) -> dict[str, Any]:
+    """The share of answers that ``model`` has right, for every number of pairs and length in tokens that go together.
+
+    pairs, lengths: of :class:`hybrid_jax.data.mqar.Task`; a length under 4 * pairs, or more pairs than the alphabet, is left out.
+    alphabet: how many keys, values and fillers there are; the one that the model was trained on.
+    examples: problems of each kind, the same for every model. batch: how many the model reads at once.
+
+    Returns {"settings": ..., "scores": {"PAIRSxLENGTH": share}}. Raises DataError where no problem is left, or the alphabet is too
+    large for the vocabulary.
+    """
+    tasks = list(_tasks(pairs, lengths, alphabet))
+    if not tasks:
+        raise DataError(
+            f"no MQAR problem has {_several(pairs)} pairs in {_several(lengths)} tokens of an alphabet of {alphabet}: "
+            "give lengths >= 4 * pairs, and pairs <= alphabet"
+        )
+    vocabulary = model.tokenizer.vocabulary if model.tokenizer else model.config.vocabulary
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    def answers(params, rows):
+        model = nnx.merge(graph, params)
+        hidden = model.hidden(rows["tokens"], rows["segment_ids"])
+        losses = cross_entropy(hidden, model.output_kernel(), rows["targets"], rows["weights"])
+        return losses.correct, losses.weight
+
+    def share(task: mqar.Task) -> float:
+        batches = pipeline.mqar_evaluation_batches(task, rows=examples, batch=batch, window=task.length, vocabulary=vocabulary)
+        right, asked = np.sum([jax.device_get(answers(params, rows)) for rows in batches], axis=0, dtype=np.float64)
+        return float(right / asked)
+
+    scores = {f"{task.pairs}x{task.length}": share(task) for task in tasks}
+    return {"settings": {"alphabet": alphabet, "examples": examples}, "scores": scores}
+
+
+def _tasks(pairs: Sequence[int], lengths: Sequence[int], alphabet: int) -> Iterator[mqar.Task]:
+    for P in pairs:
+        for L in lengths:
+            if L >= 4 * P and P <= alphabet:
+                yield mqar.Task(P, L, alphabet)
+
+
+def _several(values: Sequence[int]) -> str:
+    return " or ".join(map(str, values))

@@ -1,0 +1,155 @@
+"""The report: every number is a run's or the study's, means are over seeds, and what can not be put together is refused."""
+
+import csv
+import dataclasses
+import json
+import statistics
+
+import pytest
+from absl import flags
+
+from experiments import cli, report
+from experiments.reports import collect, figures, published, tables
+from experiments.reports.collect import Score
+from hybrid_jax.config import ConfigError, to_dict
+from tests.experiments.commands import run
+
+RUNS = ("gla_pure", "gla_r6", "hgrn2_pure", "hgrn2_r6", "transformer")
+
+
+def write_run(folder, name, seed=1, size="1b3", loss=2.0, recall=0.5, step=10, evals=(), **changes):
+    """A run's folder without its parameters."""
+    config = cli.load_run([f"--config=configs/{name}.py:{size}"], "").config
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed), **changes)
+    workdir = folder / f"{name}-s{seed}"
+    (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(to_dict(config)))
+    (workdir / f"eval-{step}.json").write_text(
+        json.dumps({"step": step, "loss": loss, "bits_per_byte": loss / 2, "mqar_accuracy": recall, "loss_by_position": [loss]})
+    )
+    for suite, scores in dict(evals).items():
+        (workdir / "evals").mkdir(exist_ok=True)
+        (workdir / "evals" / f"{suite}-{step}.json").write_text(json.dumps({"scores": scores, "notes": [f"{suite} with substitutes"]}))
+    return workdir
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, name in enumerate(RUNS):
+        for seed in (1, 2, 3):
+            ruler = {"average": 0.1 * i + 0.01 * seed, "MK": 0.2, "Single": 0.3, "niah_single_1": 0.4}
+            write_run(tmp_path / "runs", name, seed, loss=2 + i + 0.1 * seed, evals={"ruler": ruler, "lm": {"average": 0.5, "piqa": 0.6}})
+    (tmp_path / "runs" / "notes").mkdir()  # no run
+    (tmp_path / "runs" / "gla_pure.log").write_text("")
+    return tmp_path
+
+
+def made(folder, *arguments):
+    result = run(report.main, f"--runs={folder}/runs/*", f"--output={folder}/out", *arguments)
+    for name in ("runs", "output", "context"):
+        flags.FLAGS[name].unparse()
+    return result
+
+
+def test_a_report_of_everything(folder):
+    result = made(folder, "--context=32768")
+    assert result.code == 0, result.err
+    assert "15 runs" in result.out
+    text = (folder / "out" / "report.md").read_text()
+    assert "15 runs of 5 models, seeds 1, 2, 3, evaluated at step 10" in text
+    assert "* ruler: ruler with substitutes" in text
+    row = next(line for line in text.splitlines() if line.startswith("| 6:1 |") and "study: 43.4" in line)
+    assert row == "| 6:1 | 32.0 ± 1.0 (study: 43.4) | 12.0 ± 1.0 (study: 33.0) | 22.0 |"  # HGRN2, GLA, their mean
+    for name in ("by_ratio", "ruler_groups", "pareto"):
+        assert (folder / "out" / f"{name}_1.3B.png").stat().st_size > 10_000
+        assert f"({name}_1.3B.png)" in text
+    with (folder / "out" / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    cell = next(row for row in rows if (row["family"], row["ratio"], row["measure"]) == ("gla", "6:1", "ruler/average"))
+    assert float(cell["mean"]) == pytest.approx(0.12) and float(cell["spread"]) == pytest.approx(0.01)
+    assert cell["seeds"] == "3" and float(cell["published"]) == 0.330
+
+
+def test_means_and_spreads_are_over_seeds(tmp_path):
+    runs = [collect.read(write_run(tmp_path, "gla_r6", seed, loss=loss)) for seed, loss in ((1, 2.0), (2, 2.5), (3, 4.0))]
+    ((model, scores),) = collect.over_seeds(runs).items()
+    assert model == ("1.3B", "gla", "6:1")
+    assert scores["loss"] == Score(pytest.approx(17 / 6), pytest.approx(statistics.stdev([2, 2.5, 4])), 3)
+    alone = collect.over_seeds(runs[:1])[model]["loss"]
+    assert alone == Score(2.0, None, 1)
+
+
+def test_the_newest_evaluated_step_is_read(tmp_path):
+    workdir = write_run(tmp_path, "gla_r6", step=10)
+    (workdir / "checkpoints" / "20").mkdir()
+    assert collect.read(workdir).step == 10
+    (workdir / "eval-10.json").unlink()
+    with pytest.raises(ConfigError, match="has no evaluation of any of its checkpoints: evaluate it"):
+        collect.read(workdir)
+
+
+def test_what_models_are_called():
+    names = {name: cli.load_run([f"--config=configs/{name}.py:tiny"], "").config.model for name in cli.known_configs()}
+    assert collect.ratio(names["gla_r24"]) == "24:1" and collect.ratio(names["gla_pure"]) == "pure"
+    assert collect.ratio(names["transformer"]) == "full" and collect.size(names["gla_pure"]) == "width 128"
+    assert {collect.ratio(model) for model in names.values()} == set(collect.RATIOS)
+    assert collect.ratio(dataclasses.replace(names["gla_r6"], ratio_reading="after", layers=7)) == "6:1 after"
+    assert collect.ratio(dataclasses.replace(names["gla_r6"], ratio=None, attention_layers=(1, 3))) == "at 1,3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give the folders of runs"),
+        (["--runs=nowhere/*"], "--runs=nowhere/\\* matches no folder of a run"),
+    ],
+)
+def test_nothing_to_report(arguments, message):
+    result = run(report.main, *arguments)
+    flags.FLAGS["runs"].unparse()
+    assert result.code == 2
+    assert message.replace("\\", "") in result.err
+
+
+def test_runs_that_are_not_of_one_recipe_are_refused(tmp_path):
+    one, same = write_run(tmp_path / "a", "gla_r6", 1), write_run(tmp_path / "b", "gla_r6", 1)
+    with pytest.raises(ConfigError, match="are both 1.3B gla 6:1 and have the same seed, 1: give --runs of one recipe"):
+        collect.over_seeds(map(collect.read, (one, same)))
+    base = cli.load_run(["--config=configs/gla_r6.py:1b3"], "").config
+    other = write_run(tmp_path / "c", "gla_r6", 2, optimizer=dataclasses.replace(base.optimizer, learning_rate=0.1))
+    with pytest.raises(ConfigError, match="and differ in optimizer.learning_rate"):
+        collect.over_seeds(map(collect.read, (one, other)))
+
+
+def test_the_studys_numbers_agree_among_themselves():
+    """Table 6's averages are the means of its groups (three, one, one, three, two, two and one tasks), but for the Transformer's."""
+    sizes = {"MK": 3, "MQ": 1, "MV": 1, "Single": 3, "CWE+FWE": 2, "QA": 2, "VT": 1}
+    averages = {("delta_net", "3:1"): 0.426, ("gla", "3:1"): 0.365, ("gated_delta_net", "3:1"): 0.440, ("hgrn2", "6:1"): 0.434}
+    for model, average in averages.items():
+        scores = published.scores("1.3B")[model]
+        assert sum(count * scores[f"ruler/{group}"] for group, count in sizes.items()) / 13 == pytest.approx(average, abs=1e-3)
+    for size in ("340M", "1.3B"):
+        for (family, ratio), scores in published.scores(size).items():
+            tasks = [value for name, value in scores.items() if name.startswith("lm/") and name != "lm/average"]
+            if tasks:
+                assert len(tasks) == 6 and statistics.fmean(tasks) == pytest.approx(scores["lm/average"], abs=1.1e-3), (size, family, ratio)
+    assert not published.scores("width 128")
+
+
+def test_costs_are_the_models_own():
+    hybrid, transformer = (cli.load_run([f"--config=configs/{name}.py:1b3"], "").config.model for name in ("gla_r6", "transformer"))
+    at = {context: (collect.costs_of(hybrid, context), collect.costs_of(transformer, context)) for context in (4096, 8192)}
+    assert at[8192][1]["bytes"] == 2 * at[4096][1]["bytes"]
+    grown = [at[8192][i]["bytes"] - at[4096][i]["bytes"] for i in (0, 1)]
+    assert grown[1] == 6 * grown[0]  # every sixth layer keeps keys and values
+
+
+def test_the_front_is_what_nothing_cheaper_beats():
+    points = {"a": (1, 0.1), "b": (2, 0.1), "c": (3, 0.5), "d": (3, 0.4), "e": (9, 0.6)}
+    assert figures.frontier(points) == ["a", "c", "e"]
+
+
+def test_a_table_without_hybrids():
+    models = {("width 64", "attention", "full"): {"mqar": Score(0.5, None, 1)}}
+    measure = next(m for m in tables.BY_RATIO if m.name == "mqar")
+    assert tables.by_ratio(models, "width 64", measure).splitlines()[-1] == "| Transformer | 50.0 |"
