@@ -1,0 +1,39 @@
+"""What a model writes after prompts of tokens, many of them, as texts."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from hybrid_jax.evals.processes import shared
+from hybrid_jax.generation import Session
+from hybrid_jax.model import Model
+from hybrid_jax.sampling import Sampling
+
+
+def write(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    settings: Sampling,
+    stop: Sequence[str],
+    batch: int,
+    seed: int = 0,
+) -> list[str]:
+    """The text after each prompt: up to a string of ``stop``, the end of a document or ``max_new_tokens`` tokens.
+
+    ``batch`` prompts are written on at one time, of like lengths, by each process of a run on its first device. With a greedy
+    ``settings`` a text is the same in any company; draws are not.
+    """
+    return shared(partial(_local, model, max_new_tokens, settings, stop, batch, seed), prompts, size=len)
+
+
+def _local(model: Model, max_new_tokens, settings, stop, batch, seed, prompts: list[Sequence[int]]) -> list[str]:
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    texts = [""] * len(prompts)
+    for first in range(0, len(order), batch):
+        rows = order[first : first + batch]
+        session = Session(model, len(rows), seed + first)
+        session.read([prompts[i] for i in rows], room=max_new_tokens)
+        for row, piece in session.write(max_new_tokens, settings, stop=stop):
+            texts[rows[row]] += piece
+    return texts
