@@ -5,6 +5,7 @@ same weights and the same ids. `evaluate` runs tasks: the harness's own by name,
 """
 
 import difflib
+import functools
 import importlib.metadata
 import math
 import os
@@ -70,7 +71,7 @@ def evaluate(
     Raises DataError, before anything is computed, for unknown tasks and for missing files, all of them at once.
     """
     lm = HarnessModel(model, max_length=max_length, batch=batch, beginning=beginning)
-    manager = TaskManager(include_path=include_path)
+    manager = _manager(tasks, include_path)
     loaded = _load(manager, tasks, nullcontext() if download else read_locally(data, num_fewshot))
     # The harness would fork for its bootstraps, and a process that runs JAX must not be forked.
     with mock.patch.dict(os.environ, DISABLE_MULTIPROC="1"):
@@ -139,7 +140,7 @@ class HarnessModel(TemplateLM):
         return tokens if self.beginning is None or add_special_tokens is False else [self.beginning, *tokens]
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        pairs = [(context, continuation) for _, context, continuation in requests]
+        pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         found = log_likelihoods(self.model, pairs, max_length=self.max_length, batch=self.batch)
         for (texts, *_), answer in zip(requests, found, strict=True):
             if texts is not None:
@@ -190,6 +191,17 @@ def _generation(options: dict[str, Any]) -> dict[str, Any]:
         "settings": sampling(temperature, **filters),
         "stop": [stop for stop in options["until"] if stop],
     }
+
+
+_harness_tasks = functools.cache(TaskManager)  # which reads some ten thousand files
+
+
+def _manager(names: Sequence[str], include_path: str | os.PathLike | None) -> TaskManager:
+    """What knows the tasks ``names``, if anything does."""
+    if include_path is None:
+        return _harness_tasks()
+    own = TaskManager(include_path=include_path, include_defaults=False)
+    return own if set(names) <= set(own.all_tasks) else TaskManager(include_path=include_path)
 
 
 def _load(manager: TaskManager, names: Sequence[str], reading: AbstractContextManager) -> list[Task | Group]:

@@ -32,8 +32,11 @@ def _local(model: Model, max_new_tokens, settings, stop, batch, seed, prompts: l
     texts = [""] * len(prompts)
     for first in range(0, len(order), batch):
         rows = order[first : first + batch]
-        session = Session(model, len(rows), seed + first)
-        session.read([prompts[i] for i in rows], room=max_new_tokens)
+        of_batch = [prompts[i] for i in rows + rows[:1] * (batch - len(rows))]  # the last one filled up, so that all compile as one
+        longest = len(of_batch[0])
+        session = Session(model, batch, seed + first)
+        session.read(of_batch, room=(1 << (longest + max_new_tokens - 1).bit_length()) - longest)  # for the same reason
         for row, piece in session.write(max_new_tokens, settings, stop=stop):
-            texts[rows[row]] += piece
+            if row < len(rows):
+                texts[rows[row]] += piece
     return texts
