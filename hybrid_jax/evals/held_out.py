@@ -25,6 +25,8 @@ from hybrid_jax.train.loss import token_losses
 from hybrid_jax.train.metrics import by_doubling
 from hybrid_jax.train.plot import REFERENCE, STYLE
 
+SHOWN = 256  # tokens, at least, that a point of the picture is the mean of
+
 
 def evaluate(model: Model, source: TokenSource, lengths: Sequence[int], *, tokens: int = 1_000_000, batch: int = 8) -> dict[str, Any]:
     """The losses of ``model`` on the first ``tokens`` tokens of ``source``, cut into windows of each of ``lengths``.
@@ -110,10 +112,14 @@ def plot(results: dict[str, Any], file: Path, *, trained: int | None = None) -> 
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
         shades = plt.get_cmap("viridis_r")(np.linspace(0.15, 0.9, len(results["scores"])))
         for (length, scores), color in zip(results["scores"].items(), shades, strict=True):
-            spans = [[int(place) + 1 for place in name.split("-")] for name in scores["loss_by_position"]]
-            middles = [math.sqrt(span[0] * span[-1]) for span in spans]
+            windows, places, means = results["settings"]["tokens"] / int(length), [], []
+            for name, loss in scores["loss_by_position"].items():
+                first, last = (int(name.split("-")[i]) + 1 for i in (0, -1))
+                if windows * (last + 1 - first) >= SHOWN:
+                    places.append(math.sqrt(first * last))
+                    means.append(loss)
             label = f"{int(length):,} tokens: {scores['loss']:.3f} in all"
-            axes.plot(middles, list(scores["loss_by_position"].values()), "o-", markersize=4, linewidth=1.8, color=color, label=label)
+            axes.plot(places, means, "o-", markersize=4, linewidth=1.8, color=color, label=label)
         if trained:
             axes.axvline(trained, color=REFERENCE, linestyle="--", linewidth=1)
             axes.annotate("  trained on", (trained, 0.98), xycoords=("data", "axes fraction"), va="top", color=REFERENCE)

@@ -3,6 +3,7 @@
 import json
 import math
 import socket
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ import hybrid_jax
 from hybrid_jax import config
 from hybrid_jax.data import DataError
 from hybrid_jax.data.tokenizers import ByteTokenizer
+from hybrid_jax.evals import completion
 from hybrid_jax.evals.harness import STUDY, HarnessModel, evaluate, study_average
-from tests.hybrid_jax.test_model import build
+from tests.hybrid_jax.eval_models import small_model
 
 MAX_LENGTH = 48
 TEXTS = ["", "The cat", "ends with spaces  ", "\n", "a" * 60, "é漢😀"]
@@ -37,9 +39,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    model = build(config.GLA(heads=2, conv_width=4), layers=2, ratio=2, vocabulary=258)
-    model.tokenizer = ByteTokenizer()
-    return model
+    return small_model(config.GLA(heads=2, conv_width=4), ByteTokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_what_cannot_be_asked(model):
     with pytest.raises(ValueError, match="48 new tokens leave no room for a prompt: max_length is 48"):
         ask(lm, "generate_until", ("a", {"max_gen_toks": 48}))
     with pytest.raises(ValueError, match="the model has no tokenizer"):
-        HarnessModel(build(config.GLA(heads=2), layers=1, ratio=None))
+        HarnessModel(SimpleNamespace(tokenizer=None))
 
 
 CHOICE = """
@@ -229,3 +229,13 @@ def test_unknown_tasks_and_damaged_files(model, tmp_path):
     file.with_suffix(".parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="validation.parquet is not a readable Parquet file"):
         evaluate(model, ["piqa"], data=tmp_path)
+
+
+def test_completion_is_the_harness_own(model, tmp_path):
+    """Its FDA, the rules of `hybrid_jax.evals.completion` written down by others, on the same rows."""
+    rows = [{"text": text or "of", "value": value, "doc_id": 1, "key": "k"} for text in TEXTS for value in "aeio%"]
+    file = tmp_path / "hazyresearch__based-fda/default/validation.jsonl"
+    write_jsonl(file, [row for row in rows if row["text"].strip()])
+    theirs = evaluate(model, ["fda"], data=tmp_path, max_length=MAX_LENGTH + 48, batch=8)["scores"]["fda"]
+    ours = completion.evaluate(model, [file], max_length=MAX_LENGTH + 48, batch=8)["scores"][str(file)]
+    assert ours["contains"] == pytest.approx(theirs["contains"]) and 0 < ours["contains"] < 1

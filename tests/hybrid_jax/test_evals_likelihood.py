@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hybrid_jax import config
 from hybrid_jax.evals import likelihood, processes
 from hybrid_jax.evals.likelihood import log_likelihoods, pack
-from tests.hybrid_jax.test_model import SMALL, build
+from tests.hybrid_jax.eval_models import small_model
 
 MAX_LENGTH = 32
-VOCABULARY = SMALL["vocabulary"]
+VOCABULARY = 61
 
 
 def requests(count=40, seed=0):
@@ -53,7 +53,7 @@ def likely(model, context, length):
 @pytest.fixture(scope="module")
 def model():
     """Linear layers with state and convolution, and one of attention."""
-    return build(config.GatedDeltaNet(heads=2, head_width=12), layers=2, ratio=2)
+    return small_model(config.GatedDeltaNet(heads=2, head_width=12), vocabulary=VOCABULARY)
 
 
 @pytest.fixture
@@ -143,10 +143,9 @@ from hybrid_jax.evals.likelihood import log_likelihoods
 from hybrid_jax.evals.writing import write
 from hybrid_jax.sampling import Sampling
 from tests.hybrid_jax.test_evals_likelihood import MAX_LENGTH, requests
+from tests.hybrid_jax.eval_models import small_model
 from tests.hybrid_jax.test_generation import Pairs
-from tests.hybrid_jax.test_model import build
-model = build(config.GLA(heads=2), layers=1, ratio=None)
-model.tokenizer = Pairs()
+model = small_model(config.GLA(heads=2), Pairs(), vocabulary=61)
 asked = requests(9)
 print(jax.process_count(), [tuple(x) for x in log_likelihoods(model, asked, max_length=MAX_LENGTH, batch=1)])
 print(write(model, [context for context, _ in asked], 5, settings=Sampling(), stop=[], batch=4))
