@@ -7,14 +7,17 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from hybrid_jax import config
 from hybrid_jax.data import DataError
 from hybrid_jax.evals import held_out
-from hybrid_jax.evals.evaluate import source_text
+from hybrid_jax.evals.evaluate import make_evaluate, source_text
 from hybrid_jax.evals.held_out import evaluate
+from hybrid_jax.sharding import make_mesh
 from tests.hybrid_jax.data_samples import array_source
 from tests.hybrid_jax.eval_models import small_model
+from tests.hybrid_jax.train_runs import small_run
 
 SOURCE = array_source([30, 1, 70, 99])  # 200 tokens
 
@@ -54,6 +57,17 @@ def test_the_same_tokens_at_every_length(model, monkeypatch):
             first, last = (int(name.split("-")[i]) for i in (0, -1))
             assert loss == pytest.approx(np.concatenate([losses[first : last + 1] for losses in expected]).mean(), rel=1e-5)
         assert len(scores["loss_by_position"]) == math.ceil(math.log2(length)) + 1
+
+
+def test_at_the_training_length_it_is_the_evaluation_of_training(model):
+    run = small_run(model={"vocabulary": 257}, data={"window": 20}, evaluation={"tokens": 10**6, "batch": 2})
+    mesh = make_mesh(config.MeshConfig(), jax.devices()[:1])
+    graph, params = nnx.split(model)
+    with jax.set_mesh(mesh):
+        in_training = make_evaluate(run, graph, mesh, SOURCE)(params)
+    scores = evaluate(model, SOURCE, [20], batch=3)["scores"]["20"]
+    assert (scores["loss"], scores["bits_per_byte"]) == pytest.approx((in_training["loss"], in_training["bits_per_byte"]), rel=1e-5)
+    assert list(scores["loss_by_position"].values())[:2] == pytest.approx(in_training["loss_by_position"][:2], rel=1e-5)
 
 
 MISTAKES = {
