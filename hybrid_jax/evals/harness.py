@@ -59,8 +59,8 @@ def evaluate(
     """Run ``tasks`` of the harness, zero-shot unless they or ``num_fewshot`` say otherwise.
 
     tasks: names the harness knows (tasks, groups, tags), or those of files in ``include_path``, a folder.
-    data: the folder of the data sets that tasks name, laid out as `benchmark_data` says; only what is in it is read, unless ...
-    download: ... the harness is to fetch them itself, as it does.
+    data: the folder of the data sets that tasks name, laid out as `benchmark_data` says.
+    download: let the harness fetch data sets over the network, as it does by itself; else only files that are here are read.
     limit: how many documents of each task are used; None: all.
     max_length, batch: see `likelihood.log_likelihoods`.
     beginning: see `HarnessModel`.

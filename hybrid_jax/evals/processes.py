@@ -20,7 +20,8 @@ def shared(compute: Callable[[list[Item]], list], items: Sequence[Item], size: C
     if processes == 1:
         return compute(list(items))
     order = sorted(range(len(items)), key=lambda i: -size(items[i]))
-    mine = compute([items[i] for i in order[jax.process_index() :: processes]])
+    share = [items[i] for i in order[jax.process_index() :: processes]]
+    mine = compute(share) if share else []
     results = [None] * len(items)
     for process, part in enumerate(gather(json.dumps(mine).encode())):
         for i, result in zip(order[process::processes], json.loads(part), strict=True):

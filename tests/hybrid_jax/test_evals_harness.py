@@ -22,7 +22,8 @@ from hybrid_jax.evals import completion
 from hybrid_jax.evals.harness import STUDY, HarnessModel, evaluate, study_average
 from tests.hybrid_jax.eval_models import small_model
 
-MAX_LENGTH = 48
+MAX_LENGTH = 64
+SIZES = {"max_length": MAX_LENGTH, "batch": 4}  # the same in all tests, which then compile as one
 TEXTS = ["", "The cat", "ends with spaces  ", "\n", "a" * 60, "é漢😀"]
 CONTINUATIONS = [" sat", "x", " on the mat, where it had been before", "é"]
 
@@ -39,7 +40,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    return small_model(config.GLA(heads=2, conv_width=4), ByteTokenizer())
+    return small_model(config.GLA(heads=2, conv_width=4), ByteTokenizer(), layers=1, ratio=None)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def logits(model):
     forward = jax.jit(model)
 
     def log_probabilities(tokens):
-        padded = jnp.array([[*tokens, *[0] * (128 - len(tokens))]])
+        padded = jnp.array([[*tokens, *[0] * (MAX_LENGTH - len(tokens))]])
         return np.asarray(jax.nn.log_softmax(forward(padded)[0, : len(tokens)]), np.float64)
 
     return log_probabilities
@@ -62,7 +63,7 @@ def ask(lm, kind, *arguments):
 @pytest.mark.parametrize("beginning", [None, 257])
 def test_loglikelihood_is_of_the_bytes_that_follow(model, logits, beginning):
     """A byte of text is a token, so that what a request means is plain: text, cut on the left, what is scored, of its end."""
-    lm = HarnessModel(model, max_length=MAX_LENGTH, batch=2, beginning=beginning)
+    lm = HarnessModel(model, beginning=beginning, **SIZES)
     pairs = [(context, continuation) for context in TEXTS for continuation in CONTINUATIONS]
     first = 256 if beginning is None else beginning
     for (context, continuation), (found, greedy) in zip(pairs, ask(lm, "loglikelihood", *pairs), strict=True):
@@ -78,7 +79,7 @@ def test_loglikelihood_is_of_the_bytes_that_follow(model, logits, beginning):
 
 def test_rolling_counts_every_byte_once(model, logits):
     texts = ["short", "b" * MAX_LENGTH, "a long text, " * 10, ""]
-    found = ask(HarnessModel(model, max_length=MAX_LENGTH), "loglikelihood_rolling", *((text,) for text in texts))
+    found = ask(HarnessModel(model, **SIZES), "loglikelihood_rolling", *((text,) for text in texts))
     for text, total in zip(texts, found, strict=True):
         expected = 0.0
         for given, predicted in get_rolling_token_windows(list(text.encode()), 256, MAX_LENGTH, 1):
@@ -87,7 +88,7 @@ def test_rolling_counts_every_byte_once(model, logits):
 
 
 def test_generation_is_cut_stopped_and_in_order(model):
-    lm = HarnessModel(model, max_length=MAX_LENGTH, batch=len(TEXTS))
+    lm = HarnessModel(model, **SIZES)
     options = {"max_gen_toks": 10, "until": []}
 
     def answers(*of_each):
@@ -108,11 +109,11 @@ def test_generation_is_cut_stopped_and_in_order(model):
 
 
 def test_what_cannot_be_asked(model):
-    lm = HarnessModel(model, max_length=MAX_LENGTH)
+    lm = HarnessModel(model, **SIZES)
     with pytest.raises(ValueError, match="num_beams in its generation_kwargs; there are until"):
         ask(lm, "generate_until", ("a", {"num_beams": 4}))
-    with pytest.raises(ValueError, match="48 new tokens leave no room for a prompt: max_length is 48"):
-        ask(lm, "generate_until", ("a", {"max_gen_toks": 48}))
+    with pytest.raises(ValueError, match="64 new tokens leave no room for a prompt: max_length is 64"):
+        ask(lm, "generate_until", ("a", {"max_gen_toks": 64}))
     with pytest.raises(ValueError, match="the model has no tokenizer"):
         HarnessModel(SimpleNamespace(tokenizer=None))
 
@@ -143,7 +144,7 @@ def test_a_local_task(model, logits, tmp_path):
     write_jsonl(tmp_path / "data" / "rows.jsonl", DOCUMENTS)
     kwargs = json.dumps({"data_files": {"test": str(tmp_path / "data/rows.jsonl"), "train": str(tmp_path / "data/rows.jsonl")}})
     (tmp_path / "colours.yaml").write_text(CHOICE.format(path="json", kwargs=kwargs[:-1] + f', "cache_dir": "{tmp_path}"' + "}"))
-    results = evaluate(model, ["colours"], include_path=tmp_path, max_length=MAX_LENGTH)
+    results = evaluate(model, ["colours"], include_path=tmp_path, **SIZES)
     right, right_a_byte = [], []
     for document in DOCUMENTS:
         context = list(f"{document['question']} It is".encode())
@@ -160,13 +161,13 @@ def test_a_local_task(model, logits, tmp_path):
     assert scores["acc_stderr"] == pytest.approx(np.std(right, ddof=1) / math.sqrt(len(right)))
     assert (scores["version"], scores["documents"], scores["num_fewshot"]) == (3.0, 7, 0) and results["average"] is None
     assert results["settings"]["lm_eval"] and json.loads(json.dumps(results)) == results
-    assert evaluate(model, ["colours"], include_path=tmp_path, limit=2)["scores"]["colours"]["documents"] == 2
+    assert evaluate(model, ["colours"], include_path=tmp_path, limit=2, **SIZES)["scores"]["colours"]["documents"] == 2
 
 
 def test_a_data_set_by_name_and_its_examples(model, tmp_path):
     (tmp_path / "colours.yaml").write_text(CHOICE.format(path="org/colours", kwargs="null"))
     write_jsonl(tmp_path / "org__colours/data/test.jsonl", DOCUMENTS)
-    options = {"include_path": tmp_path, "data": tmp_path, "limit": 2, "max_length": 128}
+    options = {"include_path": tmp_path, "data": tmp_path, "limit": 2} | SIZES
     zero = evaluate(model, ["colours"], **options)  # whose examples nobody asks for
     with pytest.raises(
         DataError, match=r"colours needs .*org__colours/data/train.parquet or .jsonl, from https://hugg.*/datasets/org/colours"
@@ -199,7 +200,7 @@ def test_the_study(model, tmp_path):
     """Its six tasks by the harness's own definitions, on files of the published layout."""
     for name, rows in FILES.items():
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
-    results = evaluate(model, data=tmp_path, max_length=128)
+    results = evaluate(model, data=tmp_path, **SIZES)
     assert list(results["scores"]) == sorted(STUDY)
     scores = [results["scores"][task][metric] for task, metric in STUDY.items()]
     assert results["average"] == pytest.approx(np.mean(scores)) and all(0 <= score <= 1 for score in scores)
@@ -236,6 +237,6 @@ def test_completion_is_the_harness_own(model, tmp_path):
     rows = [{"text": text or "of", "value": value, "doc_id": 1, "key": "k"} for text in TEXTS for value in "aeio%"]
     file = tmp_path / "hazyresearch__based-fda/default/validation.jsonl"
     write_jsonl(file, [row for row in rows if row["text"].strip()])
-    theirs = evaluate(model, ["fda"], data=tmp_path, max_length=MAX_LENGTH + 48, batch=8)["scores"]["fda"]
-    ours = completion.evaluate(model, [file], max_length=MAX_LENGTH + 48, batch=8)["scores"][str(file)]
+    theirs = evaluate(model, ["fda"], data=tmp_path, **SIZES)["scores"]["fda"]
+    ours = completion.evaluate(model, [file], **SIZES)["scores"][str(file)]
     assert ours["contains"] == pytest.approx(theirs["contains"]) and 0 < ours["contains"] < 1
