@@ -189,7 +189,7 @@ class Session:
 
     def _reserve(self, more: int) -> None:
         """Make room for ``more`` tokens in every row."""
-        slots = _slots(self.model, int(self.lengths.max()) + more)
+        slots = ring_slots(self.model, int(self.lengths.max()) + more)
         if self._cache is None:
             self._cache = self._programs.empty(self._params, len(self.lengths), slots)
         elif slots > self._slots:
@@ -197,7 +197,7 @@ class Session:
         self._slots = max(self._slots, slots)
 
 
-def _slots(model: Model, tokens: int) -> int:
+def ring_slots(model: Model, tokens: int) -> int:
     """Keys and values to keep room for: all ``tokens`` and a few more, so that compiles are few, or a window and the chunk being read."""
     if "attention" not in model.config.layer_kinds:
         return 0

@@ -43,6 +43,14 @@ def cross_entropy(hidden, kernel, targets, weights, *, block: int = 512) -> Loss
     return Losses(total, weights.sum(), (weights * losses).sum(0), weights.sum(0), (weights * correct).sum())
 
 
+def token_losses(hidden, kernel, targets, *, block: int = 512):
+    """(the loss of every token, 1 where its target has the highest logit, alone), both [B,T] float32; as :func:`cross_entropy`,
+    without gradients."""
+    weights = jnp.zeros(targets.shape, jnp.float32)
+    (_, losses, correct), _ = _on_mesh(hidden, kernel, targets, weights, block, gradients=False)
+    return losses, correct
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _total(hidden, kernel, targets, weights, block):
     outputs, _ = _on_mesh(hidden, kernel, targets, weights, block, gradients=False)

@@ -8,6 +8,22 @@ import numpy as np
 from hybrid_jax.train.metrics import read_rows
 
 TRAINING, HELD_OUT, RECALL, REFERENCE, INK = "#4C78A8", "#E45756", "#54A24B", "#8A8A8A", "#333333"
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#BBBBBB",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#EEEEEE",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "text.color": INK,
+}
 
 
 def plot_run(workdir: Path) -> Path:
@@ -21,23 +37,7 @@ def plot_run(workdir: Path) -> Path:
     training = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "evaluation" in row]
     full = sorted((json.loads(file.read_text()) for file in workdir.glob("eval-*.json")), key=lambda e: e["step"])
-    style = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#BBBBBB",
-        "axes.labelcolor": INK,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.grid": True,
-        "grid.color": "#EEEEEE",
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "legend.frameon": False,
-        "text.color": INK,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)
         _losses(axes[0, 0], training, evaluations)

@@ -1,0 +1,43 @@
+"""What a model writes after prompts of tokens, many of them, as texts."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+
+from hybrid_jax.evals.processes import shared
+from hybrid_jax.generation import Session
+from hybrid_jax.model import Model
+from hybrid_jax.sampling import Sampling
+
+
+def write(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    settings: Sampling,
+    stop: Sequence[str],
+    batch: int,
+) -> list[str]:
+    """The text after each prompt: up to a string of ``stop``, the end of a document or ``max_new_tokens`` tokens.
+
+    ``batch`` prompts are written on at one time, of like lengths, by each process of a run on its first device. With a greedy
+    ``settings`` a text is the same in any company; draws are not.
+    """
+    return shared(partial(_local, model, max_new_tokens, settings, stop, batch), prompts, size=len)
+
+
+def _local(model: Model, max_new_tokens, settings, stop, batch, prompts: list[Sequence[int]]) -> list[str]:
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    texts = [""] * len(prompts)
+    for first in range(0, len(order), batch):
+        rows = order[first : first + batch]
+        of_batch = [prompts[i] for i in rows + rows[:1] * (batch - len(rows))]  # the last one filled up, so that all compile as one
+        longest = len(of_batch[0])
+        session = Session(model, batch, seed=first * jax.process_count() + jax.process_index())  # each batch draws its own
+        session.read(of_batch, room=(1 << (longest + max_new_tokens - 1).bit_length()) - longest)  # for the same reason
+        for row, piece in session.write(max_new_tokens, settings, stop=stop):
+            if row < len(rows):
+                texts[rows[row]] += piece
+    return texts
