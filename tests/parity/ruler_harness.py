@@ -1,23 +1,26 @@
 """What lm-evaluation-harness itself gives a model on RULER's tasks, without a network.
 
-    python -m tests.parity.ruler_harness     # the digests that tests/hybrid_jax/test_ruler.py holds
+    python -m tests.parity.ruler_harness > tests/hybrid_jax/ruler_digests.json     # what tests/hybrid_jax/test_ruler.py holds ours against
 
 Needs lm_eval[ruler]. Only its sources of bytes are replaced: the tokenizer, the essays, the two downloads, NLTK's data folder.
 """
 
-import hashlib
+import contextlib
 import json
-import random
 import sys
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
 import nltk
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks.ruler import common_utils, prepare_niah
 
 from tests.hybrid_jax import ruler_samples
+
+with mock.patch.object(nltk, "download"), contextlib.redirect_stdout(sys.stderr):  # it goes for NLTK's data when imported, and says so
+    from lm_eval.tasks.ruler import common_utils, prepare_niah
 
 
 class _Adapter:
@@ -43,6 +46,7 @@ class _Response:
 
 def samples(task: str, tokenizer, *, length: int, seed: int, folder: Path) -> list[dict]:
     """All 500 samples of a run of ``lm_eval --model=dummy --tasks=TASK --seed=SEED``: prompt, answers, tokens, new_tokens."""
+    sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)  # as in a process of its own: it has shuffles that go on from run to run
     prepare_niah.get_haystack.cache_clear()
     prepare_niah.cached_sent_tokenize.cache_clear()
     common_utils.get_tokenizer.cache_clear()
@@ -53,11 +57,12 @@ def samples(task: str, tokenizer, *, length: int, seed: int, folder: Path) -> li
         mock.patch("datasets.load_dataset", lambda *_, **__: essays),
         mock.patch("requests.get", lambda url, **_: _Response(folder / url.rsplit("/", 1)[1])),
         mock.patch.object(nltk.data, "path", [str(folder / "nltk_data")]),
-        mock.patch("builtins.print"),
+        contextlib.redirect_stdout(sys.stderr),  # it prints the sizes it tries
     ):
         metadata = {"max_seq_lengths": [length], "tokenizer": f"{tokenizer.name} {length} {seed}"}
+        manager = TaskManager(include_path=Path(common_utils.__file__).parent, include_defaults=False, metadata=metadata)
         results = simple_evaluate(
-            model="dummy", tasks=[task], task_manager=TaskManager(metadata=metadata), random_seed=seed, numpy_random_seed=seed,
+            model="dummy", tasks=[task], task_manager=manager, random_seed=seed, numpy_random_seed=seed,
             bootstrap_iters=0, log_samples=True,
         )  # fmt: skip
     logged = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
@@ -70,3 +75,19 @@ def samples(task: str, tokenizer, *, length: int, seed: int, folder: Path) -> li
         }
         for sample in logged
     ]
+
+
+def main() -> None:
+    """Print the digests of the first examples of every task."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = ruler_samples.write_folder(Path(folder) / "texts")
+        digests = {}
+        for task, tokenizer, length in ruler_samples.cases():
+            found = samples(task, tokenizer, length=length, seed=ruler_samples.SEED, folder=texts)
+            rows = [(row["prompt"], row["answers"], row["tokens"]) for row in found[: ruler_samples.EXAMPLES]]
+            digests[f"{task}, {tokenizer.name}, {length}"] = ruler_samples.digest(rows)
+    print(json.dumps({"lm_eval": version("lm_eval"), "digests": digests}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

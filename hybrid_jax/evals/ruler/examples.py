@@ -46,9 +46,10 @@ class Request:
 
     def too_short(self, needed: int) -> DataError:
         """What to raise where the length has no room for any example; ``needed``: tokens that the shortest takes."""
+        needed = max(needed, self.length + 1)  # what is drawn to tell it may be shorter than what did not fit
         return DataError(
-            f"{self.task} at length {self.length}: its shortest example takes about {needed} tokens of {self.tokenizer.name!r}, "
-            f"{self.new_tokens} of them to be written: give a longer length, or leave the task out"
+            f"{self.task} at length {self.length} has no room for any example: the shortest takes about {needed} tokens of "
+            f"{self.tokenizer.name!r}: give a longer length, or leave the task out"
         )
 
 
@@ -57,6 +58,8 @@ def most_units(measure: Callable[[int], int], room: int, step: int, *, most: int
 
     most: units there are, given where ``tried`` units (``most`` itself, if left open) would be passed without filling the room.
     """
+    if room <= 0:
+        return 0
     units, tokens, tried = step, 0, most if tried is None else tried
     while tokens < room:
         tokens = measure(units)

@@ -80,9 +80,10 @@ def _read_essays(folder: Path | None) -> Essays:
     """The essays in ``folder``; else Python's own language reference, which every Python brings along."""
     split, splitter = _sentence_splitter(folder)
     if folder is None or not (folder / ESSAYS).is_dir():
-        from pydoc_data.topics import topics  # prose of about 65,000 words
+        from pydoc_data.topics import topics  # prose of 65,000 words
 
-        return Essays(" ".join(topics[name] for name in sorted(topics)), split, f"substitute: Python's language reference, {splitter}")
+        prose = " ".join(word for name in sorted(topics) for word in topics[name].split() if word.strip("*=-+|^~"))  # no rules and frames
+        return Essays(prose, split, f"substitute: Python's language reference, {splitter}")
     units = documents.plan_units(documents.find_files([str(folder / ESSAYS)]))
     texts = [text for unit in units for text, _ in documents.read_documents(unit, "text")]
     return Essays(" ".join(texts), split, f"{folder / ESSAYS} ({len(texts)} texts), {splitter}")

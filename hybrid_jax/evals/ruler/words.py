@@ -88,7 +88,7 @@ def frequent_words(request: Request) -> Iterator[Example]:
     def check(number: int) -> None:
         counts = [*words_of(max(number, 0)), 0, 0, 0, 0, 0]
         if counts[3] <= counts[4]:  # the third word after the dots is not to be told from the fourth
-            raise request.too_short(max(200, request.count(text(vocabulary, 60)) + step) + request.new_tokens)
+            raise request.too_short(max(6 * 53, request.count(text(vocabulary, 60)) + step))
 
     vocabulary, most = draw_vocabulary(), request.length // CODE_LETTERS
     check(most)
