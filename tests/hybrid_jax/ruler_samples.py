@@ -6,9 +6,10 @@ import random
 import re
 from pathlib import Path
 
-from hybrid_jax.data.tokenizers import ByteTokenizer, Tokenizer
+from hybrid_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from hybrid_jax.evals.ruler.tasks import TASKS
 from hybrid_jax.evals.ruler.texts import Texts
+from tests.hybrid_jax.data_samples import bpe_tokenizer
 
 
 class Words(Tokenizer):
@@ -20,7 +21,8 @@ class Words(Tokenizer):
         return [[len(word) for word in re.findall(r"[^\W\d]{1,6}|\d{1,3}|[^\w ]|_", text)] for text in texts]
 
 
-BYTES, WORDS = TOKENIZERS = ByteTokenizer(), Words()
+BYTES, WORDS = ByteTokenizer(), Words()
+TOKENIZERS = BYTES, WORDS, HuggingFaceTokenizer(bpe_tokenizer(["</s>"]), "</s>", "bpe")
 SEED, EXAMPLES = 42, 10  # of the digests
 
 
