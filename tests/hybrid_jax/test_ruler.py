@@ -14,6 +14,7 @@ from hybrid_jax import config
 from hybrid_jax.data import DataError
 from hybrid_jax.evals import ruler
 from hybrid_jax.evals.ruler import needles, questions, score, tracing, wordlists
+from hybrid_jax.evals.ruler.table import results_table
 from hybrid_jax.evals.ruler.tasks import GROUPS, TASKS, make_examples
 from hybrid_jax.evals.ruler.texts import Texts
 from tests.hybrid_jax import ruler_samples
@@ -253,6 +254,18 @@ def test_groups_are_means_over_tasks(model, monkeypatch, folder):
     sources = {task: by_length["2300"]["source"] for task, by_length in results["scores"].items()}
     assert sources["niah_single_2"] == f"{folder / 'essays'} (40 texts), sentences by Punkt"
     assert sources["ruler_qa_hotpot"] == str(folder / "hotpot_dev_distractor_v1.json")
+
+
+def test_the_table_tells_scores_and_sources(model, monkeypatch):
+    monkeypatch.setattr(hybrid_jax, "generate", oracle, raising=False)
+    tasks = ["ruler_vt", "niah_multiquery", "ruler_qa_hotpot", "ruler_fwe", "ruler_cwe"]
+    results = ruler.evaluate(model, tasks=tasks, lengths=(2300, 3000), examples=2)
+    table = results_table("a run", results)
+    names, *columns = [list(column.cells) for column in table.columns]
+    rows = dict(zip(names, zip(*columns, strict=True), strict=True))
+    assert rows["ruler_vt"] == ("100.0%", "100.0%", "generated") and rows["ruler_fwe"] == ("66.7%", "66.7%", "generated")
+    assert rows["niah_multiquery"][2].startswith("substitute: ") and rows["ruler_qa_hotpot"][2] == "substitute: generated facts"
+    assert rows["CWE+FWE"] == ("83.3%", "83.3%", "") and rows["VT"][0] == "100.0%" and "mean" not in rows
 
 
 def test_essays_without_punkt_and_in_other_files(tmp_path):

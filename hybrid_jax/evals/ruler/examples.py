@@ -4,12 +4,15 @@ The search draws from the task's random numbers as it goes, so its steps, its or
 lm-evaluation-harness: with any other, all later draws would differ.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from hybrid_jax.data import DataError
 from hybrid_jax.data.tokenizers import Tokenizer
+
+TRIES = 100  # with the fewest units; the harness tries for ever
 
 
 class Example(NamedTuple):
@@ -71,6 +74,12 @@ def most_units(measure: Callable[[int], int], room: int, step: int, *, most: int
     return units  # the room is filled to the last token; one step more is what the harness goes on with, and finds too long
 
 
+def downwards(units: int, step: int) -> Iterator[int]:
+    """Fewer and fewer units, and at last the fewest again and again: where all are too long, another draw may be shorter."""
+    tries = range(units, 0, -step)
+    return itertools.chain(tries, itertools.repeat(tries[-1], TRIES))
+
+
 def fitting_examples(
     request: Request, draw: Callable[[int, int], Example | None], tries: Callable[[int], Iterable[int]]
 ) -> Iterator[Example]:
@@ -78,7 +87,7 @@ def fitting_examples(
 
     draw: gives None where what it drew is of no use. Raises `DataError` where nothing fits.
     """
-    found, shortest = 0, None
+    found, too_long = 0, []
     for index in range(request.examples):
         for units in tries(index):
             example = draw(index, units)
@@ -88,6 +97,6 @@ def fitting_examples(
                 found += 1
                 yield example
                 break
-            shortest = example.tokens if shortest is None else min(shortest, example.tokens)
+            too_long.append(example.tokens)
     if not found:
-        raise request.too_short(shortest)
+        raise request.too_short(min(too_long, default=0))

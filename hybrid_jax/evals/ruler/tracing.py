@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hybrid_jax.evals.ruler.examples import Example, Request, fitting_examples, most_units
+from hybrid_jax.evals.ruler.examples import Example, Request, downwards, fitting_examples, most_units
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-TEMPLATE = (
+TEMPLATE = (  # "assgined" is RULER's
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
     "Question: Find all variables that are assigned the value {value} in the text above. "
     "Answer: According to the chain(s) of variable assignment in the text above, {variables} variables are assgined the value {value}, "
@@ -22,7 +22,6 @@ TEMPLATE = (
 VARIABLES = 5  # in the chain
 SHOT_LENGTH, SHOT_STEP, SHOT_LETTERS = 500, 5, 3  # tokens of the solved example, lines it grows by, letters of its variables
 STEP, LETTERS = 10, 5
-TRIES = 100  # with as few lines as there may be; the harness tries for ever
 
 
 class Tracing:
@@ -49,13 +48,13 @@ class Tracing:
                 return Example(text, answers, tokens)
             return Example((self._renamed(shot) + "\n\n" + text).rstrip(), answers, tokens)
 
-        yield from fitting_examples(request, draw, lambda _: _downwards(units, STEP))
+        yield from fitting_examples(request, draw, lambda _: downwards(units, STEP))
 
     def _shot(self, request: Request) -> str:
         """A short example and its answer. Where a tokenizer (of bytes, say) finds no room for any, the shortest there is."""
         room = SHOT_LENGTH - request.new_tokens
         units = most_units(self._measure(request, SHOT_LETTERS), room, SHOT_STEP) or SHOT_STEP
-        for lines in _downwards(units, SHOT_STEP):
+        for lines in downwards(units, SHOT_STEP):
             if drawn := self._draw(lines, SHOT_LETTERS):
                 text, answers = drawn
                 if request.count(text) <= room:
@@ -98,8 +97,3 @@ class Tracing:
 
     def _name(self, letters: int) -> str:
         return "".join(self.rng.choices(string.ascii_uppercase, k=letters))
-
-
-def _downwards(units: int, step: int) -> Iterator[int]:
-    tries = range(units, 0, -step)
-    return itertools.chain(tries, itertools.repeat(tries[-1], TRIES))

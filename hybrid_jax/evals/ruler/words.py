@@ -1,13 +1,12 @@
 """Aggregation: the most common words of a numbered list (CWE), the most frequent coded words of a text (FWE)."""
 
-import itertools
 import random
 import string
 from collections.abc import Iterator
 
 import numpy as np
 
-from hybrid_jax.evals.ruler.examples import Example, Request, fitting_examples, most_units
+from hybrid_jax.evals.ruler.examples import Example, Request, downwards, fitting_examples, most_units
 from hybrid_jax.evals.ruler.wordlists import english_words
 
 COMMON = (
@@ -23,7 +22,6 @@ FREQUENT = (
 )
 ORDER = 42  # of shuffles that no seed changes
 STEP = 10  # words that a list grows by, and the common ones among them
-TRIES = 100  # with as few words as there may be; the harness tries for ever
 CODE_LETTERS = 6
 ZIPF = 2.0  # coded word number k is there k^-2 times as often as the first
 ZETA = np.pi**2 / 6  # the sum over all k
@@ -61,8 +59,7 @@ def common_words(request: Request) -> Iterator[Example]:
     words = most_units(measure, request.length - request.new_tokens, STEP, most=len(vocabulary))
     if not words:
         raise request.too_short(request.new_tokens + measure(STEP))
-    tries = range(words, 0, -STEP)
-    yield from fitting_examples(request, draw, lambda _: itertools.chain(tries, itertools.repeat(tries[-1], TRIES)))
+    yield from fitting_examples(request, draw, lambda _: downwards(words, STEP))
 
 
 def frequent_words(request: Request) -> Iterator[Example]:
