@@ -1,4 +1,7 @@
-"""The parity tests compare with flash-linear-attention (fla) itself. Asked for and without it they fail: a skip would look like a pass."""
+"""The parity tests compare with flash-linear-attention (fla) and lm-evaluation-harness themselves.
+
+Asked for and without those they fail: a skip would look like a pass.
+"""
 
 import importlib
 
@@ -12,3 +15,14 @@ def fla():
         return importlib.import_module("tests.parity.fla_models")
     except ImportError as error:
         pytest.fail(f"the parity tests need torch, transformers and fla ({error}): pip install -e '.[test,parity]'", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def ruler_harness():
+    """The module that has lm-evaluation-harness make RULER's prompts."""
+    try:
+        return importlib.import_module("tests.parity.ruler_harness")
+    except ImportError as error:
+        pytest.fail(
+            f"RULER's parity tests need lm_eval and what its extra ruler brings ({error}): pip install -e '.[test,eval]'", pytrace=False
+        )

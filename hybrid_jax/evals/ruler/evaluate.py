@@ -1,0 +1,101 @@
+"""A model on RULER's tasks: prompts in batches, the likeliest text after each, the share of the answers in it."""
+
+import difflib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+import hybrid_jax
+from hybrid_jax.data import DataError
+from hybrid_jax.evals.ruler import score
+from hybrid_jax.evals.ruler.examples import Example
+from hybrid_jax.evals.ruler.tasks import GROUPS, TASKS, make_examples
+from hybrid_jax.evals.ruler.texts import Texts
+
+
+def evaluate(
+    model,
+    *,
+    tasks: Sequence[str] = tuple(TASKS),
+    lengths: Sequence[int] = (4096,),
+    examples: int = 500,
+    texts=None,
+    batch: int = 8,
+    seed: int = 42,
+    progress: Callable[[str, int, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """What ``model`` (`hybrid_jax.load`, with its tokenizer) scores at ``tasks``, at each of ``lengths``; ready for JSON.
+
+    examples: of a task and length. seed: of their draws. A task and length has the same examples whatever else is asked for.
+    texts: a folder with texts that some tasks are made of (`hybrid_jax.evals.ruler.texts`); None: all have substitutes.
+    batch: prompts read and followed at once.
+    progress: called as ``progress(task, length, done, examples)`` at the start of a task and length and after every batch.
+
+    Returns:
+        settings    the arguments, and the tokenizer's name
+        scores      {task: {length: {...}}}: ``score`` (the mean share of the answers found), ``examples`` (those that fit),
+                    ``tokens`` (their mean length), ``source`` (the texts they are made of, or "generated"), and of QA
+                    ``any`` (the share of examples with any of their answers found, RULER's own score)
+        groups      {length: {group: mean score}}: the study's groups and the ``mean`` over the 13 tasks, where all of a group's are there
+
+    Raises `DataError` before the model runs: for a task not known, a length too short for a task, a model without its
+    tokenizer, a folder that holds no such texts.
+    """
+    tokenizer = _checked_tokenizer(model)
+    _check(tasks, lengths, examples, batch)
+    texts = Texts(texts)
+    cells = {}
+    for name, length in itertools.product(tasks, lengths):
+        source, made = make_examples(name, tokenizer, texts, length=length, examples=examples, seed=seed)
+        cells[name, length] = source, itertools.chain([next(made)], made)  # which tells whether any fits
+    scores = {name: {} for name in tasks}
+    for (name, length), (source, made) in cells.items():
+        tell = (lambda done, name=name, length=length: progress(name, length, done, examples)) if progress else lambda done: None
+        result = _score(model, name, made, batch, tell)
+        scores[name][str(length)] = result | {"source": source}
+    settings = {"tasks": list(tasks), "lengths": list(lengths), "examples": examples, "batch": batch, "seed": seed}
+    settings |= {"texts": texts.folder and str(texts.folder), "tokenizer": tokenizer.name}
+    return {"settings": settings, "scores": scores, "groups": {str(length): _groups(scores, str(length)) for length in lengths}}
+
+
+def _score(model, name: str, made: Iterator[Example], batch: int, tell: Callable[[int], None]) -> dict[str, float | int]:
+    shares, any_of, tokens = [], [], []
+    tell(0)
+    while rows := list(itertools.islice(made, batch)):
+        written = hybrid_jax.generate(model, [row.prompt for row in rows], max_new_tokens=TASKS[name].new_tokens)
+        shares += [score.share_found(text, row.answers) for text, row in zip(written, rows, strict=True)]
+        any_of += [score.any_found(text, row.answers) for text, row in zip(written, rows, strict=True)]
+        tokens += [row.tokens for row in rows]
+        tell(len(shares))
+    result = {"score": float(np.mean(shares)), "examples": len(shares), "tokens": float(np.mean(tokens))}
+    return result | {"any": float(np.mean(any_of))} if name in GROUPS["QA"] else result
+
+
+def _groups(scores: dict[str, dict], length: str) -> dict[str, float]:
+    whole = {group: names for group, names in GROUPS.items() if all(name in scores for name in names)}
+    return {group: float(np.mean([scores[name][length]["score"] for name in names])) for group, names in whole.items()}
+
+
+def _checked_tokenizer(model):
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise DataError("the model has no tokenizer, which RULER's prompts are made with: set model.tokenizer")
+    if tokenizer.vocabulary > model.config.vocabulary:
+        raise DataError(f"the tokenizer has {tokenizer.vocabulary} tokens and the model {model.config.vocabulary}: set the model's own")
+    return tokenizer
+
+
+def _check(tasks: Sequence[str], lengths: Sequence[int], examples: int, batch: int) -> None:
+    for name in tasks:
+        if name not in TASKS:
+            close = difflib.get_close_matches(name, TASKS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(TASKS)}"
+            raise DataError(f"RULER has no task {name!r}; {hint}")
+    for what, values in {"tasks": tasks, "lengths": lengths}.items():
+        if not values or len(set(values)) < len(values):
+            raise DataError(f"{what} is {list(values)}, needs one at least, and none twice")
+    for what, value in {"a length": min(lengths), "examples": examples, "batch": batch}.items():
+        if value < 1:
+            raise DataError(f"{what} is {value}, needs to be at least 1")
