@@ -18,7 +18,7 @@ from hybrid_jax.cache import Cache
 from hybrid_jax.data import DataError
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.evals.evaluate import source_text
-from hybrid_jax.evals.processes import shared
+from hybrid_jax.evals.processes import shared, watched
 from hybrid_jax.generation import CHUNK, ring_slots
 from hybrid_jax.model import Model
 from hybrid_jax.train.loss import token_losses
@@ -76,7 +76,7 @@ def _window_losses(model: Model, stream: np.ndarray, length: int, batch: int, wi
     graph, params = nnx.split(model)
     rows, chunk = min(batch, len(windows)), min(CHUNK, length)
     found = []
-    for first in range(0, len(windows), rows):
+    for first in watched(range(0, len(windows), rows), f"windows of {length:,}"):
         of_batch = windows[first : first + rows]
         tokens, targets = np.zeros((2, rows, -(-length // chunk) * chunk), np.int32)
         real = np.zeros(tokens.shape, bool)

@@ -5,7 +5,7 @@ company. Rows are as long as a power of two, so that compilations are few, and l
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hybrid_jax.config import MeshConfig
-from hybrid_jax.evals.processes import shared
+from hybrid_jax.evals.processes import shared, watched
 from hybrid_jax.model import Model
 from hybrid_jax.sharding import batch_sharding, make_mesh
 from hybrid_jax.train.loss import token_losses
@@ -78,7 +78,8 @@ def _local(model: Model, requests: list[tuple[int, ...]], max_length: int, batch
 
     with jax.set_mesh(mesh):
         ahead = None  # the batch that the devices are computing while the host prepares the next
-        for places, arrays in _batches(requests, min(ROW, longest), batch * longest * mesh.size):
+        for width, count, rows in watched(_plan(requests, min(ROW, longest), batch * longest * mesh.size), "scoring"):
+            places, arrays = _fill(requests, width, count, rows)
             outputs = _score(graph, params, jax.device_put(arrays, batch_sharding(mesh)))
             if ahead:
                 collect(*ahead)
@@ -97,24 +98,28 @@ def _score(graph: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Array]) 
     return token_losses(hidden, model.output_kernel(), batch["targets"], block=max(1, LOGITS // rows))
 
 
-def _batches(requests: list[tuple[int, ...]], shortest: int, tokens: int) -> Iterator[tuple[list, dict[str, np.ndarray]]]:
-    """Batches of ``tokens`` tokens, of rows of one length each: ((request, row, the place after its last target), ...), arrays [B,T]."""
-    rows = pack([len(request) - 2 for request in requests], shortest)
+def _plan(requests: list[tuple[int, ...]], shortest: int, tokens: int) -> list[tuple[int, int, list[list[int]]]]:
+    """Batches of ``tokens`` tokens: (length of a row, rows, which requests those hold that hold any)."""
+    rows, plan = pack([len(request) - 2 for request in requests], shortest), []
     for width in sorted({width for width, _ in rows}, reverse=True):  # the longest first: what does not fit fails at once
-        of_width = [numbers for w, numbers in rows if w == width]
-        count = tokens // width
-        for first in range(0, len(of_width), count):
-            places, arrays = [], {name: np.zeros((count, width), np.int32) for name in ("tokens", "targets", "segment_ids")}
-            for row, numbers in enumerate(of_width[first : first + count]):
-                start = 0
-                for segment, number in enumerate(numbers, 1):
-                    *sequence, _ = requests[number]
-                    stop = start + len(sequence) - 1
-                    arrays["tokens"][row, start:stop], arrays["targets"][row, start:stop] = sequence[:-1], sequence[1:]
-                    arrays["segment_ids"][row, start:stop] = segment
-                    places.append((number, row, stop))
-                    start = stop
-            yield places, arrays
+        of_width, count = [numbers for w, numbers in rows if w == width], tokens // width
+        plan += [(width, count, of_width[first : first + count]) for first in range(0, len(of_width), count)]
+    return plan
+
+
+def _fill(requests: list[tuple[int, ...]], width: int, count: int, rows: list[list[int]]) -> tuple[list, dict[str, np.ndarray]]:
+    """A batch: ((request, row, the place after its last target), ...) and its arrays, each [count,width] int32."""
+    places, arrays = [], {name: np.zeros((count, width), np.int32) for name in ("tokens", "targets", "segment_ids")}
+    for row, numbers in enumerate(rows):
+        start = 0
+        for segment, number in enumerate(numbers, 1):
+            *sequence, _ = requests[number]
+            stop = start + len(sequence) - 1
+            arrays["tokens"][row, start:stop], arrays["targets"][row, start:stop] = sequence[:-1], sequence[1:]
+            arrays["segment_ids"][row, start:stop] = segment
+            places.append((number, row, stop))
+            start = stop
+    return places, arrays
 
 
 def pack(lengths: Sequence[int], shortest: int) -> list[tuple[int, list[int]]]:

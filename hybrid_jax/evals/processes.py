@@ -1,11 +1,13 @@
 """Work shared among the processes of a run: each does its part, and all of them are given all results."""
 
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import jax
 import numpy as np
+from rich.progress import track
 
 Item = TypeVar("Item")
 
@@ -37,3 +39,8 @@ def gather(content: bytes) -> list[bytes]:
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(content)] = np.frombuffer(content, np.uint8)
     return [row[:size].tobytes() for row, size in zip(multihost_utils.process_allgather(padded), sizes, strict=True)]
+
+
+def watched(items: Sequence[Item], what: str) -> Iterable[Item]:
+    """``items``, and a bar in the terminal of the first process that tells how far they are."""
+    return track(items, what, transient=True, disable=jax.process_index() != 0 or not sys.stdout.isatty())

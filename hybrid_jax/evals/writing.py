@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 
-from hybrid_jax.evals.processes import shared
+from hybrid_jax.evals.processes import shared, watched
 from hybrid_jax.generation import Session
 from hybrid_jax.model import Model
 from hybrid_jax.sampling import Sampling
@@ -31,7 +31,7 @@ def write(
 def _local(model: Model, max_new_tokens, settings, stop, batch, prompts: list[Sequence[int]]) -> list[str]:
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts = [""] * len(prompts)
-    for first in range(0, len(order), batch):
+    for first in watched(range(0, len(order), batch), "writing"):
         rows = order[first : first + batch]
         of_batch = [prompts[i] for i in rows + rows[:1] * (batch - len(rows))]  # the last one filled up, so that all compile as one
         longest = len(of_batch[0])
