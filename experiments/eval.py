@@ -5,18 +5,29 @@
     python -m experiments.eval --workdir=runs/gla_r6-tiny --tokens=1000000 # on more of the held-out text
 
 Prints a table, writes WORKDIR/eval-STEP.json and draws WORKDIR/summary.png anew, also while the run is under way.
-Without --tokens the numbers are those that training wrote for that step.
+Without --tokens the numbers are those that training wrote for that step. Further suites, one at a time:
+
+    python -m experiments.eval --workdir=RUN --suite=held_out --lengths=256,1024,4096        # loss out to longer windows, with a picture
+    python -m experiments.eval --workdir=RUN --suite=mqar --pairs=4,8,16 --lengths=64,256    # recall of more pairs, from farther back
+    python -m experiments.eval --workdir=RUN --suite=ruler --lengths=1024,4096 --texts=FOLDER
+    python -m experiments.eval --workdir=RUN --suite=lm --tasks=arc_easy,hellaswag,lambada_openai --data=FOLDER
+    python -m experiments.eval --workdir=RUN --suite=completion --files=based-fda.parquet,based-swde.parquet
+
+They write WORKDIR/evals/SUITE-STEP.json, which `experiments.report` collects; docs/evaluation.md says what each measures, and
+which files it takes.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 from absl import flags
 
-from experiments import cli
-from hybrid_jax.config import ConfigError
+from experiments import cli, suites
+from hybrid_jax.config import ConfigError, RunConfig
 from hybrid_jax.train.workdir import read_config
 
+SUITE = flags.DEFINE_enum("suite", None, sorted(suites.SUITES), "What to measure in place of the run's own evaluation.")
 TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens to score, at most; default: the run's evaluation.tokens.", lower_bound=1)
 
 
@@ -24,7 +35,16 @@ def main() -> int:
     if cli.WORKDIR.value is None:
         raise ConfigError("give the --workdir of a training run, such as --workdir=runs/gla_r6-tiny")
     workdir = Path(cli.WORKDIR.value)
-    config = read_config(workdir)
+    given = [name for name in flags.FLAGS if flags.FLAGS[name].present]
+    suites.check(SUITE.value, given)
+    if SUITE.value is None:
+        evaluate_as_training_does(workdir, read_config(workdir))
+    else:
+        evaluate_by_suite(workdir, read_config(workdir), SUITE.value)
+    return 0
+
+
+def evaluate_as_training_does(workdir: Path, config: RunConfig) -> None:
     if TOKENS.value:
         config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, tokens=TOKENS.value))
 
@@ -47,7 +67,29 @@ def main() -> int:
     file = write_evaluation(workdir, step, results)
     summary.show_evaluation(f"{workdir.name}, step {step:,}", results)
     print(f"written to {file}, drawn in {plot_run(workdir)}")
-    return 0
+
+
+def evaluate_by_suite(workdir: Path, config: RunConfig, name: str) -> None:
+    import jax
+
+    from hybrid_jax.loading import load_run
+    from hybrid_jax.train.summary import print_table
+
+    suite = suites.SUITES[name]
+    model, step = load_run(workdir, config, cli.STEP.value)
+    try:
+        results = suite.evaluate(model, workdir, config)
+    except ValueError as error:  # about an option or the model's tokenizer, and it says which
+        raise ConfigError(str(error)) from None
+    if jax.process_index():
+        return
+    file = workdir / "evals" / f"{name}-{step}.json"
+    file.parent.mkdir(exist_ok=True)
+    told = {"headline": suite.headline(results), "notes": suite.notes(results)}
+    file.write_text(json.dumps({"suite": name, "step": step, **told, **results}, indent=2) + "\n")
+    print_table(suite.table(f"{workdir.name}, step {step:,}: {name}", results))
+    drawn = suite.draw(results, file.with_suffix(".png"), config) if suite.draw else None
+    print(f"written to {file}" + (f", drawn in {drawn}" if drawn else ""))
 
 
 if __name__ == "__main__":

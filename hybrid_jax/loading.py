@@ -28,11 +28,15 @@ def load(folder, step: int | None = None) -> Model:
         model = convert.load(folder, device)
         model.tokenizer = _if_readable(lambda: convert.own_tokenizer(folder))
         return model
-    config = read_config(folder)
-    _, params = load_params(folder, config, make_mesh(MeshConfig(), [device]), step)
+    return load_run(folder, read_config(folder), step)[0]
+
+
+def load_run(workdir: Path, config: RunConfig, step: int | None = None) -> tuple[Model, int]:
+    """(the model of a training run, the step of its checkpoint): of ``step``, or the newest that can be read. As :func:`load`."""
+    found, params = load_params(workdir, config, make_mesh(MeshConfig(), jax.local_devices()[:1]), step)
     model = nnx.merge(abstract(config.model)[0], params)
-    model.tokenizer = _if_readable(lambda: _run_tokenizer(folder, config))
-    return model
+    model.tokenizer = _if_readable(lambda: _run_tokenizer(workdir, config))
+    return model, found
 
 
 def _run_tokenizer(workdir: Path, config: RunConfig) -> Tokenizer | None:

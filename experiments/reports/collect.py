@@ -74,7 +74,7 @@ def read(workdir: Path) -> Run:
     for file in suite_files(workdir, step):
         suite = file.name.removesuffix(f"-{step}.json")
         found = json.loads(file.read_text())
-        scores |= {f"{suite}/{name}": value for name, value in found["scores"].items()}
+        scores |= {f"{suite}/{name}": value for name, value in found["headline"].items()}
         notes += [f"{suite}: {note}" for note in found.get("notes", ())]
     return Run(workdir, config, step, scores, tuple(notes))
 

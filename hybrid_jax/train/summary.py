@@ -71,7 +71,7 @@ def show(summary: dict[str, Any], workdir: Path) -> None:
     table.add_row("peak memory", gigabytes(summary["peak_memory_bytes"]))
     table.add_row("device", summary["device"])
     table.add_row("picture", str(workdir / "summary.png"))
-    _print(table)
+    print_table(table)
     print(f"to let it write:       python -m experiments.generate --workdir={workdir} --prompt='def ' --temperature=0.8 --top_p=0.95")
     print(f"to evaluate it again:  python -m experiments.eval --workdir={workdir}")
     print("to train longer:       the same command with more --config.train.steps and another --workdir")
@@ -98,8 +98,9 @@ def show_evaluation(title: str, evaluation: dict[str, Any]) -> None:
     places = [2**i - 1 for i in range(len(losses).bit_length()) if 2**i <= len(losses)]
     shown = ", ".join(f"{place + 1}: {losses[place]:.2f}" for place in places if losses[place] is not None)
     table.add_row("loss at the n-th token", shown)
-    _print(table)
+    print_table(table)
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """Print a table, as wide as the terminal is, or 120 columns elsewhere."""
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)

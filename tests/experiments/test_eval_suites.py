@@ -1,0 +1,136 @@
+"""`experiments.eval --suite=...`: every suite on one trained run, what it writes, and what a report makes of it."""
+
+import json
+import re
+
+import pytest
+from absl import flags
+
+from experiments import report, suites
+from tests.experiments.commands import run, run_eval, run_train
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("suites") / "run"
+    assert run_train(workdir, "--config.model.vocabulary=300").code == 0
+    return workdir
+
+
+def written(workdir, suite):
+    return json.loads((workdir / "evals" / f"{suite}-8.json").read_text())
+
+
+def test_held_out_at_several_lengths(workdir):
+    result = run_eval(workdir, "--suite=held_out", "--lengths=16,64", "--tokens=512")
+    assert result.code == 0, result.err
+    found = written(workdir, "held_out")
+    assert found["settings"]["tokens"] == 512 and list(found["scores"]) == ["16", "64"]
+    assert found["headline"] == {f"loss@{n}": found["scores"][n]["loss"] for n in ("16", "64")}
+    assert f"{found['scores']['64']['bits_per_byte']:.4f}" in result.out
+    assert (workdir / "evals" / "held_out-8.png").stat().st_size > 10_000
+
+
+def test_held_out_at_the_training_window_is_the_runs_own_evaluation(workdir):
+    assert run_eval(workdir, "--suite=held_out", "--lengths=32", "--tokens=512").code == 0
+    own = json.loads((workdir / "eval-8.json").read_text())
+    assert own["tokens"] == 512
+    assert written(workdir, "held_out")["scores"]["32"]["loss"] == pytest.approx(own["loss"], rel=1e-5)
+
+
+def test_mqar(workdir):
+    result = run_eval(workdir, "--suite=mqar", "--examples=8")
+    assert result.code == 0, result.err
+    found = written(workdir, "mqar")
+    # Trained on 2 pairs of 8 in 16 tokens: these, twice and four times that, and those that a length has room for.
+    assert list(found["headline"]) == ["2x16", "2x32", "2x64", "4x16", "4x32", "4x64", "8x32", "8x64"]
+    assert found["settings"] == {"alphabet": 8, "examples": 8}
+    assert re.search(r"8 +│ +│ +\d+\.\d%", result.out)
+    assert run_eval(workdir, "--suite=mqar", "--pairs=1", "--lengths=8", "--examples=4").code == 0
+    assert list(written(workdir, "mqar")["headline"]) == ["1x8"]
+
+
+def test_ruler(workdir):
+    result = run_eval(workdir, "--suite=ruler", "--tasks=niah_single_2", "--lengths=800", "--examples=1")
+    assert result.code == 0, result.err
+    found = written(workdir, "ruler")
+    assert found["headline"] == {"niah_single_2": 0.0}
+    assert found["notes"] == ["niah_single_2 made of " + found["scores"]["niah_single_2"]["800"]["source"]]
+    assert "substitute" in found["notes"][0] and "substitute" in result.out
+
+
+def test_the_rulers_average_is_over_its_tasks_and_the_lengths():
+    groups = {"512": {"MK": 0.5, "mean": 0.1}, "1024": {"MK": 0.7, "mean": 0.2}}
+    scores = {"niah_multikey_1": {"512": {"score": 0.0}, "1024": {"score": 1.0}}}
+    found = suites.SUITES["ruler"].headline({"settings": {"lengths": [512, 1024]}, "groups": groups, "scores": scores})
+    expected = {"MK": 0.6, "average": 0.15, "niah_multikey_1": 0.5, "average@512": 0.1, "average@1024": 0.2}
+    assert found == {name: pytest.approx(value) for name, value in expected.items()}
+
+
+def test_a_task_file_of_the_harness_from_the_command_line(workdir, tmp_path):
+    (tmp_path / "colours.jsonl").write_text(
+        '{"question": "grass is", "choices": [" green", " blue"], "answer": 0}\n'
+        '{"question": "sky is", "choices": [" green", " blue"], "answer": 1}\n'
+    )
+    (tmp_path / "colours.yaml").write_text(
+        f"""task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/colours.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+    )
+    result = run_eval(workdir, "--suite=lm", "--tasks=colours", f"--include_path={tmp_path}", "--max_length=64")
+    assert result.code == 0, result.err
+    found = written(workdir, "lm")
+    assert found["headline"] == {"colours": found["scores"]["colours"]["acc"]} and found["average"] is None
+    assert found["scores"]["colours"]["documents"] == 2 and "acc_norm" in result.out
+
+
+def test_missing_data_sets_are_told_of(workdir, tmp_path):
+    result = run_eval(workdir, "--suite=lm", "--tasks=piqa", f"--data={tmp_path}")
+    assert result.code == 2
+    assert "baber__piqa" in result.err and len(result.err.splitlines()) == 1
+
+
+def test_completion(workdir, tmp_path):
+    (tmp_path / "facts.jsonl").write_text('{"text": "The name of the device is", "value": "Zeta"}\n' * 2)
+    result = run_eval(workdir, "--suite=completion", f"--files={tmp_path}/facts.jsonl", "--max_length=80")
+    assert result.code == 0, result.err
+    assert written(workdir, "completion")["headline"] == {"facts": 0.0, "average": 0.0} and "0.0%" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite=lm", "--pairs=4"], "--pairs has no meaning for --suite=lm, which takes --tasks, --examples, --data"),
+        (
+            ["--lengths=64"],
+            "--lengths has no meaning for an evaluation without --suite, which takes --tokens; it is for --suite=held_out or mqar",
+        ),
+        (["--suite=mqar", "--pairs=four"], "--pairs=four must be positive integers with commas between them"),
+        (["--suite=mqar", "--pairs=9"], "no MQAR problem has 9 pairs in 16 or 32 or 64 tokens of an alphabet of 8"),
+        (["--suite=completion"], "--suite=completion needs --files"),
+        (["--suite=ruler", "--tasks=niah_singel_1"], "did you mean 'niah_single_1'?"),
+        (["--suite=everything"], "held_out"),
+    ],
+)
+def test_refused(workdir, arguments, message):
+    result = run_eval(workdir, *arguments)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_a_report_of_suites(workdir, tmp_path):
+    assert run_eval(workdir, "--suite=mqar", "--examples=4").code == 0
+    result = run(report.main, f"--runs={workdir}", f"--output={tmp_path}/out")
+    for name in ("runs", "output"):
+        flags.FLAGS[name].unparse()
+    assert result.code == 0, result.err
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "### MQAR by pairs x length (%)" in text and "| 2x16 |" in text
