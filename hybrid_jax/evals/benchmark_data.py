@@ -3,8 +3,8 @@
     DATA/allenai__ai2_arc/ARC-Easy/test.parquet          DATA/<data set>/<configuration>/<split>.parquet
     DATA/Rowan__hellaswag/data/validation.jsonl          the configuration of one that has none is "data"
 
-A data set's name has "__" for its "/". A split may come in parts, `test-00000-of-00002.parquet` and so on, as data sets lie on the
-Hugging Face hub: a copy of one, under its name, will do.
+A data set's name has "__" for its "/". A split may come in parts, `test-00000-of-00002.parquet` and so on. Many data sets lie so on
+the Hugging Face hub: a copy of one of these, under its name, will do.
 """
 
 import json
