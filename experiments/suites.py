@@ -13,7 +13,7 @@ from hybrid_jax.config import ConfigError, RunConfig
 
 TASKS = flags.DEFINE_list("tasks", None, "Of --suite=lm and ruler: their tasks; by default those of the study.")
 LENGTHS = flags.DEFINE_list("lengths", None, "Of --suite=held_out, mqar and ruler: tokens, such as 1024,4096.")
-PAIRS = flags.DEFINE_list("pairs", None, "Of --suite=mqar: associations to be kept; by default once, twice and four times the run's own.")
+PAIRS = flags.DEFINE_list("pairs", None, "Of --suite=mqar: associations to be kept; by default the run's, twice and four times as many.")
 EXAMPLES = flags.DEFINE_integer("examples", None, "Of --suite=mqar, ruler, lm and completion: the most of each kind.", lower_bound=1)
 FILES = flags.DEFINE_list("files", None, "Of --suite=completion: .jsonl or .parquet files with the fields text and value.")
 DATA = flags.DEFINE_string("data", None, "Of --suite=lm: the folder of the tasks' data sets; docs/evaluation.md says what it holds.")
@@ -102,10 +102,12 @@ def _draw_held_out(results: Results, file: Path, config: RunConfig) -> Path:
 def _mqar(model, workdir: Path, config: RunConfig) -> Results:
     from hybrid_jax.evals import recall
 
-    task = config.data.mqar
-    pairs = _integers(PAIRS, [n * task.pairs for n in (1, 2, 4) if n * task.pairs <= task.alphabet])
-    lengths = _integers(LENGTHS, [n * task.length for n in (1, 2, 4)])
-    return recall.evaluate(model, pairs=pairs, lengths=lengths, alphabet=task.alphabet, examples=EXAMPLES.value or 256, batch=BATCH.value)
+    trained = config.data.mqar
+    most, longest = max(trained.pairs), max(trained.length)
+    pairs = _integers(PAIRS, sorted({*trained.pairs, *(n for n in (2 * most, 4 * most) if n <= trained.alphabet)}))
+    lengths = _integers(LENGTHS, sorted({*trained.length, 2 * longest, 4 * longest}))
+    options = {"alphabet": trained.alphabet, "examples": EXAMPLES.value or 256, "batch": BATCH.value}
+    return recall.evaluate(model, pairs=pairs, lengths=lengths, **options)
 
 
 def _mqar_table(title: str, results: Results) -> Table:

@@ -25,7 +25,7 @@ from rich.table import Table
 from experiments import cli
 from hybrid_jax.config import ConfigError
 
-SIZE = flags.DEFINE_string("size", "tiny", "Of the models: tiny, 340m or 1b3.")
+SIZE = flags.DEFINE_string("size", "tiny", "Of the models: tiny, recall, 340m or 1b3.")
 MODELS = flags.DEFINE_list("models", ["*"], "Names, with wildcards, of files in experiments/configs.")
 SEEDS = flags.DEFINE_list("seeds", [], "Train each model with each of these seeds; the configuration's own if not given.")
 FOLDER = flags.DEFINE_string("sweep", "runs/sweep", "Folder of the runs.")

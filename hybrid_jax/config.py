@@ -250,18 +250,26 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MQARConfig:
-    """Multi-query associative recall mixed into the training batches, and measured at every evaluation."""
+    """Multi-query associative recall mixed into the training batches, and measured at every evaluation.
+
+    Rows take turns among the kinds of problems, ``pairs[i]`` in ``length[i]`` tokens: small ones teach how, large ones how much.
+    """
 
     share: float = 0.0  # of the rows of a batch; 0: none
-    pairs: int = 4
-    length: int = 64  # tokens of one problem; a window holds as many as fit
+    pairs: tuple[int, ...] = (4,)
+    length: tuple[int, ...] = (64,)  # tokens of one problem; a window holds as many as fit
     alphabet: int = 32  # distinct keys, and as many values
-    examples: int = 64  # problems in the evaluation
+    examples: int = 64  # problems of each kind in the evaluation
 
     def __post_init__(self):
         _need(0 <= self.share < 1, f"data.mqar.share={self.share} must be in [0, 1)")
         for name in ("pairs", "length", "alphabet", "examples"):
-            _need(getattr(self, name) >= 1, f"data.mqar.{name}={getattr(self, name)} must be at least 1")
+            values = getattr(self, name)
+            _need(min(values if isinstance(values, tuple) else [values], default=0) >= 1, f"data.mqar.{name}={values} must be at least 1")
+        _need(
+            len(self.pairs) == len(self.length),
+            f"data.mqar.pairs={self.pairs} and data.mqar.length={self.length} must be as many, a length for each number of pairs",
+        )
 
 
 @dataclass(frozen=True)
@@ -274,7 +282,7 @@ class DataConfig:
     def __post_init__(self):
         _need(self.window >= 2, f"data.window={self.window} must be at least 2 tokens")
         _need(
-            self.mqar.share == 0 or self.mqar.length <= self.window,
+            self.mqar.share == 0 or max(self.mqar.length) <= self.window,
             f"data.mqar.length={self.mqar.length} must fit in data.window={self.window}",
         )
 
@@ -418,6 +426,8 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
         _need(value in choices, f"{path}={value!r} must be one of {', '.join(map(repr, choices))}")
         return value
     if origin is tuple:
+        if isinstance(value, int):
+            value = [value]
         _need(isinstance(value, (list, tuple)), f"{path}={value!r} must be a list of integers")
         return tuple(_typed(int, item, path) for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The shared recipe: the study's models at its two sizes, and a tiny one for a laptop.
+"""The shared recipe: the study's models at its two sizes, and two for a laptop: text and a little recall, and mostly recall.
 
 Sizes, heads and widths are the study's (or flash-linear-attention's defaults where the study names none). What the study
 does not state is our choice and marked so below.
@@ -8,19 +8,19 @@ from ml_collections import ConfigDict
 
 from hybrid_jax import config
 
-SIZES = ("tiny", "340m", "1b3")
+SIZES = ("tiny", "recall", "340m", "1b3")
 
 # Each mixer's choices by size, where they differ from the defaults in hybrid_jax/config.py.
 MIXERS = {
-    "hgrn": {},
-    "hgrn2": {"tiny": {"expand_ratio": 32}},
-    "retnet": {"tiny": {"heads": 4}},
-    "gla": {"tiny": {"heads": 2}},
-    "delta_net": {"tiny": {"heads": 4}, "1b3": {"heads": 16}},
-    "gated_delta_net": {"tiny": {"heads": 2, "head_width": 48}, "1b3": {"heads": 8}},
+    "hgrn": {"recall": {"conv_width": 4}},
+    "hgrn2": {"tiny": {"expand_ratio": 32}, "recall": {"expand_ratio": 16, "conv_width": 4}},
+    "retnet": {"tiny": {"heads": 4}, "recall": {"heads": 4}},
+    "gla": {"tiny": {"heads": 2}, "recall": {"heads": 2, "conv_width": 4}},
+    "delta_net": {"tiny": {"heads": 4}, "recall": {"heads": 4}, "1b3": {"heads": 16}},
+    "gated_delta_net": {"tiny": {"heads": 2, "head_width": 48}, "recall": {"heads": 2, "head_width": 24}, "1b3": {"heads": 8}},
     "attention": {},
 }
-ATTENTION = {"tiny": {"heads": 4}, "340m": {"heads": 16}, "1b3": {"heads": 32}}
+ATTENTION = {"tiny": {"heads": 4}, "recall": {"heads": 4}, "340m": {"heads": 16}, "1b3": {"heads": 32}}
 
 
 def get_config(mixer: str, size: str, ratio: int | None = None) -> ConfigDict:
@@ -37,7 +37,7 @@ def get_config(mixer: str, size: str, ratio: int | None = None) -> ConfigDict:
     run.model.attention.update(ATTENTION[size])
     run.model.mlp_ratio = 2.0 if mixer == "retnet" else 4.0
     run.model.ratio = ratio
-    {"tiny": _tiny, "340m": _340m, "1b3": _1b3}[size](run)
+    {"tiny": _tiny, "recall": _recall, "340m": _340m, "1b3": _1b3}[size](run)
     return run
 
 
@@ -70,7 +70,7 @@ def _tiny(run: ConfigDict) -> None:
     run.model.remat = "none"
     run.data.window = 256
     # Naming any of a problem's four values is right 25 % of the time; to know which takes recall.
-    run.data.mqar.update(share=0.25, pairs=4, length=16, alphabet=16, examples=256)
+    run.data.mqar.update(share=0.25, pairs=(4,), length=(16,), alphabet=16, examples=256)
     run.train.batch = 16
     run.train.microbatch = 16
     run.train.steps = 300
@@ -79,3 +79,26 @@ def _tiny(run: ConfigDict) -> None:
     run.checkpoint.every = 100
     run.evaluation.every = 100
     run.evaluation.tokens = 2**16
+
+
+def _recall(run: ConfigDict) -> None:
+    """The study's finding in small: minutes on two CPU cores, nine rows in ten associative recall. All of it is our choice.
+
+    Every linear layer has the short convolution that the delta rules have (but RetNet's, which knows none): to bind a value to the
+    key before it takes a layer that looks one token back, which a gate alone, and the Transformer's rotary positions, take several
+    times as many steps to learn. Muon is for the same reason: of AdamW's steps it takes four times as many.
+    """
+    _tiny(run)
+    run.model.width = 64
+    run.model.mlp_width = 128
+    run.model.vocabulary = 257  # the problems' symbols are the rarest bytes
+    run.data.window = 64
+    # A key's value is one of eight. By what was asked before and where, without recall, 41 % can be had.
+    run.data.mqar.update(share=0.9, pairs=(8,), length=(32,), alphabet=16, examples=256)
+    run.train.batch = 32
+    run.train.microbatch = 32
+    run.train.steps = 400
+    run.optimizer.name = "muon"
+    run.optimizer.learning_rate = 1e-2
+    run.optimizer.weight_decay = 0.0
+    run.checkpoint.every = 400

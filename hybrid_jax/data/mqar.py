@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hybrid_jax.config import MQARConfig
 from hybrid_jax.data import DataError
 
 
@@ -50,6 +51,11 @@ class Task:
                 f"MQAR with an alphabet of {self.alphabet} in a vocabulary of {vocabulary}: keys, values and filler are three times "
                 f"that, and the last id stays free; give an alphabet of at most {(vocabulary - 1) // 3}"
             )
+
+
+def tasks(config: MQARConfig) -> list[Task]:
+    """The kinds of problems that a run's configuration names. Raises `DataError` for one that can not be made."""
+    return [Task(pairs, length, config.alphabet) for pairs, length in zip(config.pairs, config.length, strict=True)]
 
 
 def sample(task: Task, seed: int, index: int, *, vocabulary: int, problems: int = 1):

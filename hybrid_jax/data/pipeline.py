@@ -11,7 +11,7 @@ packed documents nothing is predicted from another document's text.
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import grain
@@ -33,7 +33,7 @@ def training_batches(
     window: int,
     seed: int,
     packing: str = "windows",
-    mqar_task: mqar.Task | None = None,
+    mqar_tasks: Sequence[mqar.Task] = (),
     mqar_share: float = 0.0,
     start_step: int = 0,
     process_index: int = 0,
@@ -47,7 +47,7 @@ def training_batches(
     every T tokens and gives each document in a row a segment id; one longer than its row goes on in another, as a segment of
     its own. In both a last window that is not full is left out of the epoch.
 
-    A share ``mqar_share`` of all rows, spread evenly, hold MQAR problems in place of text.
+    A share ``mqar_share`` of all rows, spread evenly, hold MQAR problems in place of text, of each of ``mqar_tasks`` in turn.
 
     Returns a Grain iterator (``close()`` it) over ``tokens``, ``targets``, ``segment_ids`` [b,T] int32 (0 is padding) and
     ``weights`` [b,T] float32, built ahead by ``threads`` threads.
@@ -58,10 +58,10 @@ def training_batches(
     _check_rows(batch, window, packing, process_index, process_count)
     if len(source) < window:
         raise DataError(f"a window of {window} tokens, but {source.name} holds {len(source)}: make the window shorter or give more text")
-    if not 0.0 <= mqar_share <= 1.0 or (mqar_share and mqar_task is None):
-        raise DataError(f"an MQAR share of {mqar_share} with the task {mqar_task}: give a share from 0 to 1, and above 0 a task")
-    if mqar_share:
-        mqar_task.check(window, source.tokenizer.vocabulary)
+    if not 0.0 <= mqar_share <= 1.0 or (mqar_share and not mqar_tasks):
+        raise DataError(f"an MQAR share of {mqar_share} with {len(mqar_tasks)} tasks: give a share from 0 to 1, and above 0 a task")
+    for task in mqar_tasks:
+        task.check(window, source.tokenizer.vocabulary)
     shuffled = ShuffledWindows(source, window, seed) if packing == "windows" else ShuffledDocuments(source, window, seed)
     recall = Mixture(mqar_share, seed)
     vocabulary, recall_seed = source.tokenizer.vocabulary, _stream(seed, "mqar")
@@ -73,7 +73,8 @@ def training_batches(
         for row in range(first, first + local):
             before = recall.count(row)
             if recall.count(row + 1) > before:
-                rows.append(mqar.row(mqar_task, recall_seed, before, window=window, vocabulary=vocabulary))
+                task = mqar_tasks[before % len(mqar_tasks)]
+                rows.append(mqar.row(task, recall_seed, before, window=window, vocabulary=vocabulary))
             else:
                 rows.append(shuffled.pieces(row - before))
         return _fill(source, rows, window)

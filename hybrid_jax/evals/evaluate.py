@@ -33,7 +33,8 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
         xz_bits_per_byte, unigram_bits_per_byte    of the same bytes
         loss_by_position    [T] nats at each place in the window (None where nothing is scored)
         tokens, bytes       how many were scored, and of how much text they are
-        mqar_accuracy, mqar_loss    over the answers of held-out recall problems; left out where none fits the window or vocabulary
+        mqar_accuracy, mqar_loss    over the answers of held-out recall problems, as many of each of the run's kinds; left out
+                            where they do not fit the window or vocabulary
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-config.evaluation.batch // devices) * devices
@@ -41,7 +42,7 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
     steps = -(-min(config.evaluation.tokens, len(held_out)) // (rows * window))
     scored = min(len(held_out), steps * rows * window)
     text = source_text(held_out, scored)
-    task = _recall_task(config, held_out.tokenizer.vocabulary)
+    tasks = _recall_tasks(config, held_out.tokenizer.vocabulary)
     about_text = {
         "tokens": scored,
         "bytes": len(text),
@@ -62,6 +63,13 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
         batches.close()
         return Losses(*(np.sum([np.asarray(x, np.float64) for x in part], axis=0) for part in zip(*parts, strict=True)))
 
+    def task_sums(params: nnx.State, task: mqar.Task) -> Losses:
+        problem_rows = -(-config.data.mqar.examples // (window // task.length))
+        batches = pipeline.mqar_evaluation_batches(
+            task, rows=problem_rows, batch=rows, window=window, vocabulary=held_out.tokenizer.vocabulary, **processes
+        )
+        return sums(params, batches, -(-problem_rows // rows))
+
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
     def evaluate(params: nnx.State) -> dict[str, Any]:
@@ -74,12 +82,8 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
             **about_text,
             "loss_by_position": [float(x) if math.isfinite(x) else None for x in by_position],
         }
-        if task:
-            problem_rows = -(-config.data.mqar.examples // (window // task.length))
-            batches = pipeline.mqar_evaluation_batches(
-                task, rows=problem_rows, batch=rows, window=window, vocabulary=held_out.tokenizer.vocabulary, **processes
-            )
-            recall = sums(params, batches, -(-problem_rows // rows))
+        if tasks:
+            recall = jax.tree.map(lambda *parts: sum(parts), *(task_sums(params, task) for task in tasks))
             results |= {"mqar_accuracy": float(recall.correct / recall.weight), "mqar_loss": float(recall.total / recall.weight)}
         return results
 
@@ -101,14 +105,14 @@ def source_text(source: TokenSource, tokens: int) -> bytes:
     return source.tokenizer.decode(ids).encode()
 
 
-def _recall_task(config: RunConfig, vocabulary: int) -> mqar.Task | None:
-    """The recall problems to evaluate on; None where none fits and training has none either."""
-    settings = config.data.mqar
+def _recall_tasks(config: RunConfig, vocabulary: int) -> list[mqar.Task]:
+    """The recall problems to evaluate on; none where they do not fit and training has none either."""
     try:
-        task = mqar.Task(settings.pairs, settings.length, settings.alphabet)
-        task.check(config.data.window, vocabulary)
+        tasks = mqar.tasks(config.data.mqar)
+        for task in tasks:
+            task.check(config.data.window, vocabulary)
     except DataError:
-        if settings.share:
+        if config.data.mqar.share:
             raise
-        return None
-    return task
+        return []
+    return tasks

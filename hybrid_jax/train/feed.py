@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from hybrid_jax.config import RunConfig
 from hybrid_jax.data import pipeline
-from hybrid_jax.data.mqar import Task
+from hybrid_jax.data.mqar import tasks
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.sharding import batch_sharding
 
@@ -29,7 +29,7 @@ class Feed:
             window=config.data.window,
             seed=config.train.seed,
             packing=config.data.packing,
-            mqar_task=Task(recall.pairs, recall.length, recall.alphabet) if recall.share else None,
+            mqar_tasks=tasks(recall) if recall.share else (),
             mqar_share=recall.share,
             start_step=start_step,
             process_index=jax.process_index(),

@@ -39,7 +39,7 @@ REFUSED = [
     ({"model": {"tied": 1}}, "config.model.tied=1 must be of type bool"),
     ({"model": 3}, "config.model=3 must be a group of fields"),
     ({"model": {"dtype": "float8"}}, "must be one of 'bfloat16', 'float32'"),
-    ({"model": {"attention_layers": 3}}, "must be a list of integers"),
+    ({"model": {"attention_layers": "3"}}, "must be a list of integers"),
     ({"model": {"mixer": {"name": "mamba"}}}, "is no mixer; choose one of hgrn"),
     ({"model": {"mixer": {"name": "gla", "heads": 3}}}, "gla heads=3 must divide width * expand_k"),
     ({"model": {"mixer": {"name": "hgrn2", "expand_ratio": 100}}}, "must divide model.width=1024"),

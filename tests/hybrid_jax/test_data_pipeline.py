@@ -121,8 +121,8 @@ SOURCE = array_source(np.random.default_rng(1).integers(1, 60, 200).tolist())
 OPTIONS = [
     dict(packing="windows"),
     dict(packing="documents"),
-    dict(packing="windows", mqar_task=TASK, mqar_share=0.3),
-    dict(packing="documents", mqar_task=TASK, mqar_share=1.0),
+    dict(packing="windows", mqar_tasks=[TASK], mqar_share=0.3),
+    dict(packing="documents", mqar_tasks=[TASK], mqar_share=1.0),
 ]
 
 
@@ -169,7 +169,7 @@ def test_mixture(share):
     """MQAR rows: the share asked for in every stretch, the text's epochs unbroken by them, MQAR problems all different."""
     options = dict(batch=10, window=24, seed=3)
     steps = 60
-    mixed = take(training_batches(SOURCE, mqar_task=TASK, mqar_share=share, **options), steps)
+    mixed = take(training_batches(SOURCE, mqar_tasks=[TASK], mqar_share=share, **options), steps)
     text = take(training_batches(SOURCE, **options), steps)
     recall = np.concatenate([batch["weights"].sum(axis=1) < 24 for batch in mixed])
     counts = np.cumsum([0, *recall])
@@ -178,8 +178,17 @@ def test_mixture(share):
     rows = np.concatenate([batch["tokens"] for batch in mixed])
     np.testing.assert_array_equal(rows[~recall], np.concatenate([batch["tokens"] for batch in text])[: (~recall).sum()])
     assert len({row.tobytes() for row in rows[recall]}) == recall.sum() > 0
-    other = take(training_batches(SOURCE, mqar_task=TASK, mqar_share=share, **(options | dict(seed=4))), steps)
+    other = take(training_batches(SOURCE, mqar_tasks=[TASK], mqar_share=share, **(options | dict(seed=4))), steps)
     assert not {row.tobytes() for row in rows[recall]} & {row.tobytes() for batch in other for row in batch["tokens"]}
+
+
+def test_kinds_of_problems_take_turns():
+    small, large = TASK, mqar.Task(pairs=4, length=20, alphabet=10)
+    batches = take(training_batches(SOURCE, batch=6, window=24, seed=1, mqar_tasks=[small, large], mqar_share=1.0), 5)
+    answers = np.concatenate([batch["weights"].sum(axis=1) for batch in batches])
+    assert answers.tolist() == [3 * small.pairs, large.pairs] * 15
+    alone = take(training_batches(SOURCE, batch=6, window=24, seed=1, mqar_tasks=[small], mqar_share=1.0), 5)
+    np.testing.assert_array_equal(*(np.concatenate([batch["tokens"] for batch in of])[::2] for of in (batches, alone)))
 
 
 def test_mixture_is_exact_after_many_rows():
@@ -198,7 +207,7 @@ def test_mqar_evaluation():
     assert (weights.sum(axis=1) == [4] * 11 + [0]).all() and len({row.tobytes() for row in rows[:11]}) == 11
     halves = [take(mqar_evaluation_batches(TASK, process_index=p, process_count=2, **options), 10**6) for p in range(2)]
     same(batches, [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*halves, strict=True)])
-    training = take(training_batches(SOURCE, batch=8, window=20, seed=0, mqar_task=TASK, mqar_share=1.0), 20)
+    training = take(training_batches(SOURCE, batch=8, window=20, seed=0, mqar_tasks=[TASK], mqar_share=1.0), 20)
     assert not {row.tobytes() for batch in training for row in batch["tokens"]} & {row.tobytes() for row in rows}
 
 
@@ -250,9 +259,9 @@ def test_refused():
     refuses("process 2 of 2: give an index from 0 to 1", process_count=2, process_index=2)
     refuses("a batch of 0 rows", batch=0)
     refuses("packing 'tight': give one of windows, documents", packing="tight")
-    refuses("an MQAR share of 0.5 with the task None", mqar_share=0.5)
-    refuses("an MQAR share of 1.5", mqar_share=1.5, mqar_task=TASK)
-    refuses("an MQAR problem of 8 tokens in a window of 7", window=7, mqar_share=0.5, mqar_task=TASK)
-    refuses("alphabet of 90 in a vocabulary of 257", mqar_share=0.5, mqar_task=mqar.Task(pairs=2, length=8, alphabet=90))
+    refuses("an MQAR share of 0.5 with 0 tasks", mqar_share=0.5)
+    refuses("an MQAR share of 1.5", mqar_share=1.5, mqar_tasks=[TASK])
+    refuses("an MQAR problem of 8 tokens in a window of 7", window=7, mqar_share=0.5, mqar_tasks=[TASK])
+    refuses("alphabet of 90 in a vocabulary of 257", mqar_share=0.5, mqar_tasks=[mqar.Task(pairs=2, length=8, alphabet=90)])
     with pytest.raises(DataError, match="a sample is empty: there is nothing to evaluate on"):
         evaluation_batches(array_source([]), batch=1, window=4)

@@ -1,5 +1,6 @@
 """Evaluation against the model's own logits, token by token in float64."""
 
+import dataclasses
 import lzma
 import math
 
@@ -76,6 +77,17 @@ def test_the_numbers_are_those_of_the_logits(model, packing, sizes):
     assert len(losses) == 6 * 2
     assert results["mqar_accuracy"] == pytest.approx(hits.mean())
     assert results["mqar_loss"] == pytest.approx(losses.mean(), rel=1e-6)
+
+
+def test_recall_is_over_the_problems_of_all_kinds(model):
+    def recall(pairs, length):
+        run = run_for()
+        kinds = dataclasses.replace(run.data.mqar, pairs=pairs, length=length, examples=4)
+        return evaluate(dataclasses.replace(run, data=dataclasses.replace(run.data, mqar=kinds)), model)
+
+    both, small, large = recall((1, 4), (8, 16)), recall((1,), (8,)), recall((4,), (16,))
+    for name in ("mqar_accuracy", "mqar_loss"):
+        assert both[name] == pytest.approx((small[name] + 4 * large[name]) / 5, rel=1e-6)  # of one and of four answers a problem
 
 
 def test_part_of_the_text_is_whole_batches_and_its_own_bytes(model):
