@@ -70,7 +70,7 @@ def _ratio_panel(axes, found: dict, scores: dict[tuple[str, str], Score], measur
         axes.axhline(scale * score.mean, color=COLORS["attention"], linestyle="--", linewidth=1.2, label=FAMILIES["attention"])
         spread = scale * (score.spread or 0)
         axes.axhspan(scale * score.mean - spread, scale * score.mean + spread, color=COLORS["attention"], alpha=0.08, linewidth=0)
-    axes.set(title=measure.title + (" (%)" if measure.percent else ""), xlabel="linear layers to one of full attention")
+    axes.set(title=measure.heading, xlabel="linear layers to one of full attention")
     axes.set_xticks(range(len(ratios)), ratios)
     axes.set_xlim(-0.4, len(ratios) - 0.6)
     if not measure.percent:  # a tenth of the mean at least, or noise would fill the panel
@@ -131,7 +131,7 @@ def pareto(models: Models, costs: dict, size: str, measure: Measure, context: in
             axes.plot(*zip(*best, strict=True), color=REFERENCE, linewidth=1, zorder=0)
             axes.set(title=title)
             _cost_axis(axes, [price[cost] for _, price in points.values()])
-        panels[0].set_ylabel(measure.title + (" (%)" if measure.percent else ""))
+        panels[0].set_ylabel(measure.heading)
         figure.legend(handles=_legend(plt, points), loc="outside lower center", ncols=8)
         return figure
 

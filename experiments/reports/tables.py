@@ -30,6 +30,11 @@ class Measure:
     percent: bool = False
     table: str | None = None  # of the study, where it has it by ratio
 
+    @property
+    def heading(self) -> str:
+        """The title, and the unit where it does not name it."""
+        return f"{self.title} (%)" if self.percent else self.title
+
 
 # Those that get a table by ratio, where any run has them.
 BY_RATIO = (
@@ -60,9 +65,9 @@ def by_ratio(models: Models, size: str, measure: Measure) -> str:
     return markdown(lines)
 
 
-def by_task(models: Models, size: str, suite: str) -> str:
-    """Models down, tasks across, as the study's Tables 2, 3 and 6. suite: "lm", "ruler", "mqar", ... Markdown, "" where no run has it."""
-    prefix = f"{suite}/"
+def by_task(models: Models, size: str, suite: Measure) -> str:
+    """Models down, tasks across, as the study's Tables 2, 3 and 6, of all that ``suite.name`` holds. Markdown, "" where no run has it."""
+    prefix = f"{suite.name}/"
     found = {key[1:]: scores for key, scores in models.items() if key[0] == size and any(name.startswith(prefix) for name in scores)}
     names = dict.fromkeys(name for scores in found.values() for name in scores if name.startswith(prefix))
     if not found:
@@ -70,9 +75,8 @@ def by_task(models: Models, size: str, suite: str) -> str:
     known = published.scores(size)
     lines = [["", *(name.removeprefix(prefix) for name in names)]]
     for family, ratio in sorted(found, key=lambda model: (list(FAMILIES).index(model[0]), _order(model[1]))):
-        percent = Measure("", "", percent=True)
         cells = [
-            _cell(found[family, ratio][name], percent, known.get((family, ratio), {}), name) if name in found[family, ratio] else ""
+            _cell(found[family, ratio][name], suite, known.get((family, ratio), {}), name) if name in found[family, ratio] else ""
             for name in names
         ]
         lines.append([label(family, ratio), *cells])

@@ -7,7 +7,13 @@ from experiments.reports.collect import Run
 from experiments.reports.tables import Measure
 
 RECALL = ("ruler/average", "mqar")  # the first that runs have is what costs are held against
-SUITES = {"lm": "Language modelling by task (%)", "ruler": "RULER by task and group (%)", "mqar": "MQAR by pairs x length (%)"}
+SUITES = (  # as Measure: those of experiments.eval, a table each
+    Measure("lm", "Language modelling by task", percent=True),
+    Measure("ruler", "RULER by task and group", percent=True),
+    Measure("mqar", "MQAR by pairs x length", percent=True),
+    Measure("completion", "Completion of real documents by file", percent=True),
+    Measure("held_out", "Held-out loss by window, nats a token"),
+)
 
 
 def report(runs: list[Run], context: int, folder: Path) -> Path:
@@ -41,10 +47,10 @@ def _of_size(models: tables.Models, costs: dict, size: str, context: int, folder
     for measure in tables.BY_RATIO:
         if measure.name in measured:
             source = f" In brackets: the study's {measure.table}." if measure.table and size in ("340M", "1.3B") else ""
-            parts += [f"### {measure.title}{' (%)' if measure.percent else ''}", source.strip(), tables.by_ratio(models, size, measure)]
-    for suite, title in SUITES.items():
+            parts += [f"### {measure.heading}", source.strip(), tables.by_ratio(models, size, measure)]
+    for suite in SUITES:
         if table := tables.by_task(models, size, suite):
-            parts += [f"### {title}", table]
+            parts += [f"### {suite.heading}", table]
     pictures = [
         figures.by_ratio(models, size, folder / f"by_ratio_{stem}.png"),
         figures.ruler_groups(models, size, folder / f"ruler_groups_{stem}.png"),

@@ -29,7 +29,7 @@ def write_run(folder, name, seed=1, size="1b3", loss=2.0, recall=0.5, step=10, e
     )
     for suite, scores in dict(evals).items():
         (workdir / "evals").mkdir(exist_ok=True)
-        (workdir / "evals" / f"{suite}-{step}.json").write_text(json.dumps({"scores": scores, "notes": [f"{suite} with substitutes"]}))
+        (workdir / "evals" / f"{suite}-{step}.json").write_text(json.dumps({"headline": scores, "notes": [f"{suite} with substitutes"]}))
     return workdir
 
 
