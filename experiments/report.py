@@ -1,6 +1,6 @@
 """Collect what runs came to into the study's tables and figures, beside the numbers it published.
 
-    python -m experiments.report --runs='runs/sweep/*'                        # writes report/report.md, scores.csv and pictures
+    python -m experiments.report --runs='runs/sweep/*'                        # writes report/report.md, tables as CSV, pictures
     python -m experiments.report --runs='runs/a/*,runs/b/*' --output=study --context=32768
 
 --runs are folders of training runs (or of converted checkpoints) that were evaluated: by training itself, or by

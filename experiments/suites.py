@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from hybrid_jax.config import ConfigError, RunConfig
@@ -125,24 +123,14 @@ def _mqar_table(title: str, results: Results) -> Table:
 def _ruler(model, workdir: Path, config: RunConfig) -> Results:
     from hybrid_jax.evals import ruler
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bars: dict[tuple[str, int], Any] = {}
-
-        def tell(task: str, length: int, done: int, examples: int) -> None:
-            if (task, length) not in bars:
-                bars[task, length] = progress.add_task(f"{task} at {length:,} tokens", total=examples)
-            progress.update(bars[task, length], completed=done)
-
-        return ruler.evaluate(
-            model,
-            tasks=TASKS.value or tuple(ruler.TASKS),
-            lengths=_integers(LENGTHS, [4096]),
-            examples=EXAMPLES.value or 500,
-            texts=TEXTS.value,
-            batch=BATCH.value,
-            progress=tell,
-        )
+    return ruler.evaluate(
+        model,
+        tasks=TASKS.value or tuple(ruler.TASKS),
+        lengths=_integers(LENGTHS, [4096]),
+        examples=EXAMPLES.value or 500,
+        texts=TEXTS.value,
+        batch=BATCH.value,
+    )
 
 
 def _ruler_headline(results: Results) -> dict[str, float]:
@@ -164,9 +152,14 @@ def _ruler_notes(results: Results) -> list[str]:
 
 
 def _ruler_table(title: str, results: Results) -> Table:
-    from hybrid_jax.evals.ruler.table import results_table
-
-    return results_table(title, results)
+    lengths = [str(length) for length in results["settings"]["lengths"]]
+    table = Table("task", *(f"{int(length):,} tokens" for length in lengths), "made of", title=title, title_style="bold")
+    for task, scores in results["scores"].items():
+        table.add_row(task, *(f"{scores[length]['score']:.1%}" for length in lengths), scores[lengths[0]]["source"])
+    table.add_section()
+    for group in results["groups"][lengths[0]]:
+        table.add_row(group, *(f"{results['groups'][length][group]:.1%}" for length in lengths), "")
+    return table
 
 
 # ---------------------------------------------------------------- lm-evaluation-harness

@@ -5,7 +5,7 @@ import io
 from dataclasses import dataclass
 
 from experiments.reports import published
-from experiments.reports.collect import RATIOS, Score
+from experiments.reports.collect import RATIOS, Run, Score
 
 FAMILIES = {
     "hgrn": "HGRN",
@@ -100,6 +100,17 @@ def to_csv(models: Models, costs: dict[Model, dict[str, float]]) -> str:
         for name, score in scores.items():
             numbers = [score.mean, score.spread, score.seeds, known.get(name), cost["flops"], cost["bytes"]]
             writer.writerow([size, family, ratio, name, *("" if number is None else number for number in numbers)])
+    return text.getvalue()
+
+
+def runs_to_csv(runs: list[Run]) -> str:
+    """A line for each run and measure, as they were measured."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "size", "family", "ratio", "seed", "step", "measure", "value"])
+    for run in runs:
+        of_run = [run.workdir.resolve().name, *run.model, run.config.train.seed, run.step]
+        writer.writerows([*of_run, name, value] for name, value in run.scores.items())
     return text.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""A report's folder: report.md with its tables, scores.csv, and the pictures."""
+"""A report's folder: report.md with its tables, scores.csv with all means, runs.csv with what they are of, and the pictures."""
 
 from pathlib import Path
 
@@ -21,6 +21,7 @@ def report(runs: list[Run], context: int, folder: Path) -> Path:
     models = collect.over_seeds(runs)
     costs = {run.model: collect.costs_of(run.config.model, context) for run in runs}
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "runs.csv").write_text(tables.runs_to_csv(runs))
     (folder / "scores.csv").write_text(tables.to_csv(models, costs))
     parts = ["# Report", _about(runs, models)]
     for size in sorted({model[0] for model in models}):

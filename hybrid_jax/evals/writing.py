@@ -19,19 +19,20 @@ def write(
     settings: Sampling,
     stop: Sequence[str],
     batch: int,
+    what: str = "writing",
 ) -> list[str]:
     """The text after each prompt: up to a string of ``stop``, the end of a document or ``max_new_tokens`` tokens.
 
     ``batch`` prompts are written on at one time, of like lengths, by each process of a run on its first device. With a greedy
-    ``settings`` a text is the same in any company; draws are not.
+    ``settings`` a text is the same in any company; draws are not. ``what``: the title of the bar in a terminal.
     """
-    return shared(partial(_local, model, max_new_tokens, settings, stop, batch), prompts, size=len)
+    return shared(partial(_local, model, max_new_tokens, settings, stop, batch, what), prompts, size=len)
 
 
-def _local(model: Model, max_new_tokens, settings, stop, batch, prompts: list[Sequence[int]]) -> list[str]:
+def _local(model: Model, max_new_tokens, settings, stop, batch, what, prompts: list[Sequence[int]]) -> list[str]:
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts = [""] * len(prompts)
-    for first in watched(range(0, len(order), batch), "writing"):
+    for first in watched(range(0, len(order), batch), what):
         rows = order[first : first + batch]
         of_batch = [prompts[i] for i in rows + rows[:1] * (batch - len(rows))]  # the last one filled up, so that all compile as one
         longest = len(of_batch[0])

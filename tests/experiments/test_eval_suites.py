@@ -61,10 +61,16 @@ def test_ruler(workdir):
 
 def test_the_rulers_average_is_over_its_tasks_and_the_lengths():
     groups = {"512": {"MK": 0.5, "mean": 0.1}, "1024": {"MK": 0.7, "mean": 0.2}}
-    scores = {"niah_multikey_1": {"512": {"score": 0.0}, "1024": {"score": 1.0}}}
-    found = suites.SUITES["ruler"].headline({"settings": {"lengths": [512, 1024]}, "groups": groups, "scores": scores})
+    scores = {"niah_multikey_1": {"512": {"score": 0.0, "source": "essays"}, "1024": {"score": 1.0, "source": "essays"}}}
+    results = {"settings": {"lengths": [512, 1024]}, "groups": groups, "scores": scores}
     expected = {"MK": 0.6, "average": 0.15, "niah_multikey_1": 0.5, "average@512": 0.1, "average@1024": 0.2}
-    assert found == {name: pytest.approx(value) for name, value in expected.items()}
+    assert suites.SUITES["ruler"].headline(results) == {name: pytest.approx(value) for name, value in expected.items()}
+    columns = [list(column.cells) for column in suites.SUITES["ruler"].table("a run", results).columns]
+    assert list(zip(*columns, strict=True)) == [
+        ("niah_multikey_1", "0.0%", "100.0%", "essays"),
+        ("MK", "50.0%", "70.0%", ""),
+        ("mean", "10.0%", "20.0%", ""),
+    ]
 
 
 def test_a_task_file_of_the_harness_from_the_command_line(workdir, tmp_path):

@@ -68,6 +68,10 @@ def test_a_report_of_everything(folder):
     cell = next(row for row in rows if (row["family"], row["ratio"], row["measure"]) == ("gla", "6:1", "ruler/average"))
     assert float(cell["mean"]) == pytest.approx(0.12) and float(cell["spread"]) == pytest.approx(0.01)
     assert cell["seeds"] == "3" and float(cell["published"]) == 0.330
+    with (folder / "out" / "runs.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["run"].startswith("gla_r6-") and row["measure"] == "ruler/average"]
+    assert [row["seed"] for row in rows] == ["1", "2", "3"]
+    assert [float(row["value"]) for row in rows] == pytest.approx([0.11, 0.12, 0.13])
 
 
 def test_means_and_spreads_are_over_seeds(tmp_path):

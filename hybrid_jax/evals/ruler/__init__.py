@@ -7,7 +7,7 @@ measured there and here is one benchmark. docs/evaluation.md says what each task
 the equality is shown.
 """
 
-from hybrid_jax.evals.ruler.evaluate import evaluate
+from hybrid_jax.evals.ruler.measure import evaluate
 from hybrid_jax.evals.ruler.tasks import GROUPS, TASKS
 
 __all__ = ["GROUPS", "TASKS", "evaluate"]

@@ -2,17 +2,18 @@
 
 import difflib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-import hybrid_jax
 from hybrid_jax.data import DataError
 from hybrid_jax.evals.ruler import score
 from hybrid_jax.evals.ruler.examples import Example
 from hybrid_jax.evals.ruler.tasks import GROUPS, TASKS, make_examples
 from hybrid_jax.evals.ruler.texts import Texts
+from hybrid_jax.evals.writing import write
+from hybrid_jax.sampling import Sampling
 
 
 def evaluate(
@@ -24,14 +25,12 @@ def evaluate(
     texts=None,
     batch: int = 8,
     seed: int = 42,
-    progress: Callable[[str, int, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """What ``model`` (`hybrid_jax.load`, with its tokenizer) scores at ``tasks``, at each of ``lengths``; ready for JSON.
 
     examples: of a task and length. seed: of their draws. A task and length has the same examples whatever else is asked for.
     texts: a folder with texts that some tasks are made of (`hybrid_jax.evals.ruler.texts`); None: all have substitutes.
     batch: prompts read and followed at once.
-    progress: called as ``progress(task, length, done, examples)`` at the start of a task and length and after every batch.
 
     Returns:
         settings    the arguments, and the tokenizer's name
@@ -52,25 +51,23 @@ def evaluate(
         cells[name, length] = source, itertools.chain([next(made)], made)  # which tells whether any fits
     scores = {name: {} for name in tasks}
     for (name, length), (source, made) in cells.items():
-        tell = (lambda done, name=name, length=length: progress(name, length, done, examples)) if progress else lambda done: None
-        result = _score(model, name, made, batch, tell)
-        scores[name][str(length)] = result | {"source": source}
+        scores[name][str(length)] = _score(model, name, length, made, batch) | {"source": source}
     settings = {"tasks": list(tasks), "lengths": list(lengths), "examples": examples, "batch": batch, "seed": seed}
     settings |= {"texts": texts.folder and str(texts.folder), "tokenizer": tokenizer.name}
     return {"settings": settings, "scores": scores, "groups": {str(length): _groups(scores, str(length)) for length in lengths}}
 
 
-def _score(model, name: str, made: Iterator[Example], batch: int, tell: Callable[[int], None]) -> dict[str, float | int]:
-    shares, any_of, tokens = [], [], []
-    tell(0)
-    while rows := list(itertools.islice(made, batch)):
-        written = hybrid_jax.generate(model, [row.prompt for row in rows], max_new_tokens=TASKS[name].new_tokens)
-        shares += [score.share_found(text, row.answers) for text, row in zip(written, rows, strict=True)]
-        any_of += [score.any_found(text, row.answers) for text, row in zip(written, rows, strict=True)]
-        tokens += [row.tokens for row in rows]
-        tell(len(shares))
-    result = {"score": float(np.mean(shares)), "examples": len(shares), "tokens": float(np.mean(tokens))}
-    return result | {"any": float(np.mean(any_of))} if name in GROUPS["QA"] else result
+def _score(model, name: str, length: int, made: Iterable[Example], batch: int) -> dict[str, float | int]:
+    rows = list(made)
+    prompts, new_tokens = model.tokenizer.encode_batch([row.prompt for row in rows]), TASKS[name].new_tokens
+    written = write(model, prompts, new_tokens, settings=Sampling(), stop=(), batch=batch, what=f"{name} at {length:,} tokens")
+    answered = [(text, row.answers) for text, row in zip(written, rows, strict=True)]
+    result = {
+        "score": float(np.mean([score.share_found(*pair) for pair in answered])),
+        "examples": len(rows),
+        "tokens": float(np.mean([row.tokens for row in rows])),
+    }
+    return result | {"any": float(np.mean([score.any_found(*pair) for pair in answered]))} if name in GROUPS["QA"] else result
 
 
 def _groups(scores: dict[str, dict], length: str) -> dict[str, float]:
