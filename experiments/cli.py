@@ -14,10 +14,11 @@ import os
 import re
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from absl import flags
 from absl import logging as absl_logging
@@ -29,6 +30,12 @@ from hybrid_jax.train.workdir import RunError, read_config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, metrics, summary and picture.")
 STEP = flags.DEFINE_integer("step", None, "The step whose checkpoint is read; the newest if not given.", lower_bound=0)
+
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first process of a run of several, where neither Cloud TPU, SLURM nor Open MPI tells it."
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has; with --coordinator.", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0; with --coordinator.", lower_bound=0)
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -45,7 +52,7 @@ def start(main: Callable[[Run], int | None], argv: list[str] | None = None) -> N
     """Run ``main`` on the configuration and flags of the command line, and exit with its exit code."""
     argv = sys.argv if argv is None else argv
     module = sys.modules[main.__module__]
-    sys.exit(guarded(lambda: main(load_run(parse(argv, module.__doc__), command(argv, module)))))
+    end(guarded(lambda: main(load_run(parse(argv, module.__doc__), command(argv, module)))))
 
 
 def start_without_config(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
@@ -58,7 +65,14 @@ def start_without_config(main: Callable[[], int | None], argv: list[str] | None 
             raise ConfigError(f"this command takes no {given[0].split('=')[0]}; the configuration is read from the run's folder")
         return main()
 
-    sys.exit(guarded(run))
+    end(guarded(run))
+
+
+def end(code: int) -> NoReturn:
+    """Exit; where that is a failure in a run of several processes, without waiting for the others."""
+    if code and (distributed := sys.modules.get("hybrid_jax.distributed")) and distributed.connected():
+        distributed.leave(code)
+    sys.exit(code)
 
 
 def guarded(action: Callable[[], int | None]) -> int:
@@ -78,6 +92,14 @@ def guarded(action: Callable[[], int | None]) -> int:
             raise
         where = f" for {error.filename}" if error.filename else ""
         print(f"error: no space left{where}: make room and run the same command again, to go on from the last checkpoint", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not (distributed := sys.modules.get("hybrid_jax.distributed")) or not distributed.connected():
+            raise
+        if said := distributed.loss(error):
+            print(f"error: {said}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         return 1
 
 
@@ -116,6 +138,13 @@ def load_run(arguments: list[str], command: str) -> Run:
     config, size = _get_config(file, size)
     config = _override(config, [arg for arg in arguments if not re.match("--?config=", arg)])
     return Run(from_dict(RunConfig, config.to_dict()), f"{file.stem}-{size}" if size else file.stem, command)
+
+
+def connect() -> None:
+    """Join the other processes of this run, if there are any; before JAX is used."""
+    from hybrid_jax import distributed
+
+    distributed.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
 
 def known_configs() -> list[str]:

@@ -37,6 +37,7 @@ def main() -> int:
     workdir = Path(cli.WORKDIR.value)
     given = [name for name in flags.FLAGS if flags.FLAGS[name].present]
     suites.check(SUITE.value, given)
+    cli.connect()
     if SUITE.value is None:
         evaluate_as_training_does(workdir, read_config(workdir))
     else:

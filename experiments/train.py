@@ -38,6 +38,8 @@ def main(run: cli.Run) -> int:
     def every(n: int | None, step: int) -> bool:
         return step == steps or (n is not None and step > 0 and step % n == 0)
 
+    cli.connect()
+
     # ---- Can it be done? Nothing is allocated yet.
     advice.check_platform(config.platform)
     advice.check_logging(config.log)

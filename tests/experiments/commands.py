@@ -47,6 +47,7 @@ def run(main, *arguments: str, devices: int | None = 1) -> Result:
     jax.config.update("jax_compilation_cache_dir", COMPILED.name)  # many runs, few programs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended, Captured() as captured:
+        patch.setattr(cli, "connect", lambda: None)  # JAX has been used
         patch.setattr(sharding, "make_mesh", lambda config, given=None: make_mesh(config, given or jax.devices()[:devices]))
         start = cli.start_without_config if main in (evaluation.main, convert.main, generate.main, report.main) else cli.start
         start(main, ["command", *arguments])

@@ -1,0 +1,126 @@
+"""Training by several real processes: the losses of one, and what happens when one of them is lost."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybrid_jax import distributed
+from hybrid_jax.config import ConfigError
+from hybrid_jax.train.metrics import read_rows
+from tests.experiments.commands import COMPILED
+
+ROOT = Path(__file__).parents[2]
+LONG = ("--config.train.steps=300", "--config.checkpoint.every=20", "--config.evaluation.every=300")  # long enough to lose a process
+
+
+def start(workdir, count, *arguments):
+    """``count`` processes that train one run together; alone, without a word about others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    command = [sys.executable, "-m", "experiments.train", "--config=tests/experiments/commands.py", f"--workdir={workdir}", *arguments]
+    command += ["--config.model.vocabulary=264", "--config.train.microbatch=1"]
+    together = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
+    return [
+        subprocess.Popen(
+            [*command, *([*together, f"--process={i}"] if count > 1 else [])],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(processes, timeout=240):
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+def losses(workdir):
+    return {row["step"]: row["loss"] for row in read_rows(workdir / "metrics.jsonl") if "loss" in row}
+
+
+def evaluations(workdir):
+    return {row["step"]: row["evaluation"]["loss"] for row in read_rows(workdir / "metrics.jsonl") if "evaluation" in row}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    codes, outputs = finish(start(workdir, 1))
+    assert codes == [0], outputs
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def long_alone(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone") / "long"
+    codes, outputs = finish(start(workdir, 1, *LONG))
+    assert codes == [0], outputs
+    return workdir
+
+
+def same(found, expected):
+    assert list(found) == list(expected)
+    # sums over processes are taken in another order: float32 rounding, grown through the steps
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=5e-5)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_change_no_loss(alone, tmp_path, count):
+    codes, outputs = finish(start(tmp_path / "run", count))
+    assert codes == [0] * count, outputs
+    same(losses(tmp_path / "run"), losses(alone))
+    same(evaluations(tmp_path / "run"), evaluations(alone))
+    assert "after 8 steps" in outputs[0]
+    assert not any("loss" in output for output in outputs[1:])  # the first speaks for all
+
+
+def wait_for_step(workdir, step):
+    for _ in range(2400):
+        if any(number >= step for number in losses(workdir)):
+            return
+        time.sleep(0.1)
+    raise AssertionError("training did not get to its step")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(2, 1), (4, 2), (2, 4)])
+def test_a_lost_process_ends_the_run_and_it_goes_on_with_any_number(long_alone, tmp_path, counts):
+    workdir = tmp_path / "run"
+    processes = start(workdir, counts[0], *LONG)
+    wait_for_step(workdir, 50)
+    processes[-1].kill()
+    began = time.monotonic()
+    codes, outputs = finish(processes)
+    assert time.monotonic() - began < 150
+    assert all(codes), outputs
+    assert any("another process of this run" in output for output in outputs[:-1]), outputs
+    codes, outputs = finish(start(workdir, counts[1], *LONG))
+    assert codes == [0] * counts[1], outputs
+    same(losses(workdir), losses(long_alone))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("10.0.0.1:1234", 2, None), "give all of --coordinator"),
+        ((None, 2, 0), "give all of --coordinator"),
+        (("10.0.0.1:1234", 2, 2), "--process=2 must be from 0 to 1, below --processes=2"),
+        (("10.0.0.1", 2, 0), "--coordinator=10.0.0.1 must be HOST:PORT"),
+    ],
+)
+def test_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        distributed.connect(*given)
