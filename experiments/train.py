@@ -31,7 +31,7 @@ def main(run: cli.Run) -> int:
     from hybrid_jax.train.report import Report
     from hybrid_jax.train.signals import Stop
     from hybrid_jax.train.step import TrainState, compile_step, make_program, state_bytes
-    from hybrid_jax.train.workdir import check_room, claim, evaluation_file, finished, gigabytes
+    from hybrid_jax.train.workdir import check_room, claim, evaluation_file, finished, gigabytes, keep_programs
 
     config, workdir, steps = run.config, cli.workdir(run), run.config.train.steps
 
@@ -39,6 +39,7 @@ def main(run: cli.Run) -> int:
         return step == steps or (n is not None and step > 0 and step % n == 0)
 
     cli.connect()
+    keep_programs(workdir)
 
     # ---- Can it be done? Nothing is allocated yet.
     advice.check_platform(config.platform)

@@ -5,6 +5,7 @@ WORKDIR/checkpoints/STEP/    Orbax
 WORKDIR/metrics.jsonl        a line for each logged step and each evaluation; tensorboard/ holds the same
 WORKDIR/eval-STEP.json       an evaluation in full
 WORKDIR/summary.json, summary.png
+WORKDIR/compiled/            programs, for the next start on such devices
 """
 
 import json
@@ -50,6 +51,17 @@ def claim(workdir: Path, config: RunConfig) -> None:
         new.replace(file)
     except OSError as error:
         raise ConfigError(f"can not write to {workdir}: {error.strerror}; give another --workdir") from None
+
+
+def keep_programs(workdir: Path) -> None:
+    """Keep what JAX compiles in ``workdir``, unless it was told of another place (JAX_COMPILATION_CACHE_DIR); before it is used.
+
+    A run that goes on with the same devices then compiles nothing.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
 
 
 def saved_steps(workdir: Path) -> list[int]:

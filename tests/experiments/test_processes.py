@@ -1,6 +1,7 @@
 """Training by several real processes: the losses of one, and what happens when one of them is lost."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import pytest
 from hybrid_jax import distributed
 from hybrid_jax.config import ConfigError
 from hybrid_jax.train.metrics import read_rows
-from tests.experiments.commands import COMPILED
 
 ROOT = Path(__file__).parents[2]
 LONG = ("--config.train.steps=300", "--config.checkpoint.every=20", "--config.evaluation.every=300")  # long enough to lose a process
@@ -24,8 +24,8 @@ def start(workdir, count, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    environment["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = [sys.executable, "-m", "experiments.train", "--config=tests/experiments/commands.py", f"--workdir={workdir}", *arguments]
     command += ["--config.model.vocabulary=264", "--config.train.microbatch=1"]
     together = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
@@ -85,6 +85,18 @@ def test_processes_change_no_loss(alone, tmp_path, count):
     same(evaluations(tmp_path / "run"), evaluations(alone))
     assert "after 8 steps" in outputs[0]
     assert not any("loss" in output for output in outputs[1:])  # the first speaks for all
+
+
+def test_a_second_start_compiles_nothing(alone):
+    """Of its own folder: training's step and evaluation's took a second and more, and are kept."""
+    kept = set((alone / "compiled").glob("*-cache"))
+    assert len(kept) >= 2
+    (alone / "summary.json").unlink()
+    for folder in (alone / "checkpoints").glob("8"):
+        shutil.rmtree(folder)
+    codes, outputs = finish(start(alone, 1))
+    assert codes == [0] and "compiled in 0 s" in outputs[0], outputs
+    assert set((alone / "compiled").glob("*-cache")) == kept
 
 
 def wait_for_step(workdir, step):
