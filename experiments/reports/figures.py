@@ -73,10 +73,18 @@ def _ratio_panel(axes, found: dict, scores: dict[tuple[str, str], Score], measur
     axes.set(title=measure.heading, xlabel="linear layers to one of full attention")
     axes.set_xticks(range(len(ratios)), ratios)
     axes.set_xlim(-0.4, len(ratios) - 0.6)
+    _within_percents(axes, measure)
     if not measure.percent:  # a tenth of the mean at least, or noise would fill the panel
         means = [score.mean for score in scores.values()]
         middle = (min(means) + max(means)) / 2
         axes.set_ylim(*(middle + side * max(0.05 * middle, 0.6 * (max(means) - min(means))) for side in (-1, 1)))
+
+
+def _within_percents(axes, measure: Measure) -> None:
+    """Cut the axis where there is nothing beyond, though a spread may reach there."""
+    if measure.percent:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -2), min(high, 102))
 
 
 def _studys_lines(axes, found: dict, measure: Measure, size: str) -> None:
@@ -131,6 +139,7 @@ def pareto(models: Models, costs: dict, size: str, measure: Measure, context: in
             axes.plot(*zip(*best, strict=True), color=REFERENCE, linewidth=1, zorder=0)
             axes.set(title=title)
             _cost_axis(axes, [price[cost] for _, price in points.values()])
+            _within_percents(axes, measure)
         panels[0].set_ylabel(measure.heading)
         figure.legend(handles=_legend(plt, points), loc="outside lower center", ncols=8)
         return figure

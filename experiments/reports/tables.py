@@ -46,6 +46,20 @@ BY_RATIO = (
 )
 
 
+def of_models(runs: list[Run], costs: dict[Model, dict[str, float]], size: str, context: int) -> str:
+    """What was trained, how long, and what it costs at ``context`` tokens. Markdown."""
+    lines = [["", "seeds", "steps", "tokens", "FLOPs a token, forward", "bytes of state and KV cache"]]
+    found = {run.model[1:]: run for run in runs if run.model[0] == size}
+    for (family, ratio), run in sorted(found.items(), key=lambda item: _place(*item[0])):
+        seeds = sorted(other.config.train.seed for other in runs if other.model == run.model)
+        tokens = run.step * run.config.train.batch * run.config.data.window
+        cost = costs[run.model]
+        numbers = [f"{run.step:,}", f"{tokens / 1e6:,.1f} M", f"{cost['flops']:.4g}", f"{cost['bytes']:,}"]
+        lines.append([label(family, ratio), ", ".join(map(str, seeds)), *numbers])
+    lines[0][4:] = [f"{title} at {context:,}" for title in lines[0][4:]]
+    return markdown(lines)
+
+
 def by_ratio(models: Models, size: str, measure: Measure) -> str:
     """Ratios down, families across, a mean over the families at the right, as the study's Tables 4 and 5. Markdown."""
     known = published.scores("both" if measure.table and "both" in measure.table else size)
@@ -74,7 +88,7 @@ def by_task(models: Models, size: str, suite: Measure) -> str:
         return ""
     known = published.scores(size)
     lines = [["", *(name.removeprefix(prefix) for name in names)]]
-    for family, ratio in sorted(found, key=lambda model: (list(FAMILIES).index(model[0]), _order(model[1]))):
+    for family, ratio in sorted(found, key=lambda model: _place(*model)):
         cells = [
             _cell(found[family, ratio][name], suite, known.get((family, ratio), {}), name) if name in found[family, ratio] else ""
             for name in names
@@ -118,6 +132,10 @@ def markdown(lines: list[list[str]]) -> str:
     """A table whose first line is its head."""
     head, *body = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
+
+
+def _place(family: str, ratio: str) -> tuple:
+    return list(FAMILIES).index(family), _order(ratio)
 
 
 def _order(ratio: str) -> tuple[int, str]:

@@ -25,7 +25,7 @@ def report(runs: list[Run], context: int, folder: Path) -> Path:
     (folder / "scores.csv").write_text(tables.to_csv(models, costs))
     parts = ["# Report", _about(runs, models)]
     for size in sorted({model[0] for model in models}):
-        parts += _of_size(models, costs, size, context, folder)
+        parts += [f"## {size}", tables.of_models(runs, costs, size, context), *_of_size(models, costs, size, context, folder)]
     if notes := dict.fromkeys(note for run in runs for note in run.notes):
         parts += ["## Notes", "\n".join(f"* {note}" for note in notes)]
     file = folder / "report.md"
@@ -34,16 +34,14 @@ def report(runs: list[Run], context: int, folder: Path) -> Path:
 
 
 def _about(runs: list[Run], models: tables.Models) -> str:
-    seeds = sorted({run.config.train.seed for run in runs})
-    steps = sorted({run.step for run in runs})
     return (
-        f"{len(runs)} runs of {len(models)} models, seeds {', '.join(map(str, seeds))}, evaluated at step {', '.join(map(str, steps))}. "
+        f"{len(runs)} runs of {len(models)} models. "
         "Means over seeds, ± their standard deviation. In brackets what the study published, from one seed."
     )
 
 
 def _of_size(models: tables.Models, costs: dict, size: str, context: int, folder: Path) -> list[str]:
-    parts, stem = [f"## {size}"], size.replace(" ", "_")
+    parts, stem = [], size.replace(" ", "_")
     measured = {name for model, scores in models.items() if model[0] == size for name in scores}
     for measure in tables.BY_RATIO:
         if measure.name in measured:

@@ -56,7 +56,9 @@ def test_a_report_of_everything(folder):
     assert result.code == 0, result.err
     assert "15 runs" in result.out
     text = (folder / "out" / "report.md").read_text()
-    assert "15 runs of 5 models, seeds 1, 2, 3, evaluated at step 10" in text
+    assert "15 runs of 5 models. Means over seeds" in text
+    tokens = 10 * 256 * 4096 / 1e6  # steps, sequences, window
+    assert f"| GLA 6:1 | 1, 2, 3 | 10 | {tokens:,.1f} M |" in text and "KV cache at 32,768 |" in text
     assert "* ruler: ruler with substitutes" in text
     row = next(line for line in text.splitlines() if line.startswith("| 6:1 |") and "study: 43.4" in line)
     assert row == "| 6:1 | 32.0 ± 1.0 (study: 43.4) | 12.0 ± 1.0 (study: 33.0) | 22.0 |"  # HGRN2, GLA, their mean
