@@ -35,9 +35,16 @@ class Run:
 class Score:
     """A measure over the seeds of one model."""
 
-    mean: float
-    spread: float | None  # the sample standard deviation; None of a single seed
-    seeds: int
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """The sample standard deviation; None of a single seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 def size(model: ModelConfig) -> str:
@@ -96,8 +103,7 @@ def _scores(runs: list[Run]) -> dict[str, Score]:
     for run in runs[1:]:
         _check_same(runs[0], run)
     measures = dict.fromkeys(name for run in runs for name in run.scores)
-    values = {name: [run.scores[name] for run in runs if name in run.scores] for name in measures}
-    return {name: Score(statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None, len(v)) for name, v in values.items()}
+    return {name: Score(tuple(run.scores[name] for run in runs if name in run.scores)) for name in measures}
 
 
 def _check_same(one: Run, other: Run) -> None:

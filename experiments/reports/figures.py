@@ -37,7 +37,7 @@ STYLE = {
 
 
 def by_ratio(models: Models, size: str, file: Path) -> Path | None:
-    """A panel a measure: ratio across, a line a family with the spread of its seeds, the Transformer as a level. None without any."""
+    """A panel a measure: ratio across, a line a family, its seeds and their spread, the Transformer as a level. None without any."""
     found = {key[1:]: scores for key, scores in models.items() if key[0] == size}
     measures = [m for m in BY_RATIO if m.name != "loss" and any(m.name in scores for scores in found.values())]
     if not measures:
@@ -66,6 +66,8 @@ def _ratio_panel(axes, found: dict, scores: dict[tuple[str, str], Score], measur
             errors = [scale * (score.spread or 0) for _, score in points]
             style = {"color": COLORS[family], "label": FAMILIES[family], "markersize": 5, "linewidth": 1.8, "capsize": 3}
             axes.errorbar(places, means, errors, fmt="o-", **style)
+            for i, score in points:
+                axes.plot([i] * len(score.values), [scale * x for x in score.values], ".", color=COLORS[family], alpha=0.35, markersize=9)
     if score := scores.get(("attention", "full")):
         axes.axhline(scale * score.mean, color=COLORS["attention"], linestyle="--", linewidth=1.2, label=FAMILIES["attention"])
         spread = scale * (score.spread or 0)
@@ -75,9 +77,12 @@ def _ratio_panel(axes, found: dict, scores: dict[tuple[str, str], Score], measur
     axes.set_xlim(-0.4, len(ratios) - 0.6)
     _within_percents(axes, measure)
     if not measure.percent:  # a tenth of the mean at least, or noise would fill the panel
+        spreads = [score.spread or 0 for score in scores.values()]
         means = [score.mean for score in scores.values()]
-        middle = (min(means) + max(means)) / 2
-        axes.set_ylim(*(middle + side * max(0.05 * middle, 0.6 * (max(means) - min(means))) for side in (-1, 1)))
+        values = [x for score in scores.values() for x in score.values]
+        values += [mean + side * spread for mean, spread in zip(means, spreads, strict=True) for side in (-1, 1)]
+        middle = (min(values) + max(values)) / 2
+        axes.set_ylim(*(middle + side * max(0.05 * middle, 0.55 * (max(values) - min(values))) for side in (-1, 1)))
 
 
 def _within_percents(axes, measure: Measure) -> None:

@@ -112,7 +112,7 @@ def to_csv(models: Models, costs: dict[Model, dict[str, float]]) -> str:
         known = published.scores(size).get((family, ratio), {})
         cost = costs[size, family, ratio]
         for name, score in scores.items():
-            numbers = [score.mean, score.spread, score.seeds, known.get(name), cost["flops"], cost["bytes"]]
+            numbers = [score.mean, score.spread, len(score.values), known.get(name), cost["flops"], cost["bytes"]]
             writer.writerow([size, family, ratio, name, *("" if number is None else number for number in numbers)])
     return text.getvalue()
 
