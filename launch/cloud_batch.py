@@ -1,11 +1,11 @@
 """Start an array of tasks on Google Cloud Batch, such as the parts of a token store; no TPU or GPU.
 
-    python -m launch.cloud_batch --name=tokens --location=us-central1 --tasks=64 --machine_type=c3-standard-22 --spot --code=gs://BUCKET/code -- \\
+    python -m launch.cloud_batch --name=tokens --location=us-central1 --tasks=64 --spot --code=gs://BUCKET/code -- \\
         python -m experiments.tokenize --input=gs://BUCKET/*.parquet --output=gs://BUCKET/tokens '--shard={task}/{tasks}'
     python -m launch.cloud_batch --dry_run ...         # every command that would be run, and nothing is
 
-Batch makes the machines, runs each task once, up to three times again where its machine was taken away or it failed, and deletes the machines at the end,
-without this machine. Exit code 0: queued; 1: Google Cloud failed; 2: a mistake in what was asked for.
+Batch makes the machines, runs each task (up to three times again where it failed or its machine was taken away) and deletes the machines
+at the end, without this machine. Exit code 0: queued; 1: Google Cloud failed; 2: a mistake in what was asked for.
 """
 
 import json
@@ -99,7 +99,8 @@ def main(argv: list[str]) -> int:
     print(f"{NAME.value} is queued: {TASKS.value} tasks, each on a {MACHINE_TYPE.value}, which are deleted when they are done")
     print(f"  how it is:  {shlex.join(['gcloud', 'batch', 'jobs', 'describe', *about])}")
     print(
-        f"  its logs:   https://console.cloud.google.com/batch/jobs\n  delete it:  {shlex.join(['gcloud', 'batch', 'jobs', 'delete', *about])}"
+        "  its logs:   https://console.cloud.google.com/batch/jobs\n"
+        f"  delete it:  {shlex.join(['gcloud', 'batch', 'jobs', 'delete', *about])}"
     )
     return 0
 

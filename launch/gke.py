@@ -64,12 +64,6 @@ def logs() -> list[str]:
     return ["kubectl", "logs", "--follow", "--tail=-1", first]
 
 
-def credentials() -> list[str]:
-    """Without which kubectl talks to another cluster. xpk's clusters are regional."""
-    region = ZONE.value.rpartition("-")[0]
-    return ["gcloud", "container", "clusters", "get-credentials", CLUSTER.value, f"--region={region}", f"--project={PROJECT.value}"]
-
-
 def delete() -> list[str]:
     return ["xpk", "workload", "delete", f"--workload={NAME.value}", *where(), "--force"]
 
@@ -93,7 +87,8 @@ def main(argv: list[str]) -> int:
     accelerators.check_zone(ZONE.value)
     if verb == "run":
         return _run(command)
-    commands = {"status": [status()], "logs": [credentials(), logs()], "delete": [delete()]}[verb]
+    # xpk turns kubectl to the cluster as it lists its jobs.
+    commands = {"status": [status()], "logs": [status(), logs()], "delete": [delete()]}[verb]
     if DRY_RUN.value:
         for each in commands:
             shell.show(each)
@@ -124,7 +119,7 @@ def _run(command: list[str]) -> int:
             create(temporary, accelerator.name), f"xpk did not create {NAME.value}; {typed('status')} says whether anything is left of it"
         )
     print(
-        f"{NAME.value} is queued. The cluster runs it, up to {RESTARTS.value} times again if its machines go, until it is done or deleted.\n"
+        f"{NAME.value} is queued. The cluster runs it, up to {RESTARTS.value} times again, until it is done or deleted.\n"
         f"  how it is:  {typed('status')}\n  follow it:  {typed('logs')}\n  delete it:  {typed('delete')}"
     )
     return 0

@@ -60,17 +60,35 @@ def check(command: list[str]) -> Job:
     return job
 
 
+def _flag_names(module: str) -> set[str]:
+    """The flags that ``experiments.MODULE`` defines, and what it imports of its package.
+
+    Read from the sources: importing them would define their flags beside the launcher's own.
+    """
+    names, todo = set(), [module]
+    seen = set()
+    while todo:
+        file = cli.PACKAGE / f"{todo.pop()}.py"
+        if file in seen or not file.is_file():
+            continue
+        seen.add(file)
+        source = file.read_text()
+        names.update(re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source))
+        todo += re.findall(r"^\s*from experiments\.(\w+) import", source, re.M)
+        for imported in re.findall(r"^\s*from experiments import (.*)", source, re.M):
+            todo += re.findall(r"\w+", imported)
+    return names
+
+
 def _check_flags(job: Job) -> None:
-    """By the names that its source defines: importing it would define its flags beside the launcher's."""
-    source = "".join((cli.PACKAGE / f"{name}.py").read_text() for name in ("cli", job.name))
-    known = re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source)
+    known = _flag_names(job.name)
     for argument in job.arguments:
         match = re.match(r"--?(\w+)(?:=|$)", argument)
         if not match and not re.match(r"--?config\.", argument):
             raise ConfigError(f"unexpected {argument!r}; values are given as --name=value")
         if match and match[1] != "config" and match[1] not in known and match[1].removeprefix("no") not in known:
             close = difflib.get_close_matches(match[1], known, n=1)
-            hint = f"did you mean --{close[0]}?" if close else f"it has {', '.join(f'--{name}' for name in sorted(set(known)))}"
+            hint = f"did you mean --{close[0]}?" if close else f"it has {', '.join(f'--{name}' for name in sorted(known))}"
             raise ConfigError(f"experiments.{job.name} has no flag --{match[1]}; {hint}")
 
 
@@ -92,7 +110,7 @@ def check_results_outlive(job: Job) -> str | None:
 def shell_line(job: Job, task_variable: str | None = None, tasks: int | None = None) -> str:
     """The command as a line of bash.
 
-    In a job of several tasks ``{task}`` stands for each one's number, from 0, which is in ``task_variable``, and ``{tasks}`` for their count.
+    In a job of several tasks ``{task}`` stands for each one's number, from 0, which ``task_variable`` holds; ``{tasks}`` for their count.
     """
     if task_variable is None:
         return shlex.join(job.command)

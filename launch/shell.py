@@ -48,8 +48,12 @@ def do(command: Sequence[str], failed: str, stdin: str | None = None) -> str:
 def stream(command: Sequence[str], line: Callable[[str], None] = lambda text: print(text, flush=True)) -> int:
     """Run ``command`` with every line that it prints given to ``line`` as it comes; its exit code."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, errors="replace") as process:
-        for text in process.stdout:
-            line(text.rstrip("\n"))
+        try:
+            for text in process.stdout:
+                line(text.rstrip("\n"))
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
     return process.returncode
 
 

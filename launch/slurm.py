@@ -38,8 +38,8 @@ SIGNAL_SECONDS = 600  # before the end of its time; SLURM may send it up to a mi
 def script(line: str) -> str:
     """The batch script, which SLURM runs on the job's first node.
 
-    Options as in https://slurm.schedmd.com/sbatch.html. A process a GPU, each of which sees all of its node's and takes the one of its local
-    number, is what jax.distributed makes of SLURM's variables (jax/_src/clusters/slurm_cluster.py); binding GPUs to tasks would hide them.
+    Options as in https://slurm.schedmd.com/sbatch.html. A process a GPU, each of which sees all of its node's GPUs and takes the one of its
+    local number, is what jax.distributed makes of SLURM's variables (jax/_src/clusters/slurm_cluster.py): no GPU is bound to a task.
     """
     several = ARRAY.value > 1
     options = [

@@ -19,7 +19,8 @@ from launch.gcloud import Tpu
 
 POLL_SECONDS = 20.0
 GRACE_SECONDS = 180.0  # from the first sign of trouble on a host until its machine is sure to be known as taken away
-GONE = (None, "SUSPENDING", "SUSPENDED", "FAILED", "DELETING")
+DELETED = (None, "DELETING")  # by a person: a preempted resource stays there, suspended
+GONE = (*DELETED, "SUSPENDING", "SUSPENDED", "FAILED")
 STOPPED = "143"  # by SIGTERM, as the machine shuts down
 
 
@@ -70,10 +71,9 @@ def run(plan: Plan) -> int:
         return _live(plan)
     except KeyboardInterrupt:
         return _interrupted(plan.tpu)
-    except Over:
-        raise
-    except RunError:
-        print(still_there(plan.tpu), file=sys.stderr, flush=True)
+    except Exception as error:
+        if not isinstance(error, (Over, ConfigError)):
+            print(still_there(plan.tpu), file=sys.stderr, flush=True)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -94,6 +94,10 @@ def _live(plan: Plan) -> int:
         known = None
         ended = _follow(plan)
         if ended == "lost":
+            if state(tpu) in DELETED:
+                raise Over(
+                    f"{tpu.name} was deleted from elsewhere. The same command goes on from the job's last checkpoint, on new machines"
+                )
             say(f"{tpu.name} was taken away; the job goes on from its last checkpoint on new machines")
             _recreate(plan)
             continue
@@ -134,6 +138,8 @@ def _await_active(plan: Plan) -> bool:
             why = shell.ask(plan.tpu.why_failed()).stdout.strip() or "no reason was given"
             _delete(plan.tpu)
             raise Over(f"{plan.tpu.name} can not be had: {why}; the request is deleted")
+        if now in DELETED:
+            raise Over(f"{plan.tpu.name} was deleted from elsewhere")
         if now in GONE:
             return False
         if now != shown:
@@ -200,6 +206,8 @@ def _follow(plan: Plan) -> str:
         found = host_states(plan.tpu).states
         if set(found) - {"running", "0", STOPPED}:
             return "failed"
+        if not found:
+            say("the hosts do not answer, but are there: trying again")
         if STOPPED in found and "running" not in found:
             say("the job was asked to stop, but its machines are there: starting it again")
             shell.do(hosts.set_up(plan.tpu, plan.bundle)[2], "the command could not be started on the machines")
