@@ -74,9 +74,7 @@ def submit() -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    own, command = job.split(argv)
-    if cli.parse(own, __doc__):
-        raise ConfigError("the configuration belongs to the command, after --")
+    _, command = job.parse(argv, __doc__)
     _check_flags()
     wanted = job.check(command)
     job.check_tasks(wanted, TASKS.value)
@@ -109,8 +107,7 @@ def _check_flags() -> None:
     for flag in (NAME, LOCATION, CODE):
         if not flag.value:
             raise ConfigError(f"give --{flag.name}")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", NAME.value):
-        raise ConfigError(f"--name={NAME.value}: small letters, digits and -, beginning with a letter, at most 63")
+    job.check_name(NAME.value, 63)
     if not re.fullmatch(r"[a-z]+-[a-z]+\d+", LOCATION.value):
         raise ConfigError(f"--location={LOCATION.value} is not a region; it looks like us-central1")
     if not CODE.value.startswith("gs://"):

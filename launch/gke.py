@@ -9,7 +9,6 @@ xpk puts the code into an image and queues the job; the cluster runs it, and sta
 this machine. Exit code 0: done as asked; 1: xpk failed; 2: a mistake in what was asked for.
 """
 
-import re
 import shlex
 import sys
 import tempfile
@@ -73,17 +72,11 @@ def typed(verb: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    own, command = job.split(argv)
-    if len(own) < 2 or own[1] not in VERBS and own[1] not in ("--help", "-h"):
-        raise ConfigError(f"say what to do first: {', '.join(VERBS)} (got {own[1] if len(own) > 1 else 'nothing'})")
-    verb = own[1]
-    if cli.parse([own[0], *[argument for argument in own[1:] if argument not in VERBS]], __doc__):
-        raise ConfigError("the configuration belongs to the command, after --")
+    verb, command = job.parse(argv, __doc__, VERBS)
     for flag in (NAME, CLUSTER, ZONE, PROJECT):
         if not flag.value:
             raise ConfigError(f"give --{flag.name}")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", NAME.value):
-        raise ConfigError(f"--name={NAME.value}: small letters, digits and -, beginning with a letter, at most 40")
+    job.check_name(NAME.value)
     accelerators.check_zone(ZONE.value)
     if verb == "run":
         return _run(command)

@@ -30,12 +30,23 @@ class Job(NamedTuple):
         return found[-1] if found else None
 
 
-def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The launcher's own arguments, and the command after ``--``."""
-    if "--" not in argv:
-        return argv, []
-    at = argv.index("--")
-    return argv[:at], argv[at + 1 :]
+def parse(argv: list[str], doc: str, verbs: tuple[str, ...] = ()) -> tuple[str | None, list[str]]:
+    """Parse a launcher's own flags; what it is to do, one of ``verbs``, if it has any, and the command after ``--``."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    own, command, verb = argv[:at], argv[at + 1 :], None
+    if verbs and "--help" not in own and "-h" not in own:
+        if len(own) < 2 or own[1] not in verbs:
+            raise ConfigError(f"say what to do first: {', '.join(verbs)} (got {own[1] if len(own) > 1 else 'nothing'})")
+        verb = own.pop(1)
+    if cli.parse(own, doc):
+        raise ConfigError("the configuration belongs to the command, after --")
+    return verb, command
+
+
+def check_name(name: str, longest: int = 40) -> None:
+    """Raises ConfigError where Google Cloud would not take ``name``."""
+    if not re.fullmatch(rf"[a-z]([-a-z0-9]{{0,{longest - 2}}}[a-z0-9])?", name):
+        raise ConfigError(f"--name={name}: small letters, digits and -, beginning with a letter, at most {longest}")
 
 
 def check(command: list[str]) -> Job:

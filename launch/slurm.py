@@ -78,9 +78,7 @@ exit "$code"
 
 
 def main(argv: list[str]) -> int:
-    own, command = job.split(argv)
-    if cli.parse(own, __doc__):
-        raise ConfigError("the configuration belongs to the command, after --")
+    _, command = job.parse(argv, __doc__)
     _check_flags()
     wanted = job.check(command)
     job.check_tasks(wanted, ARRAY.value)

@@ -11,7 +11,6 @@ The same `run` again goes on with machines that are there. Ctrl-C asks whether t
 1: the job failed or Google Cloud did, and what is left is said; 2: a mistake in what was asked for; 130: Ctrl-C.
 """
 
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -36,12 +35,7 @@ VERBS = ("run", "status", "logs", "delete")
 
 
 def main(argv: list[str]) -> int:
-    own, command = job.split(argv)
-    if len(own) < 2 or own[1] not in VERBS and own[1] not in ("--help", "-h"):
-        raise ConfigError(f"say what to do first: {', '.join(VERBS)} (got {own[1] if len(own) > 1 else 'nothing'})")
-    verb = own[1]
-    if cli.parse([own[0], *[argument for argument in own[1:] if argument not in VERBS]], __doc__):
-        raise ConfigError("the configuration belongs to the command, after --")
+    verb, command = job.parse(argv, __doc__, VERBS)
     tpu = _tpu()
     if verb == "run":
         return _run(tpu, command)
@@ -61,8 +55,7 @@ def _tpu() -> Tpu:
     for flag in (NAME, ZONE):
         if not flag.value:
             raise ConfigError(f"give --{flag.name}")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", NAME.value):
-        raise ConfigError(f"--name={NAME.value}: small letters, digits and -, beginning with a letter, at most 40")
+    job.check_name(NAME.value)
     accelerators.check_zone(ZONE.value)
     return Tpu(NAME.value, ZONE.value, PROJECT.value)
 
