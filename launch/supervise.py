@@ -201,6 +201,8 @@ def _follow(plan: Plan) -> str:
         if len(found) == plan.hosts and set(found) <= {"running", "0"}:
             time.sleep(POLL_SECONDS)  # the connection broke, or the other hosts have not finished yet
             continue
+        if len(found) == plan.hosts and set(found) <= {"1", "2"}:
+            return "failed"  # the trainer said so on every host, which machines that go do not do
         if _taken_away(plan.tpu):
             return "lost"
         found = host_states(plan.tpu).states

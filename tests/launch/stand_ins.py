@@ -112,6 +112,9 @@ if verb == "create":
     save(world)
     sys.exit()
 
+if world.get("unreachable"):
+    fail(f"ERROR: (gcloud.compute.tpus.queued-resources.{verb}) UNAVAILABLE: The service is currently unavailable.")
+
 def existing(name):
     if not tpu or tpu["name"] != name:
         fail(f"ERROR: (gcloud.compute.tpus.queued-resources.{verb}) NOT_FOUND: Resource '{name}' was not found")
@@ -193,6 +196,10 @@ if act == "preempted":
     if host == 0:
         world["tpu"]["states"] = ["SUSPENDING", "SUSPENDED"]
         save(world)
+    sys.exit(134)
+if act == "unreachable":
+    if host == 0:
+        save(world | {"unreachable": True})
     sys.exit(134)
 if act == "deleted":
     if host == 0:

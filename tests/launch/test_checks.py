@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_jax.config import ConfigError
-from launch import accelerators, code, job, shell
-from tests.launch.stand_ins import ROOT
+from launch import accelerators, code, gcloud, job, shell
+from tests.launch.stand_ins import ROOT, World
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,16 @@ def test_reasons_are_one_line_with_a_hint():
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: old\nERROR: (gcloud.x) PERMISSION_DENIED: no\n")
     assert shell.reason(failed).startswith("ERROR: (gcloud.x) PERMISSION_DENIED: no (your account needs roles/tpu.admin")
     assert shell.reason(subprocess.CompletedProcess([], 3, "", "")) == "exit code 3"
+
+
+def test_the_stand_ins_do_check(tmp_path):
+    world = World(tmp_path / "world")
+    tpu = gcloud.Tpu("gla", "us-central2-b", None)
+    create = tpu.create("v4-16", "tpu-ubuntu2204-base", 1, "spot")
+    for wrong in ([*create, "--preemptable"], [word for word in create if "runtime" not in word], [*create, "--spot=yes"]):
+        assert subprocess.run(wrong, env=world.environment(), capture_output=True).returncode == 2
+    assert subprocess.run(tpu.delete(), env=world.environment(), capture_output=True).returncode == 1
+    assert subprocess.run(create, env=world.environment()).returncode == 0
 
 
 # ---------------------------------------------------------------- SkyPilot

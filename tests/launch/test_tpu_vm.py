@@ -106,8 +106,15 @@ def test_a_failed_job_shows_why_and_deletes_its_machines(world):
 def test_machines_that_someone_else_deleted_are_not_made_again(world):
     world = world(acts=["deleted"])
     result = run(world, *RUN, *TRAIN, WORKDIR)
-    assert result.returncode == 1 and "was deleted from elsewhere" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert result.returncode == 1 and "error: gla was deleted from elsewhere" in result.stderr and "may still be" not in result.stderr
     assert world.verbs().count("create") == 1
+
+
+def test_google_cloud_does_not_answer_any_more(world):
+    world = world(acts=["unreachable"])
+    result = run(world, *RUN, *TRAIN, WORKDIR)
+    assert result.returncode == 1 and "error: Google Cloud does not say how gla is" in result.stderr and "UNAVAILABLE" in result.stderr
+    assert "is paid for until it is deleted" in result.stderr and "delete it:  python -m launch.tpu_vm delete" in result.stderr
 
 
 def test_an_environment_that_can_not_be_installed(world):
