@@ -1,11 +1,12 @@
 """The TPUs that can be asked for by name: their sizes, hosts, software and zones, and what is said of a wrong one.
 
 A size is checked here before anything is created; whether a zone offers it today, only Google Cloud knows, and is asked
-(``launch.gcloud.list_types``). Sources: for sizes and topologies https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x;
+(``launch.gcloud.Tpu.list_types``). Sources: for sizes and topologies https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x;
 for software https://docs.cloud.google.com/tpu/docs/runtimes; for zones https://docs.cloud.google.com/tpu/docs/regions-zones.
 """
 
 import difflib
+import math
 import re
 from typing import NamedTuple
 
@@ -22,10 +23,22 @@ class Generation(NamedTuple):
     zones: tuple[str, ...]  # that the page above lists; a hint, not a rule
 
 
-_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 768: "8x8x12"}
-_CUBES |= {1024: "8x8x16", 2048: "8x16x16"}
-_LARGE = {4096: "16x16x16", 6144: "16x16x24"}
+def _by_chips(topologies: str) -> dict[int, str]:
+    return {math.prod(map(int, topology.split("x"))): topology for topology in topologies.split()}
+
+
+_FLAT = _by_chips("1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16")
+_CUBES = _by_chips("2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16")
+# One for each count of chips: the default ones of https://github.com/AI-Hypercomputer/xpk, src/xpk/core/system_characteristics.py.
+_TORI = _by_chips("""
+    2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x4x12 4x8x8 4x4x20 4x8x12 4x4x28 8x8x8 4x12x12 4x8x20 4x4x44 8x8x12 4x4x52 4x8x28 4x12x20
+    8x8x16 4x4x68 8x12x12 4x4x76 8x8x20 4x12x28 4x8x44 4x4x92 8x12x16 4x20x20 4x8x52 12x12x12 8x8x28 4x4x116 8x12x20 4x4x124 8x16x16
+    4x12x44 4x8x68 4x20x28 12x12x16 4x4x148 4x8x76 4x12x52 8x16x20 4x4x164 8x12x28 4x4x172 8x8x44 12x12x20 4x8x92 4x4x188 12x16x16
+    4x28x28 8x20x20 4x12x68 8x8x52 4x4x212 12x12x24 4x20x44 8x16x28 4x12x76 4x8x116 4x4x236 12x16x20 4x4x244 4x8x124 12x12x28 16x16x16
+    4x20x52 8x12x44 8x8x68 4x12x92 8x20x28 12x16x24 4x8x148 12x20x20 8x8x76 4x28x44 8x12x52 16x16x20 12x12x36 4x8x164 12x16x28 4x20x68
+    4x8x172 4x12x116 8x16x44 12x20x24 4x28x52 8x8x92 4x12x124 4x8x188 4x20x76 16x16x24 12x24x24 16x16x32 16x20x28 16x24x24
+""")
+_V5P = {chips: topology for chips, topology in _TORI.items() if chips <= 6144}  # the largest that can be had
 
 GENERATIONS = (
     Generation("v4", "v4", 2, _CUBES, 4, "tpu-ubuntu2204-base", ("us-central2-b",)),
@@ -33,12 +46,12 @@ GENERATIONS = (
         *("v5litepod", "v5e", 1, _FLAT, 8, "v2-alpha-tpuv5-lite"),
         ("us-central1-a", "us-south1-a", "us-west1-c", "us-west4-a", "europe-west4-b"),
     ),
-    Generation("v5p", "v5p", 2, _CUBES | _LARGE, 4, "v2-alpha-tpuv5", ("us-central1-a", "us-east5-a", "europe-west4-b")),
+    Generation("v5p", "v5p", 2, _V5P, 4, "v2-alpha-tpuv5", ("us-central1-a", "us-east5-a", "europe-west4-b")),
     Generation(
         *("v6e", "v6e", 1, _FLAT, 8, "v2-alpha-tpuv6e"),
         ("us-central1-b", "us-east1-d", "us-east5-a", "us-east5-b", "us-south1-ai1b", "europe-west4-a"),
     ),
-    Generation("tpu7x", "tpu7x", 2, _CUBES | _LARGE, 4, None, ("us-central1-c",)),
+    Generation("tpu7x", "tpu7x", 2, _TORI, 4, None, ("us-central1-c",)),
 )
 
 
@@ -87,12 +100,13 @@ def _meant(name: str, known: list[str]) -> str:
     for generation in GENERATIONS:  # its name right, in one of the ways it is said, and its size wrong: all its sizes
         family, size = re.match(r"(?:tpu-?)?([^-]*)-?(.*)", name.lower()).groups()
         if family in (generation.prefix, generation.spoken) or f"tpu{family}" == generation.prefix:
-            sizes = [each for each in known if each.startswith(f"{generation.prefix}-")]
-            if (meant := f"{generation.prefix}-{size}") in sizes:
-                return f"did you mean {meant}?"
+            sizes = [int(each.rpartition("-")[2]) for each in known if each.startswith(f"{generation.prefix}-")]
+            if size.isdigit() and int(size) in sizes:
+                return f"did you mean {generation.prefix}-{size}?"
             if sizes:
                 counts = "chips" if generation.units_per_chip == 1 else "TensorCores, two a chip"
-                return f"the sizes of {generation.prefix} are (in {counts}): {', '.join(each.rpartition('-')[2] for each in sizes)}"
+                near = sorted(sizes, key=lambda each: abs(each - int(size)))[:10] if size.isdigit() else sizes[:10]
+                return f"sizes of {generation.prefix} are (in {counts}): {', '.join(map(str, sorted(near)))}"
     close = difflib.get_close_matches(name, known, n=3)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
 

@@ -76,7 +76,7 @@ REFUSED = [
     (["run", *WHERE[1:], "--accelerator=v4-8"], TRAIN, "give --name"),
     (["run", *WHERE[:1], *WHERE[2:], "--accelerator=v4-8"], TRAIN, "give --cluster"),
     (["run", *WHERE], TRAIN, "give --accelerator"),
-    (["run", *WHERE, "--accelerator=tpu7x-100"], TRAIN, "the sizes of tpu7x are"),
+    (["run", *WHERE, "--accelerator=tpu7x-100"], TRAIN, "sizes of tpu7x are"),
     (["run", *WHERE[:2], "--zone=us-west4", "--project=p", "--accelerator=v4-8"], TRAIN, "did you mean us-west4-a?"),
     (RUN, TRAIN[:-1], "give --workdir=gs://BUCKET/FOLDER"),
     (RUN, [*TRAIN, "--config.train.stesp=3"], "did you mean 'steps'?"),

@@ -80,6 +80,15 @@ def test_a_preempted_job_goes_on_on_new_machines(world):
     assert world.state()["tpu"] is None
 
 
+def test_several_slices(world):
+    world = world(hosts=4)
+    result = run(world, *RUN, "--slices=2", *TRAIN, WORKDIR)
+    assert result.returncode == 0, result.stderr
+    create = next(call for call in world.calls() if "create" in call)
+    assert {"--node-count=2", "--node-prefix=gla"} < set(create) and "--node-id=gla" not in create
+    assert all(len(world.starts(host)) == 1 for host in range(4))
+
+
 def test_preempted_before_it_was_active(world):
     world = world(states=[["WAITING_FOR_RESOURCES", "SUSPENDED"], ["WAITING_FOR_RESOURCES", "ACTIVE"]])
     assert run(world, *RUN, "--spot", *TRAIN, WORKDIR).returncode == 0
@@ -241,7 +250,7 @@ REFUSED = [
     (["run", "--name=My_Job", "--zone=us-central2-b", "--accelerator=v4-16"], TRAIN, "--name=My_Job: small letters"),
     (["run", "--name=gla", "--zone=us-central2", "--accelerator=v4-16"], TRAIN, "is not a zone; did you mean us-central2-b?"),
     (["run", *WHERE, "--accelerator=v5e-256"], TRAIN, "did you mean v5litepod-256?"),
-    (["run", *WHERE, "--accelerator=v5litepod-100"], TRAIN, "the sizes of v5litepod are (in chips): 1, 4, 8, 16, 32, 64, 128, 256"),
+    (["run", *WHERE, "--accelerator=v5litepod-100"], TRAIN, "sizes of v5litepod are (in chips): 1, 4, 8, 16, 32, 64, 128, 256"),
     (["run", *WHERE, "--accelerator=v4-17"], TRAIN, "TensorCores, two a chip"),
     (["run", *WHERE, "--accelerator=tpu7x-128"], TRAIN, "only on GKE"),
     ([*RUN, "--spot", "--reserved"], TRAIN, "exclude each other"),
