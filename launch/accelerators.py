@@ -1,8 +1,8 @@
 """The TPUs that can be asked for by name: their sizes, hosts, software and zones, and what is said of a wrong one.
 
 A size is checked here before anything is created; whether a zone offers it today, only Google Cloud knows, and is asked
-(``launch.gcloud.Tpu.list_types``). Sources: for sizes and topologies https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x;
-for software https://docs.cloud.google.com/tpu/docs/runtimes; for zones https://docs.cloud.google.com/tpu/docs/regions-zones.
+(``launch.gcloud.Tpu.list_types``). Sources, below https://docs.cloud.google.com/tpu/docs: v4, v5e, v5p, v6e and tpu7x for sizes and
+topologies, runtimes for software, regions-zones for zones.
 """
 
 import difflib

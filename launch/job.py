@@ -38,8 +38,8 @@ def parse(argv: list[str], doc: str, verbs: tuple[str, ...] = ()) -> tuple[str |
         if len(own) < 2 or own[1] not in verbs:
             raise ConfigError(f"say what to do first: {', '.join(verbs)} (got {own[1] if len(own) > 1 else 'nothing'})")
         verb = own.pop(1)
-    if cli.parse(own, doc):
-        raise ConfigError("the configuration belongs to the command, after --")
+    if cli.parse(own, doc) or cli.WORKDIR.present or cli.STEP.present:
+        raise ConfigError("--config, --workdir and --step belong to the command, after --")
     return verb, command
 
 

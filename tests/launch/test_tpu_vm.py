@@ -256,6 +256,8 @@ REFUSED = [
     ([*RUN, "--spot", "--reserved"], TRAIN, "exclude each other"),
     ([*RUN, "--slices=0"], TRAIN, "slices"),
     ([*RUN, "--spto"], TRAIN, "spto"),
+    ([*RUN, WORKDIR], TRAIN, "belong to the command, after --"),
+    ([*RUN, "--config=configs/gla_r6.py"], TRAIN, "belong to the command, after --"),
     (RUN, [], "give the command to start after --"),
     (RUN, ["--", "bash", "-c", "true"], "give the command to start after --"),
     (RUN, ["--", "python", "-m", "experiments.trian", WORKDIR], "did you mean experiments.train?"),
