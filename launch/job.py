@@ -1,0 +1,156 @@
+"""The command that a launcher starts somewhere else, checked here before a machine is paid for.
+
+It is given after ``--`` as it is typed on this machine: ``python -m launch.tpu_vm run ... -- python -m experiments.train --config=...``
+"""
+
+import difflib
+import re
+import shlex
+from typing import NamedTuple
+
+from experiments import cli
+from hybrid_jax.config import ConfigError
+
+# Where a command leaves what is worth keeping: not on a machine that is gone when the command is done.
+RESULT_FLAGS = {"train": "workdir", "tokenize": "output"}
+NOT_COMMANDS = ("__init__", "cli", "suites")
+
+
+class Job(NamedTuple):
+    name: str  # "train"
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> list[str]:
+        return ["python", "-m", f"experiments.{self.name}", *self.arguments]
+
+    def value(self, flag: str) -> str | None:
+        """What ``--flag=`` is given as; None if it is not."""
+        found = [match[1] for argument in self.arguments if (match := re.match(rf"--?{flag}=(.*)", argument, re.DOTALL))]
+        return found[-1] if found else None
+
+
+def parse(argv: list[str], doc: str, verbs: tuple[str, ...] = ()) -> tuple[str | None, list[str]]:
+    """Parse a launcher's own flags; what it is to do, one of ``verbs``, if it has any, and the command after ``--``."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    own, command, verb = argv[:at], argv[at + 1 :], None
+    if verbs and "--help" not in own and "-h" not in own:
+        if len(own) < 2 or own[1] not in verbs:
+            raise ConfigError(f"say what to do first: {', '.join(verbs)} (got {own[1] if len(own) > 1 else 'nothing'})")
+        verb = own.pop(1)
+    if cli.parse(own, doc) or cli.WORKDIR.present or cli.STEP.present:
+        raise ConfigError("--config, --workdir and --step belong to the command, after --")
+    return verb, command
+
+
+def check_name(name: str, longest: int = 40) -> None:
+    """Raises ConfigError where Google Cloud would not take ``name``."""
+    if not re.fullmatch(rf"[a-z]([-a-z0-9]{{0,{longest - 2}}}[a-z0-9])?", name):
+        raise ConfigError(f"--name={name}: small letters, digits and -, beginning with a letter, at most {longest}")
+
+
+def check(command: list[str]) -> Job:
+    """The job that ``command`` starts. Raises ConfigError for whatever can be known to be wrong with it here."""
+    if len(command) < 3 or command[0] not in ("python", "python3") or command[1] != "-m" or not command[2].startswith("experiments."):
+        got = shlex.join(command) or "nothing"
+        raise ConfigError(
+            f"give the command to start after --, such as -- python -m experiments.train --config=configs/gla_r6.py (got {got})"
+        )
+    job = Job(command[2].removeprefix("experiments."), tuple(command[3:]))
+    known = sorted(file.stem for file in cli.PACKAGE.glob("*.py") if file.stem not in NOT_COMMANDS)
+    if job.name not in known:
+        close = difflib.get_close_matches(job.name, known, n=1)
+        hint = f"did you mean experiments.{close[0]}?" if close else f"there are {', '.join(known)}"
+        raise ConfigError(f"there is no command experiments.{job.name}; {hint}")
+    if any("\n" in argument for argument in job.arguments):
+        raise ConfigError("an argument of the command has a line break in it: put it into a configuration file")
+    _check_flags(job)
+    config = [argument for argument in job.arguments if re.match("--?config([.=]|$)", argument)]
+    if job.value("config") is not None:
+        cli.load_run(config, shlex.join(job.command))
+    return job
+
+
+def _flag_names(module: str) -> set[str]:
+    """The flags that ``experiments.MODULE`` defines, and what it imports of its package.
+
+    Read from the sources: importing them would define their flags beside the launcher's own.
+    """
+    names, todo = set(), [module]
+    seen = set()
+    while todo:
+        file = cli.PACKAGE / f"{todo.pop()}.py"
+        if file in seen or not file.is_file():
+            continue
+        seen.add(file)
+        source = file.read_text()
+        names.update(re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source))
+        todo += re.findall(r"^\s*from experiments\.(\w+) import", source, re.M)
+        for imported in re.findall(r"^\s*from experiments import (.*)", source, re.M):
+            todo += re.findall(r"\w+", imported)
+    return names
+
+
+def _check_flags(job: Job) -> None:
+    known = _flag_names(job.name)
+    for argument in job.arguments:
+        match = re.match(r"--?(\w+)(?:=|$)", argument)
+        if not match and not re.match(r"--?config\.", argument):
+            raise ConfigError(f"unexpected {argument!r}; values are given as --name=value")
+        if match and match[1] != "config" and match[1] not in known and match[1].removeprefix("no") not in known:
+            close = difflib.get_close_matches(match[1], known, n=1)
+            hint = f"did you mean --{close[0]}?" if close else f"it has {', '.join(f'--{name}' for name in sorted(known))}"
+            raise ConfigError(f"experiments.{job.name} has no flag --{match[1]}; {hint}")
+
+
+def check_results_outlive(job: Job) -> str | None:
+    """The bucket that the job writes to, None if it writes to none. Raises ConfigError if its results would go with the machines."""
+    flag = RESULT_FLAGS.get(job.name)
+    if flag is None:
+        return None
+    path = job.value(flag) or ""
+    match = re.match(r"gs://([^/]+)", path)
+    if not match:
+        raise ConfigError(
+            f"experiments.{job.name} would write to {path or 'a folder'} on machines that are deleted at the end, and could not go on "
+            f"from there after a preemption: give --{flag}=gs://BUCKET/FOLDER"
+        )
+    return match[1]
+
+
+def shell_line(job: Job, task_variable: str | None = None, tasks: int | None = None) -> str:
+    """The command as a line of bash.
+
+    In a job of several tasks ``{task}`` stands for each one's number, from 0, which ``task_variable`` holds; ``{tasks}`` for their count.
+    """
+    if task_variable is None:
+        return shlex.join(job.command)
+    words = []
+    for argument in job.command:
+        pieces = argument.replace("{tasks}", str(tasks)).split("{task}")
+        words.append(f'"${task_variable}"'.join(shlex.quote(piece) if piece else "" for piece in pieces) or "''")
+    return " ".join(words)
+
+
+def check_tasks(job: Job, tasks: int) -> None:
+    """Raises ConfigError where ``tasks`` tasks would all do the same."""
+    if tasks > 1 and not any("{task}" in argument for argument in job.arguments):
+        raise ConfigError(f"all {tasks} tasks would do the same: say which part each does, such as '--shard={{task}}/{{tasks}}'")
+
+
+def script(line: str, before: str = "", after: str = "") -> str:
+    """A bash script that runs ``line`` and exits as it does, but with 143 where the machine asked it to stop.
+
+    The trainer saves and exits with 0 on SIGTERM; whoever started the machines has to tell that from having finished.
+    """
+    return f"""#!/bin/bash
+{before}stopped=
+trap 'stopped=1; kill -TERM "$job" 2>/dev/null' TERM
+{line} &
+job=$!
+wait "$job"
+code=$?
+while kill -0 "$job" 2>/dev/null; do wait "$job"; code=$?; done  # a signal ends wait before the command ends
+if [[ $stopped && $code = 0 ]]; then code=143; fi
+{after}exit "$code"
+"""
