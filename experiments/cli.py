@@ -119,6 +119,8 @@ def parse(argv: list[str], doc: str) -> list[str]:
     unexpected = flags.FLAGS([argv[0], *others])[1:]
     if unexpected:
         raise ConfigError(f"unexpected {unexpected[0]!r}; values are given as --name=value, such as --config.train.steps=100")
+    if "://" in (WORKDIR.value or ""):
+        raise ConfigError(f"--workdir={WORKDIR.value} is in a bucket, which runs can not be written to yet: give a folder of a file system")
     return config
 
 
