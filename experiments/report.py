@@ -1,7 +1,7 @@
 """Collect what runs came to into the study's tables and figures, beside the numbers it published.
 
     python -m experiments.report --runs='runs/sweep/*'                        # writes report/report.md, tables as CSV, pictures
-    python -m experiments.report --runs='runs/a/*,runs/b/*' --output=study --context=32768
+    python -m experiments.report --runs='runs/a/*,runs/b/*' --output=study --costs_at=32768
 
 --runs are folders of training runs (or of converted checkpoints) that were evaluated: by training itself, or by
 `python -m experiments.eval` with any of its suites. Runs that differ in nothing but their seed are one model, whose
@@ -18,8 +18,8 @@ from hybrid_jax.config import ConfigError
 
 RUNS = flags.DEFINE_list("runs", None, "Folders of runs, with wildcards; others than runs are passed over.")
 OUTPUT = flags.DEFINE_string("output", "report", "Folder to write to.")
-CONTEXT = flags.DEFINE_integer(
-    "context", None, "Tokens of context at which costs are given; by default the training window.", lower_bound=1
+COSTS_AT = flags.DEFINE_integer(
+    "costs_at", None, "Tokens of context at which costs are given; by default the training window.", lower_bound=1
 )
 
 
@@ -34,7 +34,7 @@ def main() -> int:
     from experiments.reports import collect, write
 
     runs = [collect.read(folder) for folder in folders]
-    file = write.report(runs, CONTEXT.value or max(run.config.data.window for run in runs), Path(OUTPUT.value))
+    file = write.report(runs, COSTS_AT.value or max(run.config.data.window for run in runs), Path(OUTPUT.value))
     print(f"{len(runs)} runs, written to {file}")
     return 0
 

@@ -23,6 +23,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 def finish(name: str, config: RunConfig, workdir: Path, speed: dict[str, Any]) -> int:
     """Write summary.json and summary.png of a run that came to its end, and show it. speed: what training measured of itself."""
+    if jax.process_index():  # the first process does, from what it wrote
+        return 0
     steps = config.train.steps
     evaluation = json.loads(evaluation_file(workdir, steps).read_text())
     summary = {
@@ -36,10 +38,9 @@ def finish(name: str, config: RunConfig, workdir: Path, speed: dict[str, Any]) -
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
-    if jax.process_index() == 0:
-        plot_run(workdir)
-        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        show(summary, workdir)
+    plot_run(workdir)
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    show(summary, workdir)
     return 0
 
 

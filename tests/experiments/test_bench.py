@@ -9,7 +9,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from experiments import bench
 from experiments.benchmarks import cases, correctness, decode, memory, rows, timing
 from hybrid_jax import costs
 from pallas_kernels.causal_conv import api, reference
@@ -28,7 +27,7 @@ def quick(monkeypatch):
 def measure(tmp_path, suite="operators", operators=(), implementations=(), dtype="float32"):
     selected = cases.select(list(operators), list(implementations), ["tiny*"], dtype)
     output = tmp_path / "rows" / "out.jsonl"
-    measured = bench.SUITES[suite]
+    measured = {"operators": timing.SUITE, "memory": memory.SUITE, "decode": decode.SUITE}[suite]
     found = rows.run([case for one in selected for case in measured.cases(one)], measured, output)
     assert [json.loads(line) for line in output.read_text().splitlines()] == found
     return found

@@ -46,13 +46,13 @@ def folder(tmp_path):
 
 def made(folder, *arguments):
     result = run(report.main, f"--runs={folder}/runs/*", f"--output={folder}/out", *arguments)
-    for name in ("runs", "output", "context"):
+    for name in ("runs", "output", "costs_at"):
         flags.FLAGS[name].unparse()
     return result
 
 
 def test_a_report_of_everything(folder):
-    result = made(folder, "--context=32768")
+    result = made(folder, "--costs_at=32768")
     assert result.code == 0, result.err
     assert "15 runs" in result.out
     text = (folder / "out" / "report.md").read_text()
