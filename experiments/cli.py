@@ -52,7 +52,13 @@ def start(main: Callable[[Run], int | None], argv: list[str] | None = None) -> N
     """Run ``main`` on the configuration and flags of the command line, and exit with its exit code."""
     argv = sys.argv if argv is None else argv
     module = sys.modules[main.__module__]
-    end(guarded(lambda: main(load_run(parse(argv, module.__doc__), command(argv, module)))))
+
+    def run() -> int | None:
+        given = parse(argv, module.__doc__)
+        check_workdir()
+        return main(load_run(given, command(argv, module)))
+
+    end(guarded(run))
 
 
 def start_without_config(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
@@ -63,6 +69,7 @@ def start_without_config(main: Callable[[], int | None], argv: list[str] | None 
         given = parse(argv, sys.modules[main.__module__].__doc__)
         if given:
             raise ConfigError(f"this command takes no {given[0].split('=')[0]}; the configuration is read from the run's folder")
+        check_workdir()
         return main()
 
     end(guarded(run))
@@ -119,8 +126,6 @@ def parse(argv: list[str], doc: str) -> list[str]:
     unexpected = flags.FLAGS([argv[0], *others])[1:]
     if unexpected:
         raise ConfigError(f"unexpected {unexpected[0]!r}; values are given as --name=value, such as --config.train.steps=100")
-    if "://" in (WORKDIR.value or ""):
-        raise ConfigError(f"--workdir={WORKDIR.value} is in a bucket, which runs can not be written to yet: give a folder of a file system")
     return config
 
 
@@ -147,6 +152,12 @@ def connect() -> None:
     from hybrid_jax import distributed
 
     distributed.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+
+
+def check_workdir() -> None:
+    """Raise ConfigError for a ``--workdir`` in a bucket."""
+    if "://" in (WORKDIR.value or ""):
+        raise ConfigError(f"--workdir={WORKDIR.value} is in a bucket, which runs can not be written to yet: give a folder of a file system")
 
 
 def known_configs() -> list[str]:
