@@ -71,10 +71,10 @@ def long_alone(tmp_path_factory):
     return workdir
 
 
-def same(found, expected):
+def same(found, expected, rtol=5e-5):
     assert list(found) == list(expected)
     # sums over processes are taken in another order: float32 rounding, grown through the steps
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=5e-5)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=rtol)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -121,7 +121,10 @@ def test_a_lost_process_ends_the_run_and_it_goes_on_with_any_number(long_alone, 
     assert any("another process of this run" in output for output in outputs[:-1]), outputs
     codes, outputs = finish(start(workdir, counts[1], *LONG))
     assert codes == [0] * counts[1], outputs
-    same(losses(workdir), losses(long_alone))
+    # Rounding has grown to 6e-5 in 300 steps; another batch, or the same in another order, is a loss that differs by some hundredths.
+    same(losses(workdir), losses(long_alone), rtol=5e-4)
+    steps = list(losses(long_alone).values())
+    assert np.median(np.abs(np.diff(steps)) / steps[1:]) > 5e-3
 
 
 @pytest.mark.parametrize(
