@@ -5,8 +5,8 @@ from pathlib import Path
 from experiments.reports import published
 from experiments.reports.collect import RATIOS, Score
 from experiments.reports.tables import BY_RATIO, FAMILIES, Measure, Models
+from hybrid_jax.train.plot import INK, REFERENCE, STYLE
 
-INK, REFERENCE = "#333333", "#8A8A8A"
 COLORS = {
     "hgrn": "#B279A2",
     "hgrn2": "#54A24B",
@@ -17,23 +17,6 @@ COLORS = {
     "attention": INK,
 }
 MARKERS = dict(zip(RATIOS, "ov^sD*", strict=True))
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#BBBBBB",
-    "axes.labelcolor": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#EEEEEE",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "text.color": INK,
-}
 
 
 def by_ratio(models: Models, size: str, file: Path) -> Path | None:
