@@ -77,9 +77,15 @@ def start_without_config(main: Callable[[], int | None], argv: list[str] | None 
 
 def end(code: int) -> NoReturn:
     """Exit; where that is a failure in a run of several processes, without waiting for the others."""
-    if code and (distributed := sys.modules.get("hybrid_jax.distributed")) and distributed.connected():
+    if code and (distributed := _joined()):
         distributed.leave(code)
     sys.exit(code)
+
+
+def _joined():
+    """`hybrid_jax.distributed` where this process has joined others, else None; not imported before JAX is wanted."""
+    module = sys.modules.get("hybrid_jax.distributed")
+    return module if module and module.connected() else None
 
 
 def guarded(action: Callable[[], int | None]) -> int:
@@ -101,7 +107,7 @@ def guarded(action: Callable[[], int | None]) -> int:
         print(f"error: no space left{where}: make room and run the same command again, to go on from the last checkpoint", file=sys.stderr)
         return 1
     except Exception as error:
-        if not (distributed := sys.modules.get("hybrid_jax.distributed")) or not distributed.connected():
+        if not (distributed := _joined()):
             raise
         if said := distributed.loss(error):
             print(f"error: {said}", file=sys.stderr)
