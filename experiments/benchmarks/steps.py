@@ -71,6 +71,7 @@ def compile_for(case: Case, target: str) -> dict:
         "device": devices[0].device_kind,
         "devices": len(devices),
         "libtpu": importlib.metadata.version("libtpu"),
+        "effort": jax.config.jax_exec_time_optimization_effort,  # 0: a run's; -1: least, a quarter of the time and a slower program
         "compile_s": seconds,
         "held_bytes": held,
         "hbm_bytes": sum(e.count * e.hbm_bytes for e in hlo.Module(text).executions),
@@ -96,5 +97,6 @@ def suite(target: str) -> Iterator[Suite]:
                 "a chip holds GB": lambda row: f"{row['held_bytes'] / 1e9:.1f}",
                 "HBM GB": lambda row: f"{row['hbm_bytes'] / 1e9:.1f}",
                 "compile s": lambda row: f"{row['compile_s']:.0f}",
+                "at effort": lambda row: f"{row['effort']:g}",
             },
         )
