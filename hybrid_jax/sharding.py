@@ -7,7 +7,8 @@ of the mesh. Nothing else in the library knows about devices. Batches lie over `
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -15,6 +16,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_jax.config import ConfigError, MeshConfig
+from pallas_kernels.attention import attention, attention_stretch
+from pallas_kernels.causal_conv import causal_conv, causal_conv_stretch
+from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_stretch
+from pallas_kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_stretch
+from pallas_kernels.linear_scan import linear_scan, linear_scan_stretch
 
 AXES = ("data", "fsdp", "seq", "tensor")
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
@@ -61,35 +67,61 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
-def on_each_device(operator: Callable, *arrays: jax.Array | None, **named) -> Any:
-    """An operator, each device of the mesh in force computing its own rows and heads: XLA cannot partition a kernel by itself.
+class Dealt(NamedTuple):
+    """How an operator is dealt over devices: what computes a stretch of its sequence, and its states' logical axes."""
 
-    arrays: [B,T,H,...] or [B,T,D], [H] for what is fixed, or None; a result is [B,T,H,...] or [B,T,D], beside it may be a state.
-    named: ``segment_ids`` [B,T] and ``initial_state``, arrays or None, and what else the operator takes. States are [B,H,...] or [B,D].
-    Rows or heads that do not divide over the mesh are computed on all of it, and so is time.
+    stretch: Callable
+    state: tuple[str | None, ...] = ("batch", "heads")
+
+
+DEALT = {
+    linear_scan: Dealt(linear_scan_stretch),
+    gated_linear_attention: Dealt(gated_linear_attention_stretch),
+    gated_delta_rule: Dealt(gated_delta_rule_stretch),
+    causal_conv: Dealt(causal_conv_stretch, ("batch", None, "heads")),
+    attention: Dealt(attention_stretch),
+}
+
+
+def on_each_device(operator: Callable, *arrays: jax.Array | None, **named) -> Any:
+    """An operator of :data:`DEALT`, each device of the mesh in force computing its own rows, heads and stretch of time: XLA cannot
+    partition a kernel by itself.
+
+    arrays: [B,T,H,...] or [B,T,D]; [H] or [D,W] for what is the same at all tokens; or None.
+    named: ``segment_ids`` [B,T] and ``initial_state``, arrays or None, and what else the operator takes.
+    Returns what the operator does: [B,T,...], beside it may be a state. What does not divide over the mesh, rows, heads or tokens, is
+    computed on all of it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
         return operator(*arrays, **named)
 
     def dividing(name, sizes):
-        parts = spec(name)[0]
+        parts = RULES[name]
         return parts if all(size % mesh_size(mesh, parts) == 0 for size in sizes) else None
 
     given = [x for x in arrays if x is not None]
-    rows = dividing("batch", [given[0].shape[0]])
-    heads = dividing("heads", [x.shape[2] if x.ndim > 1 else x.shape[0] for x in given])
-    sequence, state = P(rows, None, heads), P(rows, heads)
-    named_specs = {"segment_ids": P(rows), "initial_state": state}
-    sharded = {name: named.pop(name, None) for name in named_specs}
+    parts = {
+        None: None,
+        "batch": dividing("batch", [given[0].shape[0]]),
+        "time": dividing("time", [given[0].shape[1]]),
+        "heads": dividing("heads", [x.shape[2] if x.ndim > 2 else x.shape[0] for x in given]),
+    }
+    stretch, state_axes = DEALT[operator]
+    dealt = partial(stretch, axis_name=parts["time"]) if mesh_size(mesh, parts["time"]) > 1 else operator
+    sequence, state = P(parts["batch"], parts["time"], parts["heads"]), P(*(parts[axis] for axis in state_axes))
+    named_specs = {"segment_ids": P(parts["batch"], parts["time"]), "initial_state": state}
+    sharded = {name: named.pop(name) for name in named_specs if named.get(name) is not None}
+
+    in_specs = [P(parts["heads"]) if x is not None and x.ndim < 3 else sequence for x in arrays]
+    is_pair = isinstance(jax.eval_shape(lambda sharded, *arrays: operator(*arrays, **sharded, **named), sharded, *arrays), tuple)
 
     def run(sharded, *arrays):
-        return operator(*arrays, **{name: x for name, x in sharded.items() if x is not None}, **named)
+        return dealt(*arrays, **sharded, **named)
 
-    in_specs = named_specs, *(P(heads) if x is not None and x.ndim == 1 else sequence for x in arrays)
-    is_pair = isinstance(jax.eval_shape(run, sharded, *arrays), tuple)
-    out_specs = (sequence, state) if is_pair else sequence
     # Not checked: kernels do not say over which axes what they compute varies.
+    out_specs = (sequence, state) if is_pair else sequence
+    in_specs = {name: named_specs[name] for name in sharded}, *in_specs
     return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)(sharded, *arrays)
 
 

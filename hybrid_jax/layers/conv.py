@@ -3,6 +3,7 @@
 import jax
 from flax import nnx
 
+from hybrid_jax.sharding import on_each_device
 from pallas_kernels.causal_conv import causal_conv, causal_conv_step
 
 
@@ -19,5 +20,6 @@ class ShortConvolution(nnx.Module):
             y, tail = causal_conv_step(x[:, 0], self.weight[...], tail, activation=self.activation)
             y = y[:, None]
         else:
-            y, tail = causal_conv(x, self.weight[...], activation=self.activation, initial_state=tail, segment_ids=segment_ids)
+            given = dict(activation=self.activation, initial_state=tail, segment_ids=segment_ids)
+            y, tail = on_each_device(causal_conv, x, self.weight[...], **given)
         return y, tail.astype(x.dtype)  # inputs, as they came

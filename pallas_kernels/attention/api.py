@@ -34,16 +34,22 @@ def attention(
     Raises ValueError for shapes that disagree, heads that do not divide, dtypes that are not floating point (segment_ids:
     integer), a window below 1 and an unknown implementation.
     """
+    sizes = check(q, k, v, window, segment_ids)
+    on_tpu = "pallas" if tpu.is_faster(q, k, v) else None
+    run = checks.choose("attention", IMPLEMENTATIONS, implementation, default="xla", on_tpu=on_tpu)
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    return run(q, k, v, scale, window, None if segment_ids is None else segments.number(segment_ids)).astype(v.dtype)
+
+
+def check(q, k, v, window: int | None, segment_ids: jax.Array | None) -> dict[str, int]:
+    """The sizes of :func:`attention`'s arguments by letter. Raises its ValueErrors."""
     sizes = checks.bind_shapes(
         "attention",
         {"q": (q, "B T H K"), "k": (k, "B T HK K"), "v": (v, "B T HK V"), "segment_ids": (segment_ids, "B T")},
     )
     _check("attention", sizes, window, q=q, k=k, v=v)
     checks.check_segment_ids("attention", segment_ids)
-    on_tpu = "pallas" if tpu.is_faster(q, k, v) else None
-    run = checks.choose("attention", IMPLEMENTATIONS, implementation, default="xla", on_tpu=on_tpu)
-    scale = sizes["K"] ** -0.5 if scale is None else scale
-    return run(q, k, v, scale, window, None if segment_ids is None else segments.number(segment_ids)).astype(v.dtype)
+    return sizes
 
 
 def attention_prefill(

@@ -5,9 +5,13 @@ and holds zeros, as nothing times a masked weight of zero may be nan. Windows co
 tokens are moved together first.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 from pallas_kernels import checks, platforms
 from pallas_kernels.segments import Segments
@@ -43,22 +47,45 @@ def attention(q, k, v, scale, window, segments: Segments | None):
     return jnp.where(real[:, :, None, None], output, 0)
 
 
+def attention_stretch(q, k, v, scale, window, segments: Segments, at):
+    """The queries of the ``at``-th of equal stretches, whole blocks of :func:`block_length`, against the keys of all; see stretch.py.
+
+    Windows count padding like any token.
+    """
+    ids = jnp.where(segments.real, segments.index, -1)
+    own = jax.lax.dynamic_slice_in_dim(ids, at * q.shape[1], q.shape[1], axis=1)
+
+    def kernel(at, heads, interpret):
+        return _stretch_kernel(heads, q.shape[1], k.shape[1], window, at, interpret)
+
+    return _splash(kernel, at, q, k, v, scale, (own, ids))
+
+
 def _attend(q, k, v, scale, window, ids):
     """[B,T,H,V] of q [B,T,H,K], k, v [B,T,HK,...]; ids [B,T], unequal where a query must not see a key, or None."""
     T = q.shape[1]
-    block = _block(T)
-    end = [(0, 0), (0, -T % block)]
-    q, k, v = (jnp.pad(a, [*end, (0, 0), (0, 0)]).swapaxes(1, 2) for a in (q * jnp.asarray(scale, q.dtype), k, v))
-    arrays = (q, k, v) if ids is None else (q, k, v, jnp.pad(ids, end, constant_values=-1))
+    end = [(0, 0), (0, -T % block_length(T))]
+    q, k, v = (jnp.pad(a, [*end, (0, 0), (0, 0)]) for a in (q, k, v))
+    ids = () if ids is None else (jnp.pad(ids, end, constant_values=-1),) * 2
 
-    def run(q, k, v, *ids, interpret):
-        documents = [splash.SegmentIds(i, i) for i in ids]
-        return jax.vmap(_kernel(q.shape[1], q.shape[2], window, block, interpret))(q, k, v, *documents)
+    def kernel(_, heads, interpret):
+        return _kernel(heads, q.shape[1], window, block_length(T), interpret)
 
-    return platforms.kernel("splash_attention", run)(*arrays).swapaxes(1, 2)[:, :T].astype(v.dtype)
+    return _splash(kernel, jnp.zeros((), jnp.int32), q, k, v, scale, ids)[:, :T]
 
 
-def _block(T: int) -> int:
+def _splash(kernel, at, q, k, v, scale, ids):
+    """``kernel`` (at, heads, interpret) on whole blocks, [B,T,H,...] in and out; ids: () or those of queries and of keys."""
+
+    def run(at, q, k, v, *ids, interpret):
+        documents = [splash.SegmentIds(*ids)] if ids else []
+        return jax.vmap(kernel(at, q.shape[1], interpret))(q, k, v, *documents)
+
+    heads_first = (a.swapaxes(1, 2) for a in (q * jnp.asarray(scale, q.dtype), k, v))
+    return platforms.kernel("splash_attention", run)(at, *heads_first, *ids).swapaxes(1, 2).astype(v.dtype)
+
+
+def block_length(T: int) -> int:
     """Tokens a block: no more than needed for as few blocks as the limit allows; LARGEST_COMPUTED or less, or twice whole lanes."""
     blocks = -(-T // LARGEST_BLOCK)
     unit = LANES if T <= LARGEST_COMPUTED else 2 * LANES
@@ -70,9 +97,53 @@ def _kernel(heads, length, window, block, interpret):
         mask = splash.CausalMask((length, length))
     else:
         mask = splash.LocalMask((length, length), (window - 1, 0), offset=0)
+    sizes = _block_sizes(block, fused=length <= MOST_PARTIAL_DQ * block)
+    return splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret)
+
+
+def _stretch_kernel(heads, queries, keys, window, at, interpret):
+    """Of the ``at``-th stretch of queries. Splash's own tables are made block by block beforehand; these are made where ``at`` is known."""
+    block = block_length(queries)
+    i, j = at * (queries // block) + jnp.arange(queries // block)[:, None], jnp.arange(keys // block)
+    allowed = [lambda query, key: query >= key]
+    runs, whole = j <= i, j < i
+    if window is not None:
+        allowed.append(lambda query, key: query - key < window)
+        runs &= (i - j - 1) * block + 1 < window  # of the closest pair in the two blocks
+        whole &= (i - j + 1) * block - 1 < window  # of the farthest
+    kinds = jnp.where(whole, 2, jnp.where(runs, 1, 0)).astype(jnp.int8)
+    places = at * queries + jnp.arange(queries, dtype=jnp.int32)
+
+    def tables(runs, fetched):
+        """What is fetched for a block that is passed over: the first of the next row that is not, to be there in time."""
+        coming = jnp.roll(jnp.argmax(runs, axis=1), -1)[:, None]
+        earlier = jnp.argmax(runs, axis=1)[:, None]
+        return jnp.where(runs, fetched, jnp.where(fetched < earlier, earlier, coming)).astype(jnp.int16)
+
+    def info(data_next):
+        return mask_info.MaskInfo(data_next[None], None, kinds[None], None, places)
+
+    by_query = info(tables(runs, j[None]))
+    by_key = info(tables(runs.T, jnp.arange(queries // block)[None]).T)
+    sizes = _block_sizes(block, fused=keys <= MOST_PARTIAL_DQ * block)
+    return splash_kernel.SplashAttentionKernel(
+        by_query,
+        None if sizes.use_fused_bwd_kernel else by_query,
+        by_key,
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash_kernel.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=lambda query, key: functools.reduce(jnp.logical_and, (test(query, key) for test in allowed)),
+        interpret=interpret,
+    )
+
+
+def _block_sizes(block: int, fused: bool) -> splash.BlockSizes:
     computed = block if block <= LARGEST_COMPUTED else block // 2
-    fused = length <= MOST_PARTIAL_DQ * block
-    sizes = splash.BlockSizes(
+    return splash.BlockSizes(
         block_q=block,
         block_kv=block,
         block_kv_compute=computed,
@@ -83,4 +154,3 @@ def _kernel(heads, length, window, block, interpret):
         block_kv_dq=None if fused else block,
         use_fused_bwd_kernel=fused,
     )
-    return splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret)

@@ -27,26 +27,50 @@ class Reach(NamedTuple):
     A query attends to the keys from its document's first, or its window's, up to itself, which is a range of ranks.
 
     first, last: [N,B,C] int32, a query's range; empty at padding.
-    key: [N,B,C] int32, a key's rank; in no range at padding.
-    first_block: [N] int32, the first block of keys in reach of a block of queries; the last is the block itself.
+    first_block: [N] int32, the first block of keys in reach of a block of queries.
+    own_block: [N] int32, the last one, where the queries themselves are.
+    key: [all N,B,C] int32, a key's rank; in no range at padding.
     """
 
     first: jax.Array
     last: jax.Array
-    key: jax.Array
     first_block: jax.Array
+    own_block: jax.Array
+    key: jax.Array
+
+    def of_queries(self, start: jax.Array, blocks: int) -> "Reach":
+        """That of ``blocks`` blocks of queries from ``start`` on, among all keys."""
+        return Reach(*(jax.lax.dynamic_slice_in_dim(a, start, blocks) for a in self[:-1]), self.key)
 
 
 def attention(q, k, v, scale, window, segments: Segments | None):
     """Blockwise attention; see api.py."""
-    B, T, H, K = q.shape
-    HK = k.shape[2]
-    block = min(BLOCK, -(-T // 8) * 8)
+    B, T = q.shape[:2]
     if segments is None:
         segments = one_segment(B, T)
     else:  # what padding holds, nan included, ends here
         q, k, v = (jnp.where(segments.real[:, :, None, None], a, 0) for a in (q, k, v))
-    reach = _reach(segments, window, block)
+    block = block_length(T)
+    return _attend_rows(scale, q, k, v, _reach(segments, window, block), block)
+
+
+def attention_stretch(q, k, v, scale, window, segments: Segments, at):
+    """The queries of the ``at``-th of equal stretches, whole blocks of :func:`block_length`, against the keys of all; see stretch.py."""
+    block = block_length(q.shape[1])
+    blocks = q.shape[1] // block
+    reach = _reach(segments, window, block).of_queries(at * blocks, blocks)
+    return _attend_rows(scale, q, k, v, reach, block)
+
+
+def block_length(T: int) -> int:
+    """Tokens a block, of T."""
+    return min(BLOCK, -(-T // 8) * 8)
+
+
+def _attend_rows(scale, q, k, v, reach, block):
+    """[B,T,H,V] of q [B,T,H,K] and of k, v, which may be longer."""
+    B, T, H, K = q.shape
+    HK = k.shape[2]
     q, k, v = (chunks.split(a, block) for a in (q, k, v))
     q = q.reshape(-1, B, HK, H // HK, block, K)
     output = _attend(scale, q, k, v, reach)
@@ -102,7 +126,7 @@ def _reach(segments: Segments, window, block) -> Reach:
     first, rank, last, key = (a.reshape(B, -1, block).swapaxes(0, 1) for a in (first, rank, last, key))
     # Neither first nor rank ever falls along a row: the last key of a block and the first query of a block decide.
     reached = jnp.any(rank[:, :, -1] >= first[:, None, :, 0], axis=2)  # [N queries, N keys]
-    return Reach(first, last, key, jnp.sum(~reached, axis=1, dtype=jnp.int32))
+    return Reach(first, last, jnp.sum(~reached, axis=1, dtype=jnp.int32), jnp.arange(len(key), dtype=jnp.int32), key)
 
 
 def _allowed(reach: Reach, i, j):
@@ -134,7 +158,7 @@ def _blocks_forward(scale, q, k, v, reach):
             return m_next, total, acc
 
         start = jnp.full(rows, MASKED, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, v.shape[-1]), dtype)
-        m, total, acc = jax.lax.fori_loop(reach.first_block[i], i + 1, keys, start)
+        m, total, acc = jax.lax.fori_loop(reach.first_block[i], reach.own_block[i] + 1, keys, start)
         total = jnp.where(total > 0, total, 1)  # padding attends to nothing
         return None, ((acc / total[..., None]).astype(v.dtype), m + jnp.log(total))
 
@@ -143,7 +167,7 @@ def _blocks_forward(scale, q, k, v, reach):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(scale, q, k, v, reach):
-    """Blocks q [N,B,HK,G,C,K], k [N,B,HK,C,K], v [N,B,HK,C,V] -> [N,B,HK,G,C,V] in v's dtype."""
+    """Blocks q [N,B,HK,G,C,K], k [all N,B,HK,C,K], v [all N,B,HK,C,V] -> [N,B,HK,G,C,V] in v's dtype."""
     return _blocks_forward(scale, q, k, v, reach)[0]
 
 
@@ -172,7 +196,7 @@ def _attend_backward(scale, residuals, doutput):
             dv = dv.at[j].add(_matmul("bhgij,bhgiv->bhjv", weights.astype(doutput.dtype), doutput[i]))
             return dq, dk, dv
 
-        dq, dk, dv = jax.lax.fori_loop(reach.first_block[i], i + 1, keys, (jnp.zeros(q.shape[1:], dtype), *carry))
+        dq, dk, dv = jax.lax.fori_loop(reach.first_block[i], reach.own_block[i] + 1, keys, (jnp.zeros(q.shape[1:], dtype), *carry))
         return (dk, dv), dq.astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)

@@ -64,14 +64,19 @@ def linear_scan(
 
     if initial_state is None:
         initial_state = jnp.zeros_like(x[:, 0])
+    (decay, x), real = with_documents(decay, x, segment_ids)
+    h, final_state = scan(decay, x, initial_state)
+    return h if real is None else jnp.where(real, h, 0), final_state
+
+
+def with_documents(decay: jax.Array, x: jax.Array, segment_ids: jax.Array | None):
+    """((decay, x) that forget at a document's start and pass over padding by themselves, [B,T,1] bool False at padding or None)."""
     if segment_ids is None:
-        return scan(decay, x, initial_state)
-    # Padding keeps the state (decay 1, input 0); a document's first token forgets it (decay 0).
+        return (decay, x), None
     numbered = segments.number(segment_ids)
     real, starts = numbered.real[..., None], numbered.starts[..., None]
     decay = jnp.where(real, jnp.where(starts, 0, decay), 1)
-    h, final_state = scan(decay, jnp.where(real, x, 0), initial_state)
-    return jnp.where(real, h, 0), final_state
+    return (decay, jnp.where(real, x, 0)), real
 
 
 def linear_scan_step(decay: jax.Array, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,8 +10,10 @@ from hybrid_jax import config, sharding
 from hybrid_jax.train.step import make_program
 
 MESHES = {
+    "data 8": dict(data=8, fsdp=1),
     "fsdp 8": dict(fsdp=8),
     "fsdp 2, tensor 4": dict(fsdp=2, tensor=4),
+    "data 2, seq 4": dict(data=2, fsdp=1, seq=4),
     "data 2, fsdp 2, tensor 2": dict(data=2, fsdp=2, tensor=2),
 }
 STEPS = 3

@@ -115,7 +115,7 @@ def test_kernel_matches_reference(T, H, HK, window, documents, most_partial_dq, 
 
 def test_blocks_of_the_kernel_hold_any_length():
     for T in (1, 128, 129, 512, 513, 600, 1024, 1025, 1536, 2049, 131072):
-        block = tpu._block(T)
+        block = tpu.block_length(T)
         padding = -T % block
         assert block % (128 if block <= tpu.LARGEST_COMPUTED else 256) == 0 and block <= tpu.LARGEST_BLOCK
         assert padding < 256 * -(-T // tpu.LARGEST_BLOCK)
