@@ -28,11 +28,15 @@ from pallas_kernels.segments import Segments
 
 
 class Blocking(NamedTuple):
-    """tokens: C, of a chunk. heads: the most that a step of the grid takes. state_bytes: the most that their states take as operands."""
+    """tokens: C, of a chunk. heads: the most that a step of the grid takes. state_bytes: the most that their states take as operands.
+
+    vmem_bytes: the most that a kernel may take, where that is more than the compiler allows by itself.
+    """
 
     tokens: int
     heads: int
     state_bytes: int
+    vmem_bytes: int | None = None
 
     def heads_a_step(self, B: int, heads: int, state_bytes: int) -> int:
         """The largest number that divides ``heads``, is within the limits for states of ``state_bytes`` a head, and leaves no core idle."""
@@ -43,7 +47,7 @@ class Blocking(NamedTuple):
 # Within the VMEM of all generations; those tuned, for bfloat16, within that of their own.
 DEFAULT = Blocking(tokens=128, heads=4, state_bytes=2**18)
 LARGER = Blocking(tokens=128, heads=8, state_bytes=2**19)
-TUNED = {"v5e": LARGER, "v5p": LARGER, "tpu7x": LARGER, "v6e": LARGER._replace(state_bytes=2**21)}
+TUNED = {"v5e": LARGER, "v5p": LARGER, "tpu7x": LARGER, "v6e": LARGER._replace(state_bytes=2**21, vmem_bytes=48 * 2**20)}
 
 
 def is_faster(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array) -> bool:
@@ -61,7 +65,7 @@ def gated_linear_attention(q, k, v, log_decay, initial_state, segments: Segments
     K, dtype = q.shape[3], v.dtype
     blocking = TUNED.get(platforms.generation(), DEFAULT) if dtype == jnp.bfloat16 else DEFAULT
     heads = blocking.heads_a_step(B, HV, K * V * dtype.itemsize)
-    plan = Plan(scale, blocking.tokens, heads, tpu_per_channel if log_decay.ndim == 4 else tpu_per_head)
+    plan = Plan(scale, blocking.tokens, heads, tpu_per_channel if log_decay.ndim == 4 else tpu_per_head, blocking.vmem_bytes)
 
     log_decay = log_decay.astype(jnp.float32)
     if log_decay.ndim == 1:
@@ -84,12 +88,18 @@ def _oriented(plan, state):
 
 
 class Plan(NamedTuple):
-    """scale; tokens: C; heads: G, that a step of the grid takes; kernels: the module of the kind of decay."""
+    """scale; tokens: C; heads: G, that a step of the grid takes; kernels: the module of the kind of decay; vmem_bytes: as in Blocking."""
 
     scale: float
     tokens: int
     heads: int
     kernels: ModuleType
+    vmem_bytes: int | None
+
+    @property
+    def compiler_params(self) -> pltpu.CompilerParams:
+        order = ("parallel", "parallel", "arbitrary")
+        return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=self.vmem_bytes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -150,9 +160,6 @@ class _Blocks(NamedTuple):
         )
 
 
-_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-
-
 def _forward_call(plan, q, k, v, decays, initial_state, keep: bool):
     """(o [B,T,HV V], the final state) and, if asked to keep it for the backward pass, in v's dtype, what :class:`_Blocks` has."""
     blocks = _Blocks.of(plan, q, v, decays, initial_state.shape, reverse=False)
@@ -166,7 +173,7 @@ def _forward_call(plan, q, k, v, decays, initial_state, keep: bool):
         in_specs=[blocks.keys, blocks.keys, blocks.values, *blocks.decays, blocks.state],
         out_specs=[blocks.values, blocks.state, *blocks.kept[: len(kept)]],
         out_shape=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(initial_state.shape, jnp.float32), *kept),
-        compiler_params=_PARAMS,
+        compiler_params=plan.compiler_params,
         cost_estimate=tpu_layout.cost(plan.tokens, HV, (q, k, v, v, decays[0], *kept), products=(2, 2)),
     )(q, k, v, *decays, initial_state)
 
@@ -182,7 +189,7 @@ def _backward_call(plan, q, k, v, decays, kept, d_o, d_final_state):
         in_specs=[blocks.keys, blocks.keys, blocks.values, *blocks.decays, *blocks.kept, blocks.values, blocks.state],
         out_specs=[blocks.keys, blocks.keys, blocks.values, blocks.d_decays, blocks.state],
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, d_decays, d_final_state)),
-        compiler_params=_PARAMS,
+        compiler_params=plan.compiler_params,
         cost_estimate=tpu_layout.cost(
             plan.tokens, d_final_state.shape[1], (q, k, v, *kept, v, q, k, v, d_decays, d_decays), products=(6, 4)
         ),
