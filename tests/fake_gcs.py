@@ -1,8 +1,8 @@
-"""A stand-in for Cloud Storage: its JSON API on a port of this machine, as far as TensorStore's gs:// driver calls it.
+"""A stand-in for Cloud Storage: its JSON API on a port of this machine, as far as TensorStore and Arrow call it.
 
 Objects are in memory; each write gives its object a new generation, and reads, writes and deletes keep to the generations
-they name, as https://docs.cloud.google.com/storage/docs/request-preconditions has it. Lists come in pages. The driver finds it by
-TENSORSTORE_GCS_HTTP_URL, also in processes that a test starts.
+they name, as https://docs.cloud.google.com/storage/docs/request-preconditions has it. Lists come in pages. The clients find it by
+environment variables, also in processes that a test starts.
 """
 
 import itertools
@@ -28,13 +28,13 @@ class FakeGCS(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    generations = itertools.count(1)  # of all servers, and names of buckets: what a client remembers of one is of no other
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.buckets: dict[str, dict[str, tuple[int, bytes]]] = {}
         self.requests, self.failures = [], []
-        self.generations = itertools.count(1)
         self.lock = threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
@@ -45,7 +45,7 @@ class FakeGCS(ThreadingHTTPServer):
         self.server_close()
 
     def new_bucket(self) -> str:
-        """A new empty bucket, of a name that was not used before: TensorStore remembers the buckets that it has open."""
+        """A new empty bucket, of a name that was not used before."""
         name = f"bucket-{next(self.generations)}"
         self.buckets[name] = {}
         return name
@@ -79,6 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
+        if url.path.startswith("/computeMetadata/v1/instance/service-accounts/default/"):  # who may read is asked of the machine
+            token = {"access_token": "anyone", "expires_in": 3600, "token_type": "Bearer"}
+            return self.answer(200, {"email": "default", "scopes": [], **token})
         match = re.fullmatch(r"(?:/upload)?/storage/v1/b/([^/]+)/o(?:/([^/]+))?", url.path)
         if not match:
             return self.answer(400)
@@ -91,13 +94,13 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.answer(404)
             objects = self.server.buckets[bucket]
             if not name:
-                return self.list(objects, query)
+                return self.list(bucket, objects, query)
             generation, content = objects.get(name, (0, b""))
             if "ifGenerationMatch" in query and int(query["ifGenerationMatch"]) != generation:
                 return self.answer(412)
             if self.command == "POST":
                 objects[name] = next(self.server.generations), body
-                return self.answer(200, _metadata(name, *objects[name]))
+                return self.answer(200, _metadata(bucket, name, *objects[name]))
             if not generation:
                 return self.answer(404)
             if self.command == "DELETE":
@@ -106,10 +109,10 @@ class _Handler(BaseHTTPRequestHandler):
         if int(query.get("ifGenerationNotMatch", -1)) == generation:
             return self.answer(304)
         if query.get("alt") != "media":
-            return self.answer(200, _metadata(name, generation, content))
+            return self.answer(200, _metadata(bucket, name, generation, content))
         self.download(generation, content)
 
-    def list(self, objects, query):
+    def list(self, bucket, objects, query):
         """https://docs.cloud.google.com/storage/docs/json_api/v1/objects/list"""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         start, end = query.get("startOffset", ""), query.get("endOffset")
@@ -122,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {"kind": "storage#objects", "items": [], "prefixes": []}
         for name in page:
             if name in objects:
-                answer["items"].append(_metadata(name, *objects[name]))
+                answer["items"].append(_metadata(bucket, name, *objects[name]))
             else:
                 answer["prefixes"].append(name)
         if len(page) < len(names):
@@ -157,8 +160,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _metadata(name: str, generation: int, content: bytes) -> dict:
-    return {"kind": "storage#object", "name": name, "size": str(len(content)), "generation": str(generation), "metageneration": "1"}
+def _metadata(bucket: str, name: str, generation: int, content: bytes) -> dict:
+    updated = f"2024-01-01T00:{generation // 60 % 60:02d}:{generation % 60:02d}.000Z"
+    times, numbers = {"updated": updated, "timeCreated": updated}, {"size": str(len(content)), "generation": str(generation)}
+    return {"kind": "storage#object", "bucket": bucket, "name": name, "metageneration": "1", **numbers, **times}
 
 
 @pytest.fixture
@@ -167,5 +172,7 @@ def gcs(monkeypatch):
     server = FakeGCS()
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anyone")
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", server.url)  # Arrow's
+    monkeypatch.setenv("GCE_METADATA_ROOT", server.url.removeprefix("http://"))
     yield server
     server.close()
