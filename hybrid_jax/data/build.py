@@ -101,7 +101,7 @@ def build_store(
                 loaded.save(output)
                 manifest = _merge(folder, output, list(units), documents.find_files(inputs), loaded, progress) | {"made_from": made_from}
                 manifest = _finish(folder, output, manifest, claimed)
-            except KeyError:  # a part is gone: another process has finished the store
+            except parts.Gone:  # which is well if another process has finished the store
                 manifest, _ = _claim(folder, output, made_from)
                 if not manifest["complete"]:
                     raise

@@ -30,6 +30,10 @@ AHEAD = 4  # blocks read before they are asked for
 AGAIN = "delete parts/ in the folder of the store and run the same command again"
 
 
+class Gone(DataError):
+    """A part that was there is not: something is wrong, unless another process has finished the store and tidied up."""
+
+
 def name_of(unit: Unit) -> str:
     """A name for exactly this input: parts of files that were mended after an error are made again, the others kept."""
     return hashlib.sha256(json.dumps([unit.files, unit.start, unit.stop]).encode()).hexdigest()[:32]
@@ -82,8 +86,15 @@ class Writer:
 
 
 def read_records(folder: ts.KvStore, names: list[str]) -> list[dict]:
-    """The records of the parts ``names``. Raises `KeyError` where one is not there."""
-    return [json.loads(content) for content in _ahead(lambda name: folder[f"parts/records/{name}.json"], names, 16)]
+    """The records of the parts ``names``. Raises `Gone` where one is not there."""
+    return [json.loads(content) for content in _ahead(lambda name: _read(folder, f"parts/records/{name}.json"), names, 16)]
+
+
+def _read(folder: ts.KvStore, key: str) -> bytes:
+    read = folder.read(key).result()
+    if read.state != "value":
+        raise Gone(f"{key} is not there any more: {AGAIN}")
+    return read.value
 
 
 def check_records(records: list[dict], files: list[File]) -> None:
@@ -109,12 +120,12 @@ def check_records(records: list[dict], files: list[File]) -> None:
 def read_array(folder: ts.KvStore, names: list[str], records: list[dict], array: str, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The ``array`` ("train.tokens", ...) of all parts in a row, in blocks as they were written.
 
-    Raises `KeyError` where one is not there, `DataError` where one is not what its record says.
+    Raises `Gone` where one is not there, `DataError` where one is not what its record says.
     """
 
     def read(block):
         key, files, (size, checksum) = block
-        content = folder[key]
+        content = _read(folder, key)
         if len(content) != size or zlib.crc32(content) != checksum:
             raise DataError(f"{key}, made of {files[0][0]}, is damaged: {AGAIN}")
         return np.frombuffer(content, dtype)
