@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from hybrid_jax.data import DataError
 from hybrid_jax.data.build import build_store
 
-INPUT = flags.DEFINE_multi_string("input", None, "A file, folder or glob (quoted), or a URL of one. May be given several times.", required=True)
+INPUT = flags.DEFINE_multi_string("input", None, "A file, folder or glob (quoted), or its URL. May be given several times.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "The folder of the store, or its URL. Twice its room is needed on the way.", required=True)
 TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", '"bytes", a Hugging Face tokenizer.json, or a folder that holds one.')
 DOCUMENT_END = flags.DEFINE_string("document_end", None, "The token put after each document, where the tokenizer does not say.")
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
         missing = manifest["missing"]
         print(f"shard {SHARD.value} is done ({seconds:.0f} s)")
         print(f"{len(missing):,} of {manifest['parts']:,} parts of the store are not there yet, such as one of {missing[0]}")
-        print("the shard that makes the last of them finishes the store; if none is running any more: the same command without --shard")
+        print("the shard that makes the last of them finishes the store; if none is at work any more, run without --shard")
         return
     for split, numbers in manifest["splits"].items():
         print(f"{split}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens, {numbers['bytes']:,} bytes of text")
