@@ -25,7 +25,7 @@ from hybrid_jax.data.inputs import File
 
 SPLITS = ("train", "validation")
 COUNTS = ("tokens", "documents", "bytes")
-BLOCK_BYTES = 1 << 25  # what is held of a part before it is written
+BLOCK_BYTES = 1 << 24  # what is held of a part before it is written
 AHEAD = 4  # blocks read before they are asked for
 AGAIN = "delete parts/ in the folder of the store and run the same command again"
 
@@ -51,6 +51,7 @@ class Writer:
     def __init__(self, folder: ts.KvStore, unit: Unit):
         self.folder, self.unit = folder, unit
         self._held, self._held_bytes = {split: [] for split in SPLITS}, 0
+        self._writes = []  # under way, while the next block is made
         self._blocks = []  # of each block, in the order they are written: the bytes and the checksum of every array
         self._counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
 
@@ -67,19 +68,23 @@ class Writer:
         contents = {}
         for split, documents in self._held.items():
             if documents:
-                contents[f"{split}.tokens"] = np.concatenate(documents).tobytes()
+                contents[f"{split}.tokens"] = b"".join(documents)
                 contents[f"{split}.lengths"] = np.array([len(tokens) for tokens in documents], np.int64).tobytes()
         part = f"parts/tokens/{name_of(self.unit)}"
-        writes = [self.folder.write(f"{part}/{name}.{len(self._blocks)}", content) for name, content in contents.items()]
-        for write in writes:
-            write.result()
+        self._wait()
+        self._writes = [self.folder.write(f"{part}/{name}.{len(self._blocks)}", content) for name, content in contents.items()]
         self._blocks.append({name: [len(content), zlib.crc32(content)] for name, content in contents.items()})
         self._held, self._held_bytes = {split: [] for split in SPLITS}, 0
 
+    def _wait(self) -> None:
+        for write in self._writes:
+            write.result()
+
     def close(self) -> None:
-        """Write what is left, and the record."""
+        """Write what is left, and when all is written the record."""
         if self._held_bytes:
             self._flush()
+        self._wait()
         unit = {"files": self.unit.files, "start": self.unit.start, "stop": self.unit.stop, "end": self.unit.end}
         record = {**unit, "splits": self._counts, "blocks": self._blocks}
         self.folder.write(f"parts/records/{name_of(self.unit)}.json", json.dumps(record)).result()
