@@ -98,11 +98,13 @@ def build_store(
                 return {"complete": False, "parts": len(units), "missing": [units[name].files[0].path for name in units if name in missing]}
         if not manifest["complete"]:
             try:
-                loaded.save(output)
-                manifest = _merge(folder, output, list(units), documents.find_files(inputs), loaded, progress) | {"made_from": made_from}
-                manifest = _finish(folder, output, manifest, claimed)
-            except parts.Gone:  # which is well if another process has finished the store
-                manifest, _ = _claim(folder, output, made_from)
+                manifest = _merge(folder, output, list(units), inputs, loaded, claimed, progress) | {"made_from": made_from}
+                if not _write_manifest(folder, manifest, claimed):
+                    raise Overtaken(output)
+            except (parts.Gone, Overtaken):
+                manifest = read_manifest(output)
+                if manifest["made_from"] != made_from:
+                    raise Overtaken(output) from None
                 if not manifest["complete"]:
                     raise
         remove_folder(output, "parts")
@@ -152,11 +154,11 @@ def _write_manifest(folder: ts.KvStore, manifest: dict, generation: bytes) -> by
     return folder.write("manifest.json", json.dumps(manifest, indent=1), if_equal=generation).result().generation
 
 
-def _finish(folder: ts.KvStore, output, manifest: dict, claimed: bytes) -> dict:
-    """Write the ``manifest`` of the finished store, unless another process has."""
-    if not _write_manifest(folder, manifest, claimed) and read_manifest(output) != manifest:
-        raise DataError(f"another process began to build {output} from other input: give each its own folder, and run this command again")
-    return manifest
+class Overtaken(DataError):
+    """Another process has claimed or finished the store that this one is at."""
+
+    def __init__(self, output):
+        super().__init__(f"another process builds {output} from other input: give each its own folder, delete this one, and run again")
 
 
 @contextlib.contextmanager
@@ -256,10 +258,15 @@ def _hash_fraction(content: bytes) -> float:
 # The store
 
 
-def _merge(folder: ts.KvStore, output, names: list[str], files: list, tokenizer: Tokenizer, progress: Progress) -> dict:
-    """Lay the parts ``names`` end to end, and return the manifest of the store."""
+def _merge(
+    folder: ts.KvStore, output, names: list[str], inputs: list[str], tokenizer: Tokenizer, claimed: bytes, progress: Progress
+) -> dict:
+    """Lay the parts ``names`` end to end, and return the manifest of the store.
+
+    Raises `Overtaken` where the manifest is not ``claimed`` any more, before more is written over what may be another's.
+    """
     records = parts.read_records(folder, names)
-    parts.check_records(records, files)
+    parts.check_records(records, documents.find_files(inputs))
     splits = {split: {name: sum(record["splits"][split][name] for record in records) for name in COUNTS} for split in SPLITS}
     if not sum(split["documents"] for split in splits.values()):
         raise DataError("the input holds no text: give files with at least one document that is not empty")
@@ -269,6 +276,10 @@ def _merge(folder: ts.KvStore, output, names: list[str], files: list, tokenizer:
     dtype = token_dtype(tokenizer.vocabulary)
     done, total = 0, sum(numbers["tokens"] for numbers in splits.values())
 
+    def check_claim():
+        if folder.read("manifest.json").result().stamp.generation != claimed:
+            raise Overtaken(output)
+
     def counted(blocks, digest):
         nonlocal done
         for block in blocks:
@@ -277,13 +288,14 @@ def _merge(folder: ts.KvStore, output, names: list[str], files: list, tokenizer:
             yield block
             progress("writing the store", done, total)
 
+    tokenizer.save(output)
     for split, numbers in splits.items():
         digest = hashlib.sha256()
         tokens = _in_shards(parts.read_array(folder, names, records, f"{split}.tokens", dtype), dtype)
-        _write_array(f"{folder_url(output)}{split}/tokens/", numbers["tokens"], dtype, counted(tokens, digest))
+        _write_array(f"{folder_url(output)}{split}/tokens/", numbers["tokens"], dtype, counted(tokens, digest), check_claim)
         lengths = parts.read_array(folder, names, records, f"{split}.lengths", np.dtype(np.int64))
         ends = _ends(_in_shards(lengths, np.dtype(np.int64)), numbers["tokens"])
-        _write_array(f"{folder_url(output)}{split}/documents/", numbers["documents"], np.dtype(np.int64), ends)
+        _write_array(f"{folder_url(output)}{split}/documents/", numbers["documents"], np.dtype(np.int64), ends, check_claim)
         numbers["sha256"] = digest.hexdigest()
     return {
         "token_store_version": VERSION,
@@ -320,11 +332,14 @@ def _ends(lengths: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:
         raise DataError(f"the documents of the parts have {end:,} tokens, and their records say {total:,}: {parts.AGAIN}")
 
 
-def _write_array(url: str, size: int, dtype: np.dtype, blocks: Iterable[np.ndarray]) -> None:
+def _write_array(url: str, size: int, dtype: np.dtype, blocks: Iterable[np.ndarray], check_claim: Callable[[], None]) -> None:
+    """Write ``blocks`` in a row. ``check_claim`` is called before anything that is there is written over, to raise if it may not be."""
+    check_claim()
     array, start, writes = create_array(url, size, dtype), 0, deque()
     for block in blocks:
         if start + len(block) > size:
             break
+        check_claim()
         writes.append(array[start : start + len(block)].write(block))
         start += len(block)
         if len(writes) == WRITES:

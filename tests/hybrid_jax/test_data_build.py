@@ -136,6 +136,22 @@ def test_two_builds_at_once(tmp_path):
         assert content(store) == content(tmp_path / "alone")
 
 
+def test_two_builds_of_different_input_at_once(tmp_path):
+    """The second finishes its own store; the first stops with a word, and has written nothing over it."""
+    write_texts(tmp_path / "in", DOCUMENTS)
+    write_texts(tmp_path / "other", DOCUMENTS[::-1])
+    build_store([str(tmp_path / "other")], tmp_path / "alone")
+    others = []
+
+    def again(phase, done, total):
+        if phase == "writing the store" and not others:
+            others.append(build_store([str(tmp_path / "other")], tmp_path / "store"))
+
+    with pytest.raises(DataError, match="another process builds .*store from other input: give each its own folder"):
+        build_store([str(tmp_path / "in")], tmp_path / "store", progress=again)
+    assert others[0]["complete"] and content(tmp_path / "store") == content(tmp_path / "alone")
+
+
 def test_full_disk_in_a_worker(tmp_path, monkeypatch):
     """Tokens that cannot be written: no part appears."""
     write_texts(tmp_path / "in", DOCUMENTS)
