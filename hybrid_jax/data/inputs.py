@@ -102,8 +102,9 @@ class _Object(io.RawIOBase):
     """A file of a bucket, read in ranges. Raises `DataError` where it cannot be, or is written anew in the meantime."""
 
     def __init__(self, file: File):
-        folder, _, self._name = file.path.rpartition("/")
-        self._folder, self._file, self._position, self._generation = open_folder(folder), file, 0, None
+        scheme, _, place = file.path.partition("://")
+        bucket, _, self._key = place.partition("/")  # of which the % in a name need not be escaped
+        self._bucket, self._file, self._position, self._generation = open_folder(f"{scheme}://{bucket}"), file, 0, None
 
     def readable(self) -> bool:
         return True
@@ -120,7 +121,7 @@ class _Object(io.RawIOBase):
         if size <= 0:
             return 0
         try:
-            read = self._folder.read(self._name, byte_range=slice(self._position, self._position + size)).result()
+            read = self._bucket.read(self._key, byte_range=slice(self._position, self._position + size)).result()
         except ValueError as error:
             raise DataError(f"cannot read {self._file.path}: {_reason(error)}: check your right to read it") from None
         if read.state != "value" or self._generation not in (None, read.stamp.generation):

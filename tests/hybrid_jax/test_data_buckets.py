@@ -67,6 +67,13 @@ def test_names(bucket, gcs):
         assert "\n" not in str(error.value)
 
 
+def test_any_name(gcs):
+    name = f"gs://{gcs.new_bucket()}/50%25 of ü/a #?.txt"
+    gcs.put(name, b"text")
+    (unit,) = plan_units(find_files([name.rpartition("/")[0]]))
+    assert [(text, where()) for text, where in read_documents(unit, "text")] == [("text", name)]
+
+
 def test_reads_are_ranges(bucket, gcs, monkeypatch):
     """A unit in the middle of a file fetches itself, not the file."""
     monkeypatch.setattr(inputs, "BUFFER", 100)
