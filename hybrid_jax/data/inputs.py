@@ -75,7 +75,7 @@ def _locate(path: str):
     from pyarrow.fs import FileSystem, GcsFileSystem
 
     scheme, _, rest = path.partition("://")
-    if scheme in ("gs", "gcs"):
+    if scheme == "gs":
         return GcsFileSystem(), rest  # from_uri would decode the % in a name
     try:
         return FileSystem.from_uri(path)
