@@ -2,13 +2,16 @@
 
     python -m experiments.tokenize --input='fineweb-edu/*.parquet' --output=stores/fineweb-edu --tokenizer=gla-tokenizer/ --workers=16
     python -m experiments.tokenize --input=notes/ --output=stores/notes                  # .txt and .jsonl in a folder, as bytes
+    python -m experiments.tokenize --input='gs://BUCKET/*.parquet' --output=gs://BUCKET/tokens --shard=3/64   # the fourth of 64 such
 
-Reads .txt (a document a file), .jsonl (plain, .gz, .zst) and .parquet. Killed, it goes on where it was when the same command
-is run again. Ends with the command that trains on the store.
+Reads .txt (a document a file), .jsonl (plain, .gz, .zst) and .parquet, on disk or in a bucket. Killed, it goes on where it was when the
+same command is run again. Shards may run in any order, anywhere that sees the files and the folder of the store; the one that finds
+the parts of all others there lays them into the store. Ends with the command that trains on it.
 """
 
 import contextlib
 import os
+import re
 import sys
 import time
 
@@ -19,12 +22,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from hybrid_jax.data import DataError
 from hybrid_jax.data.build import build_store
 
-INPUT = flags.DEFINE_multi_string("input", None, "A file, a folder or a glob (quoted). May be given several times.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "The folder of the store. Twice its room is needed on the way.", required=True)
+INPUT = flags.DEFINE_multi_string("input", None, "A file, folder or glob (quoted), or its URL. May be given several times.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "The folder of the store, or its URL. Twice its room is needed on the way.", required=True)
 TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", '"bytes", a Hugging Face tokenizer.json, or a folder that holds one.')
 DOCUMENT_END = flags.DEFINE_string("document_end", None, "The token put after each document, where the tokenizer does not say.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Where JSON records and Parquet tables have the text.")
 VALIDATION_FRACTION = flags.DEFINE_float("validation_fraction", 0.005, "Share of the documents held out, chosen by a hash of their text.")
+SHARD = flags.DEFINE_string("shard", "0/1", "i/n: make the i-th, from 0, of n shares of the store.")
 WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", lower_bound=1)
 
 
@@ -57,11 +61,20 @@ def log_progress(shown: float):
     return log
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """Of "i/n". Raises `DataError` unless 0 <= i < n."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise DataError(f"--shard={text}: give i/n, of n shards the i-th from 0, such as --shard=0/64 to --shard=63/64")
+    return int(match[1]), int(match[2])
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected {' '.join(argv[1:])!r}: quote a glob, or repeat --input")
     started = time.monotonic()
     try:
+        shard = parse_shard(SHARD.value)
         with progress() as show:
             manifest = build_store(
                 INPUT.value,
@@ -70,6 +83,7 @@ def main(argv: list[str]) -> None:
                 document_end=DOCUMENT_END.value,
                 text_field=TEXT_FIELD.value,
                 validation_fraction=VALIDATION_FRACTION.value,
+                shard=shard,
                 workers=WORKERS.value,
                 progress=show,
             )
@@ -77,9 +91,16 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: run the same command again to go on")
+    seconds = time.monotonic() - started
+    if not manifest["complete"]:
+        missing = manifest["missing"]
+        print(f"shard {SHARD.value} is done ({seconds:.0f} s)")
+        print(f"{len(missing):,} of {manifest['parts']:,} parts of the store are not there yet, such as one of {missing[0]}")
+        print("the shard that makes the last of them finishes the store; if none is at work any more, run without --shard")
+        return
     for split, numbers in manifest["splits"].items():
         print(f"{split}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens, {numbers['bytes']:,} bytes of text")
-    tokenizer, seconds = manifest["tokenizer"], time.monotonic() - started
+    tokenizer = manifest["tokenizer"]
     print(f"{OUTPUT.value} is finished ({seconds:.0f} s): tokenizer {tokenizer['name']}, vocabulary {tokenizer['vocabulary']}")
     print(f"train on it: python -m experiments.train --config=configs/gla_r6.py --config.data.source={OUTPUT.value}")
 

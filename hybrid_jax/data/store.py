@@ -15,19 +15,13 @@ import numpy as np
 import tensorstore as ts
 
 from hybrid_jax.data import DataError
+from hybrid_jax.data.folders import CONTEXT, folder_url, open_folder
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.data.tokenizers import FILES, Tokenizer, tokenizer_from_files
 
 VERSION = 1
 SHARD = 1 << 26  # items a file: what is written, listed and copied
 CHUNK = 1 << 15  # items a chunk: what a read fetches at the least
-CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})  # so that reads of one chunk in a row fetch it once
-
-
-def store_url(location) -> str:
-    """``location`` as a TensorStore URL of a folder: itself if it names its kind (gs://, s3://, ...), else a local path's."""
-    location = str(location)
-    return (location if "://" in location else Path(location).absolute().as_uri()).rstrip("/") + "/"
 
 
 def token_dtype(vocabulary: int) -> np.dtype:
@@ -36,7 +30,7 @@ def token_dtype(vocabulary: int) -> np.dtype:
 
 
 def create_array(url: str, size: int, dtype: np.dtype) -> ts.TensorStore:
-    """A new sharded array [size] at ``url``, in the place of what is there. Write it in whole blocks of `SHARD`."""
+    """The sharded array [size] at ``url``, in the place of any other that is there. Write it in whole blocks of `SHARD`."""
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     shard = {"chunk_shape": [CHUNK], "codecs": [little_endian], "index_codecs": [little_endian, {"name": "crc32c"}]}
     metadata = {
@@ -46,7 +40,11 @@ def create_array(url: str, size: int, dtype: np.dtype) -> ts.TensorStore:
         "codecs": [{"name": "sharding_indexed", "configuration": shard}],
     }
     spec = {"driver": "zarr3", "kvstore": url, "metadata": metadata, "store_data_equal_to_fill_value": True}
-    return ts.open(spec, create=True, delete_existing=True, context=CONTEXT).result()
+    try:
+        # One that was begun is gone on with: nothing that another process has just written there is taken away.
+        return ts.open(spec, create=True, open=True, context=CONTEXT).result()
+    except ValueError:
+        return ts.open(spec, create=True, delete_existing=True, context=CONTEXT).result()
 
 
 def open_array(url: str, size: int, dtype: np.dtype) -> ts.TensorStore:
@@ -72,9 +70,8 @@ def read_manifest(location) -> dict | None:
 
     Raises `DataError` where it cannot be read, or is no manifest of a version this code knows.
     """
-    url = store_url(location)
     try:
-        found = ts.KvStore.open(url, context=CONTEXT).result().read("manifest.json").result()
+        found = open_folder(location).read("manifest.json").result()
     except ValueError as error:
         raise DataError(f"cannot read {location}: {str(error).split(' [')[0]}: check the address and your right to read it") from None
     if found.state == "missing":
@@ -117,8 +114,8 @@ class TokenStore(TokenSource):
                 f"the token store {location} has no {split} documents, only {held}: "
                 "build it again in another folder with a larger or smaller --validation_fraction"
             )
-        url = store_url(location)
-        files = ts.KvStore.open(url, context=CONTEXT).result()
+        url = folder_url(location)
+        files = open_folder(location)
         read = {name: files.read(name).result() for name in (*FILES, "tokenizer_config.json")}
         file = next((name for name in FILES if read[name].state == "value"), FILES[0])
         config = read["tokenizer_config.json"]
@@ -150,6 +147,6 @@ def _why_no_store(location) -> str:
             return f"{location} is a file, not a token store: give the folder experiments.tokenize wrote, or {build}"
         if any(path.iterdir()):
             return f"{location} is not a token store: it has no manifest.json; {build} (in an empty folder)"
-    elif ts.KvStore.open(store_url(location), context=CONTEXT).result().list().result():
+    elif open_folder(location).list().result():
         return f"{location} is not a token store: it has no manifest.json; copy a finished store there"
     return f"the token store {location} is empty; {build}"

@@ -6,11 +6,11 @@ closes every document), ``name``, ``fingerprint`` (equal for tokenizers that giv
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 
-from etils import epath
-
 from hybrid_jax.data import DataError
+from hybrid_jax.data.folders import open_folder
 
 FILES = ("tokenizer.json", "tokenizer.model")  # what a folder's tokenizer is in, the first of them that is there
 DOCUMENT_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")  # tried where no tokenizer_config.json says
@@ -31,10 +31,9 @@ class Tokenizer:
 
     def save(self, folder) -> None:
         """Write the files that `load_tokenizer` needs into ``folder`` (a path or a bucket URL), making it if need be."""
-        folder = epath.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
+        files = open_folder(folder)
+        for write in [files.write(name, content) for name, content in self.files.items()]:
+            write.result()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """``encode`` of every text."""
@@ -117,14 +116,20 @@ def load_tokenizer(spec, document_end: str | None = None) -> Tokenizer:
         if document_end is not None:
             raise DataError(f"the byte tokenizer ends documents with id 256, not with {document_end!r}: leave the document end out")
         return ByteTokenizer()
-    path = epath.Path(spec)
-    if path.is_dir():
-        path = next((path / name for name in FILES if (path / name).exists()), path / FILES[0])
-    if not path.exists():
+    spec = str(spec)
+    is_folder = not spec.endswith((".json", ".model")) if "://" in spec else os.path.isdir(spec)  # buckets have no folders to ask for
+    folder, names = (spec, FILES) if is_folder else (os.path.dirname(spec), (os.path.basename(spec),))
+    try:
+        read = {name: open_folder(folder).read(name).result() for name in (*names, "tokenizer_config.json")}
+    except ValueError as error:
+        raise DataError(f"cannot read {spec}: {str(error).split(' [')[0]}: check the address and your right to read it") from None
+    found = {name: result.value for name, result in read.items() if result.state == "value"}
+    name = next((name for name in names if name in found), None)
+    if name is None:
+        path = os.path.join(folder, names[0])
         raise DataError(f'no tokenizer at {path}: give "bytes", a Hugging Face tokenizer.json, or a folder that holds one')
-    config = path.parent / "tokenizer_config.json"
-    config = config.read_bytes() if config.exists() else None
-    return tokenizer_from_files(path.read_bytes(), config, name=str(path), document_end=document_end)
+    path = os.path.join(folder, name)
+    return tokenizer_from_files(found[name], found.get("tokenizer_config.json"), name=path, document_end=document_end)
 
 
 def tokenizer_from_files(content: bytes, config: bytes | None, *, name: str, document_end: str | None = None) -> Tokenizer:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_jax.data.build import build_store
 from hybrid_jax.data.sources import make_sources
 from tests.hybrid_jax.data_samples import bpe_tokenizer, documents_of, texts, write_jsonl, write_texts
 
@@ -66,7 +67,7 @@ def test_killed_at_any_moment(tmp_path, seed):
     output, parts = tmp_path / "store", tmp_path / "store" / "parts"
 
     def finished_parts():
-        return sum("partial" not in path.name and path.is_dir() for path in parts.glob("*")) if parts.exists() else 0
+        return len(list(parts.glob("records/*.json")))
 
     kills = 0
     for _ in range(6):
@@ -93,11 +94,46 @@ def test_killed_at_any_moment(tmp_path, seed):
     assert sorted(text for source in make_sources(str(output)) for text in documents_of(source)) == sorted(documents)
 
 
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+def test_shards_killed_and_twice_at_once(tmp_path, gcs, where):
+    """Two shards, one of them in two places, all killed and run again: the store of one undisturbed command, byte for byte."""
+    base = str(tmp_path) if where == "disk" else f"gs://{gcs.new_bucket()}"
+    documents = texts(600)
+    for i in range(30):
+        write_jsonl(tmp_path / "in" / f"{i:02d}.jsonl", documents[20 * i : 20 * i + 20])
+        if where == "bucket":
+            gcs.put(f"{base}/in/{i:02d}.jsonl", (tmp_path / "in" / f"{i:02d}.jsonl").read_bytes())
+
+    def files(folder):
+        return content(tmp_path / folder) if where == "disk" else gcs.files(f"{base}/{folder}")
+
+    def start_all():
+        flags = (f"--input={base}/in/*.jsonl", f"--output={base}/store", "--validation_fraction=0.1", "--workers=1")
+        return [start(*flags, f"--shard={shard}") for shard in ("0/2", "1/2", "1/2")]
+
+    shards = start_all()
+    while sum(name.startswith("parts/records/") for name in files("store")) < 4 and any(shard.poll() is None for shard in shards):
+        time.sleep(0.01)
+    for shard in shards:
+        shard.kill()
+        shard.communicate()
+    assert b'"complete": false' in files("store")["manifest.json"]
+    results = [(shard.wait(timeout=120), *shard.communicate()) for shard in start_all()]
+    assert [code for code, _, _ in results] == [0, 0, 0], results
+    finished = [f"--config.data.source={base}/store\n" in out for _, out, _ in results]
+    waiting = ["run without --shard" in out and "parts of the store are not there yet" in out for _, out, _ in results]
+    assert any(finished) and [not state for state in finished] == waiting
+    build_store([f"{base}/in/*.jsonl"], f"{base}/undisturbed", validation_fraction=0.1)
+    assert files("store") == files("undisturbed")
+    assert sorted(text for source in make_sources(f"{base}/store") for text in documents_of(source)) == sorted(documents)
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     write_jsonl(tmp_path / "in.jsonl", texts(3000) * 40)
     process = start(f"--input={tmp_path}/in.jsonl", f"--output={tmp_path}/store", "--workers=1")
-    while process.poll() is None and not list(tmp_path.glob("store/parts/*.partial-*")):
+    while process.poll() is None and not (tmp_path / "store" / "manifest.json").exists():
         time.sleep(0.001)
+    time.sleep(1)  # its worker is at it
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.endswith("stopped: run the same command again to go on\n") and "Traceback" not in err
@@ -115,6 +151,8 @@ def test_errors_are_one_line(tmp_path):
         ("names no file", f"--input={tmp_path}/none", f"--output={tmp_path}/c"),
         ("file is a file: give a folder", f"--input={tmp_path}/in", f"--output={tmp_path}/file"),
         ("no tokenizer at", f"--input={tmp_path}/in", f"--output={tmp_path}/d", "--tokenizer=nowhere"),
+        ("--shard=3/3: give i/n, of n shards the i-th from 0", f"--input={tmp_path}/in", f"--output={tmp_path}/d", "--shard=3/3"),
+        ("--shard=a/b: give i/n", f"--input={tmp_path}/in", f"--output={tmp_path}/d", "--shard=a/b"),
     ):
         code, out, err = run(*flags, "--workers=1")
         assert code == 1 and out == "" and match in err.splitlines()[-1] and "Traceback" not in err, err

@@ -87,7 +87,6 @@ def test_output_of_another_build(tmp_path):
     refuses(f"{another} input", tmp_path / "in", output)
     refuses("00000.txt is a file: give a folder", tmp_path / "in", tmp_path / "in" / "00000.txt")
     refuses("in holds something that is not a token store: give an empty or new folder", tmp_path / "in", tmp_path / "in")
-    refuses("stores are built in a local folder: give one, then copy it", tmp_path / "in", "gs://bucket/store")
     refuses("validation_fraction=1.0: give a share", tmp_path / "in", tmp_path / "new", validation_fraction=1.0)
     refuses("no tokenizer at", tmp_path / "in", tmp_path / "new", tokenizer="nowhere.json")
 
@@ -121,29 +120,56 @@ def test_mended_input_goes_on(tmp_path):
 
 
 def test_two_builds_at_once(tmp_path):
+    """The second, begun and finished in the midst of the first, writes what the first would."""
     write_texts(tmp_path / "in", DOCUMENTS)
+    build_store([str(tmp_path / "in")], tmp_path / "alone")
+    for phase in "tokenizing", "writing the store":
+        store, others = tmp_path / f"twice, {phase}", []
+
+        def again(now, done, total, phase=phase, store=store, others=others):
+            if now == phase and not others:
+                others.append(None)
+                others[0] = build_store([str(tmp_path / "in")], store)
+
+        first = build_store([str(tmp_path / "in")], store, progress=again)
+        assert first == others[0] and first["complete"]
+        assert content(store) == content(tmp_path / "alone")
+
+
+def test_two_builds_of_different_input_at_once(tmp_path):
+    """The second finishes its own store; the first stops with a word, and has written nothing over it."""
+    write_texts(tmp_path / "in", DOCUMENTS)
+    write_texts(tmp_path / "other", DOCUMENTS[::-1])
+    build_store([str(tmp_path / "other")], tmp_path / "alone")
+    others = []
 
     def again(phase, done, total):
-        refuses("another process is building .*: wait for it, or stop it", tmp_path / "in", tmp_path / "store")
+        if phase == "writing the store" and not others:
+            others.append(build_store([str(tmp_path / "other")], tmp_path / "store"))
 
-    manifest = build_store([str(tmp_path / "in")], tmp_path / "store", progress=again)
-    assert manifest["complete"]
+    with pytest.raises(DataError, match="another process builds .*store from other input: give each its own folder"):
+        build_store([str(tmp_path / "in")], tmp_path / "store", progress=again)
+    assert others[0]["complete"] and content(tmp_path / "store") == content(tmp_path / "alone")
 
 
 def test_full_disk_in_a_worker(tmp_path, monkeypatch):
-    """Tokens that cannot be written: no part appears, and nothing is left to fill the disk."""
+    """Tokens that cannot be written: no part appears."""
     write_texts(tmp_path / "in", DOCUMENTS)
     (unit,) = build.documents.plan_units(build.documents.find_files([str(tmp_path / "in")]))
+    folder = build.open_folder(tmp_path / "store")
 
-    def open_on_full_disk(path, mode):
-        return open("/dev/full" if path.name == "train.tokens" else path, mode)
+    class Full:
+        def write(self, key, value):
+            return folder.write(key, value) if "train" not in key else self
 
-    monkeypatch.setattr(build, "open", open_on_full_disk, raising=False)
+        def result(self):
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device [os_error_code='28']")
+
     recipe = build.Recipe("bytes", None, "text", 0.0)
     with pytest.raises(DataError, match="no space left on the disk of .*store: free some and run the same command again"):
-        with build._one_line_if_full(tmp_path / "store"):
-            build.make_part(unit, tmp_path / "part", recipe, build.load_tokenizer("bytes"))
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+        with build._errors_in_one_line(tmp_path / "store"):
+            build.make_part(unit, Full(), recipe, build.load_tokenizer("bytes"))
+    assert build.parts.finished(folder) == set()
 
 
 @pytest.mark.parametrize(
@@ -176,5 +202,5 @@ def test_full_disk_while_merging(tmp_path, monkeypatch, error):
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(PermissionError):
-        with build._one_line_if_full(tmp_path):
+        with build._errors_in_one_line(tmp_path):
             raise PermissionError(errno.EACCES, "Permission denied")

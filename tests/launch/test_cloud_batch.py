@@ -1,11 +1,16 @@
 """Cloud Batch, with a stand-in for gcloud."""
 
 import json
+import os
 import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
+from hybrid_jax.data.sources import make_sources
+from tests.hybrid_jax.data_samples import documents_of
 from tests.launch.stand_ins import World
 
 TOKENIZE = ["--", "python", "-m", "experiments.tokenize", "--input=gs://bucket/*.parquet", "--output=gs://bucket/tokens"]
@@ -45,6 +50,27 @@ def test_an_array_of_tasks(world, tmp_path):
     assert json.loads(task.stdout) == [*TOKENIZE[2:], '--text_field=7/64 it\'s "a" $HOME']
     with tarfile.open(world.folder / "tokens.tar.gz") as archive:
         assert "code/experiments/tokenize.py" in archive.getnames()
+
+
+def test_the_tasks_build_a_store(world, tmp_path, gcs):
+    """What the tasks of an array do, done here one after the other, with a stand-in for the bucket: the last one finishes the store."""
+    bucket, world = f"gs://{gcs.new_bucket()}", world()
+    for i in range(9):
+        gcs.put(f"{bucket}/in/{i}.jsonl", f'{{"text": "document {i}"}}\n'.encode())
+    tokenize = [*TOKENIZE[:4], f"--input={bucket}/in/*.jsonl", f"--output={bucket}/tokens", "--workers=1", "--validation_fraction=0.3"]
+    result = world.run("launch.cloud_batch", *BASE[:2], "--tasks=2", BASE[3], *tokenize, "--shard={task}/{tasks}")
+    assert result.returncode == 0, result.stderr
+    (group,) = json.loads((world.folder / "gcloud.stdin").read_text())["taskGroups"]
+    script = group["taskSpec"]["runnables"][0]["container"]["commands"][1].replace("/mnt/disks/code", str(world.folder))
+    world.write(world.folder / "host_bin" / "pip", "pass")
+    path = f"{world.folder / 'host_bin'}:{Path(sys.executable).parent}:/usr/bin:/bin"
+    for task, said in (1, "are not there yet"), (0, f"{bucket}/tokens is finished"):
+        here = script.replace("/work", str(tmp_path / f"work{task}"))
+        environment = os.environ | {"PATH": path, "WORLD": str(world.folder), "BATCH_TASK_INDEX": str(task)}
+        done = subprocess.run(["bash", "-c", here], env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and said in done.stdout, done.stderr
+    splits = make_sources(f"{bucket}/tokens")
+    assert sorted(text for split in splits for text in documents_of(split)) == [f"document {i}" for i in range(9)]
 
 
 def test_dry_run(world):

@@ -9,13 +9,11 @@ from tests.launch.stand_ins import ROOT, World
 
 PAGE = (ROOT / "docs" / "launching.md").read_text()
 BLOCK = re.sub(r"\\\n\s*", "", "\n".join(re.findall(r"^ {4,}(\S.*)$", PAGE, re.M)))
-COMMANDS = [
-    line for line in BLOCK.splitlines() if re.match(r"python -m launch\.(tpu_vm|gke|slurm|cloud_batch) ", line) and "--shard" not in line
-]
+COMMANDS = [line for line in BLOCK.splitlines() if re.match(r"python -m launch\.(tpu_vm|gke|slurm|cloud_batch) ", line)]
 
 
 def test_there_are_some():
-    assert {shlex.split(command)[2] for command in COMMANDS} == {"launch.tpu_vm", "launch.gke", "launch.slurm"}
+    assert {shlex.split(command)[2] for command in COMMANDS} == {"launch.tpu_vm", "launch.gke", "launch.slurm", "launch.cloud_batch"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
