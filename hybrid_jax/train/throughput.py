@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from hybrid_jax import costs
 from hybrid_jax.config import RunConfig
 
-# Dense bfloat16 FLOP/s of one chip, by what JAX calls it; makers' data sheets. The first name that fits counts.
+# Dense bfloat16 FLOP/s of what is one device to JAX, by what JAX calls it; makers' data sheets. The first name that fits counts.
 CHIPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -16,7 +16,7 @@ CHIPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 2307e12 / 2,  # a chip is two devices
     "A100": 312e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -29,12 +29,17 @@ CHIPS = {
 def peak_flops() -> tuple[float, str]:
     """FLOP/s of all devices together, and where the number is from: the data sheet, or else a matmul timed here."""
     device = jax.devices()[0]
-    for name, rate in CHIPS.items():
-        if name in device.device_kind:
-            return rate * jax.device_count(), f"{name} data sheet"
+    if sheet := data_sheet(device.device_kind):
+        name, rate = sheet
+        return rate * jax.device_count(), f"{name} data sheet"
     if device.platform == "cpu":  # virtual CPU devices share one machine
         return matmul_rate(jnp.float32, 1024) * jax.process_count(), "its measured float32 matmul rate"
     return matmul_rate(jnp.bfloat16, 8192) * jax.device_count(), "its measured bfloat16 matmul rate"
+
+
+def data_sheet(kind: str) -> tuple[str, float] | None:
+    """The name in :data:`CHIPS` of a kind of device, and its FLOP/s; None where it is not there."""
+    return next(((name, rate) for name, rate in CHIPS.items() if name in kind), None)
 
 
 def matmul_rate(dtype, size: int) -> float:
