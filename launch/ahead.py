@@ -94,7 +94,7 @@ def compile_ahead(config: RunConfig, target: Slices, effort: float) -> dict[str,
 
 
 def no_room(message: str) -> tuple[float, float] | None:
-    """Bytes of HBM that a step needs and a device has, of what the compiler says where it does not fit; None where it says something else."""
+    """Bytes of HBM that a step needs and a device has, as the compiler says where it does not fit; None where it says something else."""
     match = next(filter(None, (form.search(message) for form in _NO_ROOM)), None)
     if match is None:
         return None
