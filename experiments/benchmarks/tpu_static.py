@@ -54,8 +54,10 @@ TARGETS = {
     "tpu:v6e": Target("v6e:2x2", pltpu.ChipVersion.TPU_V6E, 1.75e9),
     "tpu:tpu7x": Target("tpu7x:2x2x1", pltpu.ChipVersion.TPU_7X, 2.2e9),
 }
-# For libtpu to be loaded on a machine without a TPU, beside other processes that do the same.
+# For libtpu to be loaded on a machine without a TPU, beside other processes that do the same, and not to look for a host's name and
+# kind, which have no part in what it compiles.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+ENVIRONMENT |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
 
 
 def devices(topology: str, slices: int = 1) -> list:

@@ -29,17 +29,12 @@ CHIPS = {
 def peak_flops() -> tuple[float, str]:
     """FLOP/s of all devices together, and where the number is from: the data sheet, or else a matmul timed here."""
     device = jax.devices()[0]
-    if sheet := data_sheet(device.device_kind):
-        name, rate = sheet
-        return rate * jax.device_count(), f"{name} data sheet"
+    for name, rate in CHIPS.items():
+        if name in device.device_kind:
+            return rate * jax.device_count(), f"{name} data sheet"
     if device.platform == "cpu":  # virtual CPU devices share one machine
         return matmul_rate(jnp.float32, 1024) * jax.process_count(), "its measured float32 matmul rate"
     return matmul_rate(jnp.bfloat16, 8192) * jax.device_count(), "its measured bfloat16 matmul rate"
-
-
-def data_sheet(kind: str) -> tuple[str, float] | None:
-    """The name in :data:`CHIPS` of a kind of device, and its FLOP/s; None where it is not there."""
-    return next(((name, rate) for name, rate in CHIPS.items() if name in kind), None)
 
 
 def matmul_rate(dtype, size: int) -> float:

@@ -14,7 +14,10 @@ from jax.sharding import PartitionSpec as P
 from experiments.benchmarks import hlo
 from experiments.benchmarks.collectives import Collective, collectives, groups, sent, total
 from experiments.benchmarks.flops import flops
+from hybrid_jax.train import throughput
+from launch import accelerators
 from launch.chips import CHIPS, Place, network_seconds
+from pallas_kernels.platforms import GENERATIONS
 
 SHAPE = {"data": 2, "fsdp": 2, "seq": 1, "tensor": 2}
 
@@ -158,9 +161,7 @@ def test_a_compiled_program_says_what_was_asked_for():
     ],
 )
 def test_flops_of_a_line(line, expected):
-    text = (
-        "ENTRY %main (a: f32[6,5], b: f32[5,4]) -> f32[6,4] {\n  %a = f32[6,5]{1,0} parameter(0)\n  %b = f32[5,4]{1,0} parameter(1)\n"
-    )
+    text = "ENTRY %main (a: f32[6,5], b: f32[5,4]) -> f32[6,4] {\n  %a = f32[6,5]{1,0} parameter(0)\n  %b = f32[5,4]{1,0} parameter(1)\n"
     assert flops(hlo.Module(f"{text}  ROOT %c = f32[6,4]{{1,0}} {line}\n}}\n")) == expected
 
 
@@ -182,6 +183,12 @@ def test_flops_in_loops_are_those_of_all_trips():
 
     compiled = jax.jit(run).lower(jnp.ones((6, 5)), jnp.ones((7, 5, 5))).compile()
     assert flops(hlo.Module(compiled.as_text())) == 7 * 2 * 6 * 5 * 5
+
+
+def test_chips_are_those_that_the_trainer_knows():
+    assert set(CHIPS) == {generation.spoken for generation in accelerators.GENERATIONS} == set(GENERATIONS.values())
+    for kind, generation in GENERATIONS.items():
+        assert next(rate for name, rate in throughput.CHIPS.items() if name in kind) == CHIPS[generation].flops / CHIPS[generation].devices
 
 
 def place(*devices):
