@@ -55,7 +55,7 @@ def mesh_text(shape: dict[str, int]) -> str:
 
 def one(case: Case, measure: Callable[[Case], dict]) -> int:
     """Compile a run's step and say what is known of it; the exit code."""
-    shown, row = console(), None
+    shown = console()
     shown.print(_what(case), soft_wrap=True)
     with shown.status("compiling"):
         row = measure(case)

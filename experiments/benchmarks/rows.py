@@ -65,12 +65,12 @@ def _revision() -> str | None:
     return head.stdout.strip() + ("+dirty" if dirty else "")
 
 
-def measure(suite: Suite, case: Case) -> dict:
-    """The whole row of a case; one that raises is a row too, with the message as its failure."""
-    row = {"suite": suite.name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
+def measure(name: str, run: Callable[[Case], dict], case: Case) -> dict:
+    """The whole row of a case in the suite ``name``: what ``run`` gives, or the message as its failure where that raises."""
+    row = {"suite": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
     row |= case.identity
     try:
-        return row | suite.measure(case)
+        return row | run(case)
     except (ValueError, TypeError, RuntimeError) as error:  # refused arguments, failed compilations, no memory left
         return row | {"failure": f"{type(error).__name__}: {str(error).strip() or 'no message'}"}
 
@@ -103,7 +103,7 @@ def run(cases: list[Case], suite: Suite, output: Path) -> list[dict]:
         task = progress.add_task("", total=len(cases))
         for number, case in enumerate(cases, 1):
             progress.update(task, description=str(case))
-            row = append(measure(suite, case), output)
+            row = append(measure(suite.name, suite.measure, case), output)
             rows.append(row)
             progress.advance(task)
             figures = row.get("failure") or ", ".join(f"{name} {text(row)}" for name, text in suite.columns.items())
