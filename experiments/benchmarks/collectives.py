@@ -18,6 +18,10 @@ _BY_AXES = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:{_C
 _PART = re.compile(r"(?:\((\d+)\)(\d+))?$")  # of an axis: "(how many parts before it) its size"
 
 
+# Between slices each device exchanges its part with those in its place, through its host: "{1,2}x{0:3}" is slices 1 and 2, devices 0 to 3.
+_BETWEEN = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}x.*_xla_megascale_transfer_type="(\w+)"')
+
+
 class Collective(NamedTuple):
     """A collective that every device takes part in ``count`` times.
 
@@ -51,9 +55,12 @@ def collectives(module: Module, devices: int) -> list[Collective]:
 def _of(module, execution, devices) -> Iterator[Collective]:
     for computation, instruction in module.parts(execution.computation, execution.name):
         kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        if kind == "send" and (match := _BETWEEN.search(instruction.attributes)):
+            kind, found = _between(*match.groups(), devices)
+        elif kind in KINDS:
+            found = tuple(group for group in groups(instruction.attributes, devices) if len(set(group)) > 1)
+        else:
             continue
-        found = tuple(group for group in groups(instruction.attributes, devices) if len(set(group)) > 1)
         if not found:
             continue  # each device by itself
         bytes = sum(array_bytes(module.computations[computation][name].type) for name in instruction.operands)
@@ -62,6 +69,16 @@ def _of(module, execution, devices) -> Iterator[Collective]:
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # XLA's fusion of an all-reduce of which each device keeps its part
         yield Collective(kind, execution.count, bytes, found)
+
+
+def _between(slices: str, transfer: str, devices: int) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    """Kind and groups of a transfer between slices, which are the outer part of the mesh."""
+    ends = [[int(end) for end in part.split(":")] for part in slices.split(",")]
+    count = sum(end[-1] - end[0] + 1 for end in ends)
+    kind = transfer.lower().replace("_", "-")
+    within = devices // count
+    groups = tuple(tuple(range(place, devices, within)) for place in range(within))
+    return kind if kind in KINDS else "collective-permute", groups
 
 
 def groups(attributes: str, devices: int) -> list[tuple[int, ...]]:

@@ -182,7 +182,8 @@ def _arrays(type: str) -> list[str]:
 
 
 def _size(match) -> int:
-    bits = 8 if match[1] == "pred" else int(re.search(r"\d+", match[1])[0])
+    width = re.search(r"\d+", match[1])  # none: "token", which has no bytes
+    bits = 8 if match[1] == "pred" else int(width[0]) if width else 0
     return math.prod(int(n) for n in match[2].split(",") if n) * bits // 8
 
 

@@ -104,12 +104,18 @@ ENTRY %main (x.0: f32[8,16], y: bf16[8]) -> f32[8,16] {
   %alone = bf16[8]{0} all-reduce(%ended), channel_id=4, replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
   %sent = (bf16[8]{0}, bf16[8]{0}, u32[]) collective-permute-start(%alone), channel_id=5, source_target_pairs={{0,1},{1,0},{2,2}}
   %received = bf16[8]{0} collective-permute-done(%sent)
+  %token = token[] after-all()
+  %told = (bf16[8]{0}, u32[], token[]) send(%y, %token), channel_id=6, is_host_transfer=true, TO_THE_OTHER_SLICE
   ROOT %out = f32[8,16]{1,0} get-tuple-element(%loop), index=1
 }
-"""
+""".replace(
+    "TO_THE_OTHER_SLICE",
+    'frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.222_0",_xla_megascale_reduce_operation="SUM",'
+    '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}',
+)
 
 
-def test_loops_asynchronous_forms_and_fusions():
+def test_loops_asynchronous_forms_fusions_and_slices():
     found = total(collectives(hlo.Module(LINES), 8), SHAPE)
     in_loop = ("fsdp", "tensor")  # groups of four neighbours
     array = 8 * 16 * 4
@@ -117,6 +123,7 @@ def test_loops_asynchronous_forms_and_fusions():
         ("reduce-scatter", in_loop): (5, 5 * array * 3 / 4),
         ("all-gather", in_loop): (5, 5 * array * 3 / 4),
         ("all-to-all", ("data",)): (1, 16 / 2),
+        ("all-reduce", ("data",)): (1, 2 * 16 / 2),
         ("collective-permute", ("tensor",)): (1, 16),
     }
 
