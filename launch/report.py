@@ -35,7 +35,7 @@ def console() -> Console:
 
 
 def gigabytes(bytes: float) -> str:
-    return f"{bytes / 1e9:.2f}" if bytes >= 1e7 else f"{bytes / 1e9:.2g}"
+    return f"{bytes / 1e9:.3g}"
 
 
 def milliseconds(seconds: float) -> str:
