@@ -1,12 +1,12 @@
 """Ways to lay one training run out on a pod that change how fast it is and not what it computes: meshes, remat policies, microbatches."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh
 
 from hybrid_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
@@ -15,7 +15,7 @@ from hybrid_jax.train.step import abstract_state, microbatches
 from hybrid_jax.train.throughput import training_flops
 from launch.accelerators import Slices
 from launch.ahead import devices, held_state
-from launch.chips import CHIPS
+from launch.chips import CHIPS, Chip
 
 REMAT = typing.get_args(typing.get_type_hints(ModelConfig)["remat"])  # each holds less than the one before, and computes more again
 COMPUTED = dict(zip(REMAT, (1.0, 1.1, 4 / 3), strict=True))  # FLOPs for one of the model's, about
@@ -46,6 +46,8 @@ def find(config: RunConfig, target: Slices) -> Found:
     """All that can be tried of a run on a target. Raises ConfigError where no mesh is possible, with the last reason."""
     count, chip = devices(target), CHIPS[target.generation.spoken]
     state = abstract_state(config, AbstractMesh((1,) * len(AXES), AXES)).state
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    model_s = training_flops(config) / target.chips / chip.flops
     fitting, too_large, impossible, reason = [], [], 0, None
     for mesh in _meshes(config.mesh, count):
         try:
@@ -58,7 +60,7 @@ def find(config: RunConfig, target: Slices) -> Found:
             continue
         for variant in variants:
             known = held + _block_inputs(variant)
-            candidate = Candidate(variant, known, _guess(variant, state, target))
+            candidate = Candidate(variant, known, _guess(variant, model_s, parameters, chip))
             (fitting if known <= chip.hbm_bytes / chip.devices else too_large).append(candidate)
     if not fitting and not too_large:
         raise reason
@@ -97,15 +99,17 @@ def _block_inputs(config: RunConfig) -> int:
     return config.model.layers * _held_tokens(config) * config.model.width * jax.numpy.dtype(config.model.dtype).itemsize
 
 
-def _guess(config: RunConfig, state: Any, target: Slices) -> float:
-    """Seconds of a step if weights are gathered for each pass and microbatch, and activations summed twice a block and pass."""
-    chip, mesh, model = CHIPS[target.generation.spoken], config.mesh, config.model
+def _guess(config: RunConfig, model_s: float, parameters: int, chip: Chip) -> float:
+    """Seconds of a step if weights are gathered for each pass and microbatch, and activations summed twice a block and pass.
+
+    model_s: of the model's own FLOPs at the chips' peak. parameters: how many the model has.
+    """
+    mesh, model = config.mesh, config.model
     itemsize = jax.numpy.dtype(model.dtype).itemsize
-    parameters = sum(np.prod(x.shape) for x in jax.tree.leaves(state.params)) / mesh.tensor
+    parameters = parameters / mesh.tensor
     accumulated = config.train.batch // (mesh.data * mesh.fsdp) // config.train.microbatch
     passes = 2 if model.remat == "none" else 3
     sent = (mesh.fsdp > 1) * accumulated * (passes * itemsize + 4) * parameters
     sent += (mesh.data > 1) * 8 * parameters / mesh.fsdp
     sent += (mesh.tensor > 1) * accumulated * passes * 4 * model.layers * _held_tokens(config) * model.width * itemsize
-    computed = COMPUTED[model.remat] * training_flops(config) / target.chips / chip.flops
-    return max(computed, chip.devices * sent / (2 * chip.link_rate))
+    return max(COMPUTED[model.remat] * model_s, chip.devices * sent / (2 * chip.link_rate))
