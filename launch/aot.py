@@ -10,9 +10,9 @@ as a line of JSON to --output, are: the bytes a device holds, by kind; FLOPs; th
 which implementation each operator runs; the time of compilation; and a time below which no step can be, by the chip's published rates,
 with the share of its FLOP/s that this leaves to the model.
 
---effort=quick compiles with XLA's least effort for speed, in a quarter of a run's time: the same kernels, collectives of the same
-arrays, memory within about a tenth; bytes moved to and from HBM are not known then, but for the state's own. --effort=full compiles
-what a run compiles.
+--effort=quick compiles with XLA's least effort for speed, in a quarter of a run's time: the same kernels and FLOPs, nearly the same
+collectives, memory that may be some hundred megabytes more or less; bytes to and from HBM are not known then, but for the state's own.
+--effort=full compiles what a run compiles.
 
 --sweep tries the meshes that the run can be dealt out on, remat policies and sequences a device holds at once (train.microbatch), which
 change how fast a run is and not what it computes. What its state alone can not hold is left out, and what holds more than one that did

@@ -14,7 +14,7 @@ from launch.accelerators import Slices
 from launch.candidates import Candidate, Found
 from launch.chips import CHIPS
 
-NEAR = 0.1  # of what the least effort says of memory, a run's compilation may be off by
+NEAR = 0.1  # of a device's HBM: closer to its end, the least effort's memory does not say whether a run fits
 
 
 class Case(NamedTuple):
