@@ -79,7 +79,7 @@ def main(run: cli.Run) -> int:
             started = time.perf_counter()
             train_step, held = compile_step(program, batch_shapes(config, mesh))
             report.say(f"compiled in {time.perf_counter() - started:.0f} s; a step holds {gigabytes(held)} on each device")
-            report.say(advice.implementations(config.model, train_step.as_text()))
+            report.say(advice.implementations(config.model, advice.implementations_of(config.model, train_step.as_text())))
 
             # ---- Train. A step is reported when the next one is under way, so that the devices never wait for the host.
             report.start_clock()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -37,17 +38,39 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh of ``config`` over ``devices`` (default: all). Raises ConfigError where the sizes do not use every device."""
-    devices = jax.devices() if devices is None else devices
+def mesh_shape(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, int]:
+    """Axis -> size of the mesh of ``config`` over so many devices in so many slices.
+
+    Raises ConfigError where the sizes do not use every device, or the slices can not be parts of the ``data`` axis.
+    """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    rest, remainder = divmod(len(devices), fixed)
+    rest, remainder = divmod(devices, fixed)
     if remainder or (rest != 1 and -1 not in sizes.values()):
         shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-        raise ConfigError(f"mesh {shown} does not fit {len(devices)} devices; the sizes must multiply to {len(devices)} (-1: the rest)")
-    shape = tuple(rest if size == -1 else size for size in sizes.values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        raise ConfigError(f"mesh {shown} does not fit {devices} devices; the sizes must multiply to {devices} (-1: the rest)")
+    shape = {axis: rest if size == -1 else size for axis, size in sizes.items()}
+    if shape["data"] % slices:
+        raise ConfigError(f"mesh.data={shape['data']} can not be dealt to {slices} slices; give --config.mesh.data={slices}, or a multiple")
+    return shape
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh of ``config`` over ``devices`` (default: all), axes along the links between them where that can be.
+
+    Several slices, which only a slower network connects, are the outer part of the ``data`` axis. Raises ConfigError as
+    :func:`mesh_shape` does.
+    """
+    devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
+    shape = mesh_shape(config, len(devices), slices)
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    else:
+        within, across = shape | {"data": shape["data"] // slices}, dict.fromkeys(AXES, 1) | {"data": slices}
+        sizes = tuple(within.values()), tuple(across.values())
+        placed = mesh_utils.create_hybrid_device_mesh(*sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(*axes: str | None) -> P:

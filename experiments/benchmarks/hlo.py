@@ -1,11 +1,12 @@
 """What an optimized HLO module executes: each instruction, how often, and the bytes it moves to and from HBM.
 
-XLA's own cost analysis counts the body of a loop once. Here it counts by the loop's trips: those of JAX's loops over a fixed
-number of steps, which count from a constant up to one.
+XLA's own cost analysis counts the body of a loop once. Here it counts by the loop's trips: those that XLA says, and those of JAX's
+loops over a fixed number of steps, which count from a constant up to one.
 """
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,12 +15,14 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
+_BODY = re.compile(r"body=%([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _INDEX = re.compile(r"index=(\d+)")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # Instructions that name, regroup or wait for data and move none.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
-FREE |= {"copy-done", "slice-done", "async-done"}
+FREE |= {"copy-done", "slice-done", "async-done", "all-gather-done", "all-reduce-done", "collective-permute-done"}
 ALLOCATION = 'custom_call_target="AllocateBuffer"'
 CONTROL = {"while", "conditional", "call", "async-start"}
 
@@ -39,6 +42,7 @@ class Execution:
     """An instruction that is run ``count`` times and moves ``hbm_bytes`` each time; ``known`` unless a loop's trips are not."""
 
     name: str
+    computation: str  # that it is in
     count: int
     hbm_bytes: int
     known: bool
@@ -63,6 +67,15 @@ class Module:
         """Every instruction outside of fusions that does something, in no particular order."""
         return list(self._walk(self.entry, 1, True))
 
+    def parts(self, computation: str, name: str) -> Iterator[tuple[str, Instruction]]:
+        """An instruction with its computation, and where it is a fusion all that it consists of, each with its own."""
+        instruction = self.computations[computation][name]
+        yield computation, instruction
+        if instruction.opcode == "fusion":
+            for called in _called(instruction):
+                for inner in self.computations[called]:
+                    yield from self.parts(called, inner)
+
     def _walk(self, computation, count, known):
         for instruction in self.computations[computation].values():
             if instruction.opcode in CONTROL:
@@ -70,23 +83,36 @@ class Module:
                 for called in _called(instruction):
                     yield from self._walk(called, count * (times or 1), known and times is not None)
             elif instruction.opcode not in FREE and ALLOCATION not in instruction.attributes:
-                yield Execution(instruction.name, count, self._bytes(computation, instruction), known)
+                yield Execution(instruction.name, computation, count, self._bytes(computation, instruction), known)
 
     def _trips(self, computation, loop) -> int | None:
-        """Trips of a while loop that runs while a counter is below a constant; None for any other."""
+        """Trips of a while loop where XLA says them, or that counts from a constant up to another; None for any other."""
+        if match := _TRIPS.search(loop.attributes):
+            return int(match[1])
         condition = self.computations[_CONDITION.search(loop.attributes)[1]]
-        test = next(i for i in condition.values() if i.is_root)
+        test = _root(condition)
         if test.opcode != "compare" or "direction=LT" not in test.attributes:
             return None
         counter, limit = (condition[name] for name in test.operands)
         if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
             return None
+        at = int(_INDEX.search(counter.attributes)[1])
         arrays = self.computations[computation]
         carry = arrays[loop.operands[0]]
-        start = arrays[carry.operands[int(_INDEX.search(counter.attributes)[1])]] if carry.opcode == "tuple" else carry
-        while start.opcode in ("copy", "bitcast"):
-            start = arrays[start.operands[0]]
-        return int(limit.operands[0]) - int(start.operands[0]) if start.opcode == "constant" else None
+        start = _source(arrays, carry.operands[at] if carry.opcode == "tuple" else carry.name)
+        step = self._step(_BODY.search(loop.attributes)[1], at)
+        if start.opcode != "constant" or step is None:
+            return None
+        return -(-(int(limit.operands[0]) - int(start.operands[0])) // step)
+
+    def _step(self, body, at) -> int | None:
+        """By how much a trip raises the counter at place ``at`` of a loop's carry: 2 where XLA has unrolled the loop; None: not known."""
+        arrays = self.computations[body]
+        carry = _root(arrays)
+        new = _source(arrays, carry.operands[at] if carry.opcode == "tuple" else carry.name)
+        added = [_source(arrays, name) for name in new.operands] if new.opcode == "add" else []
+        by = [int(each.operands[0]) for each in added if each.opcode == "constant"]
+        return by[0] if by and any(each.opcode == "get-tuple-element" for each in added) else None
 
     def _bytes(self, computation, instruction) -> int:
         arrays = self.computations[computation]
@@ -98,7 +124,7 @@ class Module:
             return 2 * hbm_bytes(instruction.type)
         if instruction.opcode == "dynamic-update-slice":
             return 2 * hbm_bytes(arrays[instruction.operands[1]].type)
-        if instruction.opcode == "copy-start":  # (destination, source, context)
+        if instruction.opcode.endswith("-start") and instruction.opcode != "slice-start":  # its type: destination, source, context
             return hbm_bytes(instruction.type)
         if instruction.opcode == "slice-start":  # ((source), destination, context), the destination's size read of the source
             destination = _arrays(instruction.type)[1]
@@ -124,9 +150,7 @@ class Module:
     def _written(self, computation, type) -> int:
         """Bytes a fusion writes: of an array updated in place, only the update."""
         arrays = self.computations[computation]
-        root = next(i for i in arrays.values() if i.is_root)
-        while root.opcode == "bitcast":
-            root = arrays[root.operands[0]]
+        root = _source(arrays, _root(arrays).name)
         if root.opcode == "dynamic-update-slice":
             return min(hbm_bytes(type), array_bytes(arrays[root.operands[1]].type))
         return hbm_bytes(type)
@@ -142,12 +166,24 @@ def hbm_bytes(type: str) -> int:
     return sum(_size(match) for match in _ARRAY.finditer(type) if "S(" not in (match[3] or ""))
 
 
+def _root(computation: dict[str, Instruction]) -> Instruction:
+    return next(i for i in computation.values() if i.is_root)
+
+
+def _source(arrays: dict[str, Instruction], name: str) -> Instruction:
+    """What an instruction is a copy of."""
+    while arrays[name].opcode in ("copy", "bitcast"):
+        name = arrays[name].operands[0]
+    return arrays[name]
+
+
 def _arrays(type: str) -> list[str]:
     return [match[0] for match in _ARRAY.finditer(type)]
 
 
 def _size(match) -> int:
-    bits = 8 if match[1] == "pred" else int(re.search(r"\d+", match[1])[0])
+    width = re.search(r"\d+", match[1])  # none: "token", which has no bytes
+    bits = 8 if match[1] == "pred" else int(width[0]) if width else 0
     return math.prod(int(n) for n in match[2].split(",") if n) * bits // 8
 
 

@@ -65,14 +65,22 @@ def _revision() -> str | None:
     return head.stdout.strip() + ("+dirty" if dirty else "")
 
 
-def measure(suite: Suite, case: Case) -> dict:
-    """The whole row of a case; one that raises is a row too, with the message as its failure."""
-    row = {"suite": suite.name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
+def measure(name: str, run: Callable[[Case], dict], case: Case) -> dict:
+    """The whole row of a case in the suite ``name``: what ``run`` gives, or the message as its failure where that raises."""
+    row = {"suite": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
     row |= case.identity
     try:
-        return row | suite.measure(case)
+        return row | run(case)
     except (ValueError, TypeError, RuntimeError) as error:  # refused arguments, failed compilations, no memory left
         return row | {"failure": f"{type(error).__name__}: {str(error).strip() or 'no message'}"}
+
+
+def append(row: dict, output: Path) -> dict:
+    """The row, written as a line of a file."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
 
 
 def table(suite: Suite, cases: list[Case], rows: list[dict]) -> Table:
@@ -89,17 +97,14 @@ def run(cases: list[Case], suite: Suite, output: Path) -> list[dict]:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a log has no width to fit
-    output.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, output.open("a") as file:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(cases))
         for number, case in enumerate(cases, 1):
             progress.update(task, description=str(case))
-            row = measure(suite, case)
+            row = append(measure(suite.name, suite.measure, case), output)
             rows.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
             progress.advance(task)
             figures = row.get("failure") or ", ".join(f"{name} {text(row)}" for name, text in suite.columns.items())
             console.print(f"{number}/{len(cases)} {case}: {figures}", markup=False, highlight=False, soft_wrap=True)

@@ -8,20 +8,19 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import time
-from collections import Counter
 from collections.abc import Iterator
 
 import jax
 
 from experiments import cli
-from experiments.benchmarks import hlo
+from experiments.benchmarks import hlo, tpu_static
 from experiments.benchmarks.rows import Suite
 from experiments.benchmarks.tpu_static import TARGETS, compiler
 from hybrid_jax.config import RunConfig
 from hybrid_jax.sharding import make_mesh
+from hybrid_jax.train.advice import implementations_of
 from hybrid_jax.train.feed import batch_shapes
 from hybrid_jax.train.step import compile_step, make_program
-from pallas_kernels.checks import implementations_in
 
 CONFIGS = [f"{name}_r6:{size}" for size in ("340m", "1b3") for name in ("hgrn", "hgrn2", "retnet", "gla", "delta_net", "gated_delta_net")]
 WINDOW = 4096
@@ -59,7 +58,7 @@ def select(configs: list[str]) -> list[Case]:
 
 def compile_for(case: Case, target: str) -> dict:
     """Compile a case for all chips of a target's smallest topology: what its row says of it."""
-    devices = TARGETS[target].devices()
+    devices = tpu_static.devices(TARGETS[target].topology)
     config = case.run_config(len(devices))
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
@@ -75,7 +74,7 @@ def compile_for(case: Case, target: str) -> dict:
         "compile_s": seconds,
         "held_bytes": held,
         "hbm_bytes": sum(e.count * e.hbm_bytes for e in hlo.Module(text).executions),
-        "implementations": {kind: implementations_in(kind, text) for kind in Counter(config.model.layer_kinds)},
+        "implementations": implementations_of(config.model, text),
     }
 
 

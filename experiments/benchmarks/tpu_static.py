@@ -37,32 +37,38 @@ class NoCompiler(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A TPU generation: the smallest topology libtpu compiles for, and the clock of its cores.
+    """A TPU generation: the smallest topology of a host, and the clock of its cores.
 
-    The two cores of a v4 or v5p chip are one device ("megacore"), as they are by default on real ones; libtpu has to be told of v4.
     The clock is peak bfloat16 FLOP/s over those of a cycle. It only turns bundles into seconds, to compare with HBM's.
     """
 
     topology: str
     version: pltpu.ChipVersion
     clock_hz: float
-    megacore: bool = False
-
-    def devices(self) -> list:
-        """Those of the topology."""
-        options = {"chip_config_name": "megacore"} if self.megacore else {}
-        return list(topologies.get_topology_desc(self.topology, "tpu", **options).devices)
 
 
 TARGETS = {
-    "tpu:v4": Target("v4:2x2x1", pltpu.ChipVersion.TPU_V4, 1.05e9, megacore=True),
+    "tpu:v4": Target("v4:2x2x1", pltpu.ChipVersion.TPU_V4, 1.05e9),
     "tpu:v5e": Target("v5e:2x2", pltpu.ChipVersion.TPU_V5E, 1.5e9),
     "tpu:v5p": Target("v5p:2x2x1", pltpu.ChipVersion.TPU_V5P, 1.75e9),
     "tpu:v6e": Target("v6e:2x2", pltpu.ChipVersion.TPU_V6E, 1.75e9),
     "tpu:tpu7x": Target("tpu7x:2x2x1", pltpu.ChipVersion.TPU_7X, 2.2e9),
 }
-# For libtpu to be loaded on a machine without a TPU, beside other processes that do the same.
+# For libtpu to be loaded on a machine without a TPU, beside other processes that do the same, and not to look for a host's name and
+# kind, which have no part in what it compiles.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+ENVIRONMENT |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+
+
+def devices(topology: str, slices: int = 1) -> list:
+    """Those of a topology, such as "v5e:16x16", or of several slices of it.
+
+    The two cores of a v4 or v5p chip are one device ("megacore"), as they are by default on real ones; libtpu has to be told of v4.
+    """
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    options |= {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
+    options |= {"num_slices": slices} if slices > 1 else {}
+    return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
 
 
 class Compiler:
@@ -103,7 +109,7 @@ class Compiler:
 
 def chip(target: str) -> jax.sharding.Mesh:
     """A mesh of one device of a target."""
-    return jax.sharding.Mesh(np.array(TARGETS[target].devices()[:1]), ("chip",))
+    return jax.sharding.Mesh(np.array(devices(TARGETS[target].topology)[:1]), ("chip",))
 
 
 def compile_cost(case: Case, target: str, dumps: Path, precision: str | None) -> dict:
@@ -189,7 +195,7 @@ def heads(shape) -> float:
 def compiler(target: str, schedule: bool = True) -> Iterator[Compiler]:
     """A :class:`Compiler`, closed at the end. Raises NoCompiler where libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
-        raise NoCompiler(f"--target={target} needs the TPU compiler, libtpu: pip install -e '.[tpu]'")
+        raise NoCompiler(f"{target} needs the TPU compiler, libtpu: pip install -e '.[tpu]'")
     with contextlib.closing(Compiler(target, schedule)) as compiler:
         yield compiler
 

@@ -57,15 +57,19 @@ def notes(config: RunConfig, text: TokenSource, peak: float) -> list[str]:
     return told
 
 
-def implementations(model: ModelConfig, step: str) -> str:
-    """Which implementation of its operators each layer uses, in one line, of the text of a compiled training step."""
+def implementations(model: ModelConfig, found: dict[str, dict[str, list[str]]]) -> str:
+    """Which implementation of its operators each layer uses, in one line. found: by :func:`implementations_of`."""
     counts = Counter(model.layer_kinds)
 
     def layers(kind: str) -> str:
-        operators = implementations_in(kind, step)
-        return f"{counts[kind]} {kind} (" + ", ".join(f"{operator}: {'+'.join(names)}" for operator, names in operators.items()) + ")"
+        return f"{counts[kind]} {kind} (" + ", ".join(f"{operator}: {'+'.join(names)}" for operator, names in found[kind].items()) + ")"
 
     return "layers: " + "; ".join(layers(kind) for kind in counts)
+
+
+def implementations_of(model: ModelConfig, step: str) -> dict[str, dict[str, list[str]]]:
+    """Kind of layer -> operator -> implementations, of the text of a compiled training step."""
+    return {kind: implementations_in(kind, step) for kind in dict.fromkeys(model.layer_kinds)}
 
 
 def _slow(config: RunConfig, seconds: float, peak: float) -> str:

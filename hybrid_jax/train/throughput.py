@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from hybrid_jax import costs
 from hybrid_jax.config import RunConfig
 
-# Dense bfloat16 FLOP/s of one chip, by what JAX calls it; makers' data sheets. The first name that fits counts.
+# Dense bfloat16 FLOP/s of what is one device to JAX, by what JAX calls it; makers' data sheets. The first name that fits counts.
 CHIPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -16,7 +16,7 @@ CHIPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 2307e12 / 2,  # a chip is two devices
     "A100": 312e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,

@@ -95,7 +95,7 @@ def test_what_is_wrong_is_refused(tmp_path, monkeypatch, wrong, message):
 def test_long_shapes_are_checked_at_fewer_tokens(monkeypatch):
     monkeypatch.setattr(correctness, "CHECKED_T", 32)
     (case,) = cases.select(["causal_conv"], ["xla"], ["tiny"], "float32")
-    row = rows.measure(timing.SUITE, case)
+    row = rows.measure(timing.SUITE.name, timing.SUITE.measure, case)
     assert (row["checked_shape"]["T"], row["sizes"]["T"]) == (32, case.shape.T)
     assert max(row["errors"].values()) < 1e-6
 

@@ -52,7 +52,10 @@ HloModule jit_f
   %i = s32[] get-tuple-element(%b), index=0
   %x = f32[32,8]{1,0} get-tuple-element(%b), index=1
   %slice = f32[1,8]{1,0:T(8,128)S(1)} fusion(%x, %i), kind=kLoop, calls=%fused
-  ROOT %next = (s32[], f32[32,8]{1,0}) tuple(%i, %x)
+  %one = s32[] constant(1)
+  %i.2 = s32[] copy(%i)
+  %i.3 = s32[] add(%i.2, %one)
+  ROOT %next = (s32[], f32[32,8]{1,0}) tuple(%i.3, %x)
 }
 
 %condition (c: (s32[], f32[32,8])) -> pred[] {
@@ -89,16 +92,27 @@ def test_a_slice_fetched_ahead_is_read_once():
 
 def test_instructions_are_counted_by_the_trips_of_loops_and_slices_by_what_they_read():
     found = {e.name: e for e in hlo.Module(MODULE).executions}
-    assert found["wide"] == hlo.Execution("wide", 1, 32 * 8 * (2 + 4), True)
+    assert found["wide"] == hlo.Execution("wide", "main", 1, 32 * 8 * (2 + 4), True)
     # A row of x and the index are read from HBM; the result stays in VMEM.
-    assert found["slice"] == hlo.Execution("slice", 32, 8 * 4 + 4, True)
+    assert found["slice"] == hlo.Execution("slice", "body", 32, 8 * 4 + 4, True)
     unknown = hlo.Module(MODULE.replace("%start = s32[] constant(0)", "%start = s32[] parameter(1)"))
     assert {e.name: (e.count, e.known) for e in unknown.executions}["slice"] == (1, False)
 
 
+def test_a_loop_that_xla_has_unrolled_has_fewer_trips():
+    def trips(text):
+        return {e.name: (e.count, e.known) for e in hlo.Module(text).executions}["slice"]
+
+    assert trips(MODULE.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")) == (16, True)
+    assert trips(MODULE.replace("%one = s32[] constant(1)", "%one = s32[] constant(5)")) == (7, True)
+    assert trips(MODULE.replace("add(%i.2, %one)", "multiply(%i.2, %one)")) == (1, False)
+    said = MODULE.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"9"}}')
+    assert trips(said) == (9, True)
+
+
 def test_a_missing_compiler_is_one_line(monkeypatch):
     monkeypatch.setattr(tpu_static.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(tpu_static.NoCompiler, match=r"--target=tpu:v6e needs the TPU compiler, libtpu: pip install -e '.\[tpu\]'"):
+    with pytest.raises(tpu_static.NoCompiler, match=r"tpu:v6e needs the TPU compiler, libtpu: pip install -e '.\[tpu\]'"):
         tpu_static.suite("tpu:v6e").__enter__()
 
 

@@ -84,6 +84,32 @@ def test_mesh_uses_every_device():
         sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1] * 2)
 
 
+class Device:
+    """Of a TPU that is not there: its place in a slice of 2 x 2 chips, and its slice."""
+
+    platform, device_kind, core_on_chip = "tpu", "TPU of tests", 0
+
+    def __init__(self, number, slices):
+        self.id, self.process_index, self.coords = number, number // 4, (number % 2, number // 2 % 2, 0)
+        if slices > 1:
+            self.slice_index = number // 4
+
+
+@pytest.mark.parametrize("slices, sizes", [(1, {}), (2, {"data": 2}), (2, {"data": 4, "tensor": 2}), (4, {"data": 4, "seq": 2})])
+def test_slices_are_the_outer_part_of_the_data_axis(slices, sizes):
+    devices = [Device(number, slices) for number in range(4 * slices)]
+    mesh = sharding.make_mesh(config.MeshConfig(**sizes | {"fsdp": -1}), devices[::-1])
+    assert {axis: mesh.shape[axis] for axis in sizes} == sizes and mesh.size == 4 * slices
+    assert {device.id for device in mesh.devices.flat} == set(range(4 * slices))
+    per_slice = np.reshape([device.id // 4 for device in mesh.devices.flat], (slices, -1))
+    np.testing.assert_array_equal(per_slice, np.repeat(np.arange(slices)[:, None], 4, 1))
+
+
+def test_slices_that_are_no_part_of_the_data_axis_are_refused():
+    with pytest.raises(config.ConfigError, match="mesh.data=1 can not be dealt to 2 slices; give --config.mesh.data=2"):
+        sharding.make_mesh(config.MeshConfig(), [Device(number, 2) for number in range(8)])
+
+
 def test_constraint_without_a_mesh_is_nothing():
     x = jax.numpy.ones((2, 3))
     assert sharding.constrain(x, "batch", "time") is x

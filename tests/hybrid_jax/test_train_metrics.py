@@ -172,7 +172,10 @@ def test_a_report_logs_every_few_steps_and_counts_what_was_skipped(tmp_path, pea
 
 @pytest.mark.parametrize(
     ("kind", "rate"),
-    [("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GB200", 2500e12)],
+    [
+        *(("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU7x", 2307e12 / 2)),
+        *(("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GB200", 2500e12)),
+    ],
 )
 def test_known_chips_have_their_data_sheets_rate(monkeypatch, kind, rate):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind, platform="tpu")])

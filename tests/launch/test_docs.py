@@ -1,18 +1,27 @@
-"""Every launcher's command in docs/launching.md is taken by that launcher."""
+"""Every launcher's command in docs/launching.md is taken by that launcher; of launch.aot's what is known without compiling."""
 
+import math
 import re
 import shlex
 
 import pytest
+from absl import flags
 
+from experiments import cli
+from launch import accelerators, ahead, aot
 from tests.launch.stand_ins import ROOT, World
+
+FLAGS = [flag.name for flag in flags.FLAGS.flags_by_module_dict()[aot.__name__]]
 
 PAGE = (ROOT / "docs" / "launching.md").read_text()
 BLOCK = re.sub(r"\\\n\s*", "", "\n".join(re.findall(r"^ {4,}(\S.*)$", PAGE, re.M)))
 COMMANDS = [line for line in BLOCK.splitlines() if re.match(r"python -m launch\.(tpu_vm|gke|slurm|cloud_batch) ", line)]
 
+AHEAD = sorted(set(re.findall(r"python -m launch\.aot [^`#\n]*", BLOCK + PAGE)))
+
 
 def test_there_are_some():
+    assert len(AHEAD) > 3
     assert {shlex.split(command)[2] for command in COMMANDS} == {"launch.tpu_vm", "launch.gke", "launch.slurm", "launch.cloud_batch"}
 
 
@@ -24,3 +33,14 @@ def test_taken(command, tmp_path):
     result = world.run(words[2], *words[3:at], "--dry_run", *words[at:])
     assert result.returncode == 0, result.stderr
     assert world.calls() == []
+
+
+@pytest.mark.parametrize("command", AHEAD)
+def test_ahead_of_time(command):
+    words = shlex.split(command)[3:]
+    given = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
+    assert {word.split("=")[0] for word in words if not word.startswith("--config")} <= {f"--{name}" for name in FLAGS}
+    config = cli.load_run([word for word in words if word.startswith("--config")], "").config
+    target = accelerators.find_topology(given["topology"], int(given.get("slices", 1)))
+    config = aot.with_mesh(config, given["mesh"]) if "mesh" in given else config
+    assert math.prod(ahead.check(config, target).values()) == ahead.devices(target)

@@ -1,0 +1,88 @@
+"""Whether a run fits a TPU pod, and how fast it can be there at best, before one is rented: its training step compiled ahead of time.
+
+    python -m launch.aot --config=configs/gla_r6.py:1b3 --topology=v5e:16x16
+    python -m launch.aot --config=configs/gla_r6.py:1b3 --topology=v5p:4x4x8 --mesh=data=8,fsdp=16 --effort=full
+    python -m launch.aot --config=configs/gla_r6.py --topology=v6e:4x4 --slices=2 --mesh=data=2 --config.train.microbatch=2
+    python -m launch.aot --config=configs/gla_r6.py --topology=v5e:4x4 --sweep --compiles=8
+
+It needs no TPU, only its compiler: pip install -e '.[tpu]'. The configuration is the trainer's, every field of it. Printed, and appended
+as a line of JSON to --output, are: the bytes a device holds, by kind; FLOPs; the collectives, by the axes of the mesh that they cross;
+which implementation each operator runs; the time of compilation; and a time below which no step can be, by the chip's published rates,
+with the share of its FLOP/s that this leaves to the model.
+
+--effort=quick compiles with XLA's least effort for speed, in a quarter of a run's time: the same kernels and FLOPs, nearly the same
+collectives, memory that may be some hundred megabytes more or less; bytes to and from HBM are not known then, but for the state's own.
+--effort=full compiles what a run compiles.
+
+--sweep tries the meshes that the run can be dealt out on, remat policies and sequences a device holds at once (train.microbatch), which
+change how fast a run is and not what it computes. What its state alone can not hold is left out, and what holds more than one that did
+not fit; at most --compiles of the others are compiled, the likeliest first, and ranked.
+
+Exit code 0: it fits; 1: it does not; 2: a mistake in what was asked for.
+"""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli
+from hybrid_jax.config import ConfigError, RunConfig
+from launch import accelerators
+
+TOPOLOGY = flags.DEFINE_string("topology", None, "Of a slice: GENERATION:TOPOLOGY, such as v5e:16x16, v5p:4x4x8, v4:2x2x1, tpu7x:2x2x1.")
+SLICES = flags.DEFINE_integer("slices", 1, "Of this topology, the outer part of the mesh's data axis.", lower_bound=1)
+MESH = flags.DEFINE_string("mesh", None, "Axes of the mesh, as data=4,fsdp=64; the configuration's where not given.")
+EFFORT = flags.DEFINE_enum("effort", "quick", ["quick", "full"], "Of the compiler: least, or a run's.")
+SWEEP = flags.DEFINE_bool("sweep", False, "Try meshes, remat policies and microbatches, and rank those that fit.")
+COMPILES = flags.DEFINE_integer("compiles", 12, "Of --sweep: how many to compile at most.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "JSONL file to append to; experiments/results/aot.jsonl by default.")
+
+AXES = ("data", "fsdp", "seq", "tensor")
+
+
+def main(run: cli.Run) -> int:
+    if not TOPOLOGY.value:
+        raise ConfigError("give --topology=GENERATION:TOPOLOGY, such as --topology=v5e:16x16")
+    target = accelerators.find_topology(TOPOLOGY.value, SLICES.value)
+    config = run.config if MESH.value is None else with_mesh(run.config, MESH.value)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: a TPU or GPU of this machine is not wanted
+
+    from experiments.benchmarks import rows, tpu_static
+    from launch import ahead, candidates, report
+
+    effort = ahead.QUICK if EFFORT.value == "quick" else 0.0
+    output = Path(OUTPUT.value or cli.PACKAGE / "results" / "aot.jsonl")
+    if SWEEP.value:
+        found = candidates.find(config, target)
+        report.announce(found, target, COMPILES.value)
+    else:
+        ahead.check(config, target)
+
+    def compiled(case: report.Case) -> dict:
+        return compiler.call(ahead.compile_ahead, case.config, case.target, effort)
+
+    def measure(case: report.Case) -> dict:
+        return rows.append(rows.measure("aot", compiled, case), output)
+
+    try:
+        with tpu_static.compiler(target.name, schedule=False) as compiler:
+            if SWEEP.value:
+                return report.sweep(run.name, found, target, COMPILES.value, measure)
+            return report.one(report.Case(run.name, config, target), measure)
+    except tpu_static.NoCompiler as error:
+        raise ConfigError(str(error)) from None
+
+
+def with_mesh(config: RunConfig, text: str) -> RunConfig:
+    """The run with the sizes of ``text``, such as "data=4,fsdp=64". Raises ConfigError where they are none."""
+    sizes = dict(re.findall(r"(\w+)=(-?\d+)(?:,|$)", text))
+    if not sizes or not set(sizes) <= set(AXES) or text != ",".join(f"{axis}={size}" for axis, size in sizes.items()):
+        raise ConfigError(f"--mesh={text}: give sizes of {', '.join(AXES)}, such as --mesh=data=4,fsdp=64")
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **{axis: int(size) for axis, size in sizes.items()}))
+
+
+if __name__ == "__main__":
+    cli.start(main)

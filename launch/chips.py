@@ -1,0 +1,77 @@
+"""What a TPU chip of each generation can do at most, by Google's own pages, and how long a step's traffic takes it at the least."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.benchmarks.collectives import Collective, sent
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    devices: int  # that JAX makes of a chip
+    flops: float  # a second, bfloat16
+    hbm_bytes: float
+    hbm_rate: float  # bytes a second, as all below
+    link_rate: float  # of one link to a neighbour, one way
+    ring: int  # a dimension of the torus of so many chips, or a multiple, is a ring; any other is a line
+    dcn_rate: float  # of the data-center network between slices, one way
+
+
+# https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x, in November 2026. Interconnect there is of all links of a
+# chip, four where the torus is flat and six elsewhere, both ways; the network of a v5e or v6e is that of a pod of 256 chips. What
+# those pages leave out, v4's links and network, and which dimensions are rings, is of https://jax-ml.github.io/scaling-book/tpus.
+CHIPS = {
+    "v4": Chip(1, 275e12, 32 * GIB, 1200e9, 45e9, 4, 50e9 / 8),
+    "v5e": Chip(1, 197e12, 16 * GIB, 819e9, 400e9 / 8, 16, 6.4e12 / 256 / 8),
+    "v5p": Chip(1, 459e12, 95 * GIB, 2765e9, 1200e9 / 12, 4, 50e9 / 8),
+    "v6e": Chip(1, 918e12, 32 * GIB, 1638e9, 800e9 / 8, 16, 25.6e12 / 256 / 8),
+    "tpu7x": Chip(2, 2307e12, 192 * GIB, 7380e9, 1200e9 / 12, 4, 100e9 / 8),
+}
+
+
+class Place(NamedTuple):
+    """Where the devices of a mesh are, in its order."""
+
+    coordinates: np.ndarray  # [n,3] of the chip in its slice
+    slice: np.ndarray  # [n]
+
+    @classmethod
+    def of(cls, devices: Iterable) -> "Place":
+        devices = list(devices)
+        return cls(np.array([device.coords for device in devices]), np.array([getattr(device, "slice_index", 0) for device in devices]))
+
+
+def network_seconds(chip: Chip, topology: tuple[int, ...], place: Place, one: Collective) -> tuple[float, float]:
+    """How long the links within slices and the network between them take for a collective at the least, all at once and both ways.
+
+    A group's bytes go over the links of the dimensions it extends in: two a chip for a ring, one for a line, whose ends have no more.
+    Between slices each chip sends its part of what its slice has to tell. Cores of one chip cost nothing.
+    """
+    groups = np.array(one.groups)
+    coordinates, slices = place.coordinates[groups], place.slice[groups]  # [G,n,3], [G,n]
+    extends = [i for i, size in enumerate(topology) if size > 1 and (coordinates[..., i] != coordinates[:, :1, i]).any()]
+    across = max(len(set(row)) for row in slices.tolist())
+    chips = max(len(set(map(tuple, row))) for row in coordinates.tolist())
+    members = groups.shape[1]
+    within = dcn = 0.0
+    if extends:
+        streams = chip.devices * chips * (1 if one.kind == "collective-permute" else across) / members  # groups that share a chip's links
+        links = sum(2 if topology[i] % chip.ring == 0 else 1 for i in extends)
+        within = one.count * streams * sent(one.kind, chips, one.bytes) / (links * chip.link_rate)
+    if across > 1:
+        dcn = one.count * chip.devices * across / members * sent(one.kind, across, one.bytes) / chip.dcn_rate
+    return within, dcn
+
+
+def network(chip: Chip, topology: tuple[int, ...], place: Place, found: Iterable[Collective], shape: dict[str, int]) -> dict[str, float]:
+    """Seconds by what is crossed, such as "fsdp" or "data, between slices", each of a whole step."""
+    seconds: dict[str, float] = {}
+    for one in found:
+        axes = "+".join(one.axes(shape))
+        for name, time in zip((axes, f"{axes}, between slices"), network_seconds(chip, topology, place, one), strict=True):
+            if time:
+                seconds[name] = seconds.get(name, 0.0) + time
+    return seconds
