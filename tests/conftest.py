@@ -6,6 +6,8 @@ commands are run as they are.
 
 import os
 
+from tests.fake_gcs import gcs  # noqa: F401 (a fixture)
+
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 
