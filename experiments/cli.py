@@ -91,10 +91,10 @@ def _joined():
 
 def guarded(action: Callable[[], int | None]) -> int:
     """The exit code of ``action``: after one line on stderr, 2 for a mistake in what was asked, 1 for a run that can not go on."""
-    # Orbax reports through absl, and leaves tasks and coroutines behind when it fails; gcsfs logs what it raises too.
+    # Orbax reports through absl, and leaves tasks and coroutines behind when it fails; gcsfs and google.auth log what they raise too.
     # What matters is raised, and told here in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
-    for name in ("asyncio", "gcsfs"):
+    for name in ("asyncio", "gcsfs", "google"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

@@ -39,7 +39,7 @@ RETRIES = 3
 
 def script(line: str) -> str:
     """What each task runs."""
-    before = f"set -e\nmkdir /work\ntar -xzf {MOUNTED}/{NAME.value}.tar.gz -C /work\ncd /work/code\npip install --quiet '.[gcs]'\nset +e\n"
+    before = f"set -e\nmkdir /work\ntar -xzf {MOUNTED}/{NAME.value}.tar.gz -C /work\ncd /work/code\npip install --quiet .\nset +e\n"
     return job.script(line, before + "export PYTHONUNBUFFERED=1\n")
 
 

@@ -1,8 +1,8 @@
-"""A stand-in for Cloud Storage: its JSON API on a port of this machine, as far as TensorStore's gs:// driver and gcsfs call it.
+"""A stand-in for Cloud Storage: its JSON API on a port of this machine, as far as TensorStore, Arrow and gcsfs call it.
 
 Objects are in memory; each write gives its object a new generation, and reads, writes and deletes keep to the generations
-they name, as https://docs.cloud.google.com/storage/docs/request-preconditions has it. Lists come in pages. The driver finds it by
-TENSORSTORE_GCS_HTTP_URL, gcsfs and Google's own client by STORAGE_EMULATOR_HOST, also in processes that a test starts.
+they name, as https://docs.cloud.google.com/storage/docs/request-preconditions has it. Lists come in pages. The clients find it by
+environment variables, also in processes that a test starts.
 """
 
 import itertools
@@ -27,18 +27,18 @@ class FakeGCS(ThreadingHTTPServer):
         buckets: for each bucket, name -> (generation, content). A bucket that is not here does not exist.
         requests: (method, bucket, object or "", Range header or None) of all requests, in their order.
         failures: HTTP status codes that the next requests are answered with, instead of what they ask for.
-        read_only: buckets that answer whatever would change them with 403.
+        read_only: buckets of which nothing can be changed.
     """
 
     daemon_threads = True
+    generations = itertools.count(1)  # of all servers, and names of buckets: what a client remembers of one is of no other
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.buckets: dict[str, dict[str, tuple[int, bytes]]] = {}
         self.requests, self.failures, self.read_only = [], [], set()
-        self.uploads: dict[str, tuple[str, bytearray]] = {}  # resumable ones under way: (name, what has come)
-        self.generations = itertools.count(1)
+        self.uploads: dict[str, tuple[str, bytearray]] = {}  # resumable ones under way: the object, and what has come
         self.lock = threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
@@ -53,7 +53,7 @@ class FakeGCS(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def new_bucket(self) -> str:
-        """A new empty bucket, of a name that was not used before: TensorStore remembers the buckets that it has open."""
+        """A new empty bucket, of a name that was not used before."""
         name = f"bucket-{next(self.generations)}"
         self.buckets[name] = {}
         return name
@@ -81,16 +81,19 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.handle_request()
 
-    do_POST = do_PUT = do_DELETE = do_GET
+    do_POST = do_DELETE = do_GET
 
     def handle_request(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
+        if url.path.startswith("/computeMetadata/v1/instance/service-accounts/default/"):  # who may read is asked of the machine
+            token = {"access_token": "anyone", "expires_in": 3600, "token_type": "Bearer"}
+            return self.answer(200, {"email": "default", "scopes": [], **token})
         match = re.fullmatch(r"(?:/upload|/download)?/storage/v1/b/([^/]+)(/o)?(?:/([^/]+))?(?:/moveTo/o/([^/]+))?", url.path)
         if not match:
             return self.answer(400)
-        bucket, name = match[1], urllib.parse.unquote(match[3] or query.get("name", ""))
+        bucket, name, target = match[1], urllib.parse.unquote(match[3] or query.get("name", "")), urllib.parse.unquote(match[4] or "")
         if query.get("uploadType") == "multipart":
             name, body = _parts(body, self.headers)
         with self.server.lock:
@@ -109,31 +112,30 @@ class _Handler(BaseHTTPRequestHandler):
                 if body is None:
                     return
             if not name:
-                return self.list(objects, query)
+                return self.list(bucket, objects, query)
             generation, content = objects.get(name, (0, b""))
             if "ifGenerationMatch" in query and int(query["ifGenerationMatch"]) != generation:
                 return self.answer(412)
-            if self.command in ("POST", "PUT") and not match[4]:
+            if self.command == "POST" and not target:
                 objects[name] = next(self.server.generations), body
-                return self.answer(200, _metadata(name, *objects[name]))
+                return self.answer(200, _metadata(bucket, name, *objects[name]))
             if not generation:
                 return self.answer(404)
-            if match[4]:
+            if target:
                 del objects[name]
-                name = urllib.parse.unquote(match[4])
-                objects[name] = next(self.server.generations), content
-                return self.answer(200, _metadata(name, *objects[name]))
+                objects[target] = next(self.server.generations), content
+                return self.answer(200, _metadata(bucket, target, *objects[target]))
             if self.command == "DELETE":
                 del objects[name]
                 return self.answer(204)
         if int(query.get("ifGenerationNotMatch", -1)) == generation:
             return self.answer(304)
         if query.get("alt") != "media":
-            return self.answer(200, _metadata(name, generation, content))
+            return self.answer(200, _metadata(bucket, name, generation, content))
         self.download(generation, content)
 
     def resume(self, path, name, query, body):
-        """https://docs.cloud.google.com/storage/docs/performing-resumable-uploads: (name, content) when all has come, else (None, None)."""
+        """https://docs.cloud.google.com/storage/docs/performing-resumable-uploads: (object, content) when all is there."""
         if "upload_id" not in query:
             number = str(next(self.server.generations))
             self.server.uploads[number] = name, bytearray()
@@ -146,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
             return None, None
         return name, bytes(content)
 
-    def list(self, objects, query):
+    def list(self, bucket, objects, query):
         """https://docs.cloud.google.com/storage/docs/json_api/v1/objects/list"""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         start, end = query.get("startOffset", ""), query.get("endOffset")
@@ -159,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {"kind": "storage#objects", "items": [], "prefixes": []}
         for name in page:
             if name in objects:
-                answer["items"].append(_metadata(name, *objects[name]))
+                answer["items"].append(_metadata(bucket, name, *objects[name]))
             else:
                 answer["prefixes"].append(name)
         if len(page) < len(names):
@@ -195,14 +197,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _parts(body: bytes, headers) -> tuple[str, bytes]:
-    """(the name, the content) of an upload in one request, of two parts: the object's metadata, and what it holds."""
+    """(the object, its content) of an upload in one request, of two parts: what it is called, and what it holds."""
     boundary = re.search(r'boundary="?([^";]+)', headers["Content-Type"])[1].encode()
-    _, metadata, content, _ = body.split(b"--" + boundary)
-    return json.loads(metadata.split(b"\n\n", 1)[1])["name"], content.split(b"\n\n", 1)[1][:-1]
+    _, metadata, content, _ = re.split(rb"(?:\r?\n)?--" + re.escape(boundary) + rb"(?:--)?(?:\r?\n)?", body)
+    name, content = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in (metadata, content))
+    return json.loads(name)["name"], content
 
 
-def _metadata(name: str, generation: int, content: bytes) -> dict:
-    return {"kind": "storage#object", "name": name, "size": str(len(content)), "generation": str(generation), "metageneration": "1"}
+def _metadata(bucket: str, name: str, generation: int, content: bytes) -> dict:
+    updated = f"2024-01-01T00:{generation // 60 % 60:02d}:{generation % 60:02d}.000Z"
+    times, numbers = {"updated": updated, "timeCreated": updated}, {"size": str(len(content)), "generation": str(generation)}
+    return {"kind": "storage#object", "bucket": bucket, "name": name, "metageneration": "1", **numbers, **times}
 
 
 @pytest.fixture
@@ -214,12 +219,14 @@ def gcs(monkeypatch):
 
 @contextmanager
 def serve(monkeypatch):
-    """The same for a fixture of another scope."""
+    """The same, for fixtures of another scope."""
     server = FakeGCS()
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anyone")
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-    monkeypatch.setenv("NO_GCE_CHECK", "true")  # look for no credentials on the network
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks by gRPC what kind of bucket this is
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", server.url)  # Arrow's
+    monkeypatch.setenv("GCE_METADATA_ROOT", server.url.removeprefix("http://"))
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)  # that of gcsfs and of Google's own client
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # which asks by gRPC what kind a bucket is of
     yield server
     server.close()
