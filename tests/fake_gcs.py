@@ -28,6 +28,7 @@ class FakeGCS(ThreadingHTTPServer):
         requests: (method, bucket, object or "", Range header or None) of all requests, in their order.
         failures: HTTP status codes that the next requests are answered with, instead of what they ask for.
         read_only: buckets of which nothing can be changed.
+        hidden: buckets of which only the objects can be seen.
     """
 
     daemon_threads = True
@@ -37,7 +38,7 @@ class FakeGCS(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.buckets: dict[str, dict[str, tuple[int, bytes]]] = {}
-        self.requests, self.failures, self.read_only = [], [], set()
+        self.requests, self.failures, self.read_only, self.hidden = [], [], set(), set()
         self.uploads: dict[str, tuple[str, bytearray]] = {}  # resumable ones under way: the object, and what has come
         self.lock = threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -102,6 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.answer(self.server.failures.pop(0))
             if bucket not in self.server.buckets:
                 return self.answer(404)
+            if not match[2] and bucket in self.server.hidden:
+                return self.answer(403)
             if not match[2]:
                 return self.answer(200, {"kind": "storage#bucket", "name": bucket})
             if self.command != "GET" and bucket in self.server.read_only:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 
-import fsspec.config
+import fsspec
 from etils import epath
 
 from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig, from_dict, to_dict
@@ -46,7 +46,7 @@ def run_folder(path: str | os.PathLike) -> epath.Path:
     try:
         epath.Path(f"gs://{bucket}").stat()
     except FileNotFoundError:
-        raise ConfigError(f"there is no bucket gs://{bucket}: make it, or give another folder than {path}") from None
+        raise ConfigError(f"there is no bucket gs://{bucket}, or you may not see it: make it, or give another folder than {path}") from None
     except Exception as error:  # Cloud Storage, the network and Google's credentials each have their own
         raise ConfigError(
             f"gs://{bucket} can not be read ({one_line(error)}); with your own credentials: gcloud auth application-default login"
@@ -97,11 +97,22 @@ def claim(workdir: epath.Path, config: RunConfig) -> None:
                 "give another --workdir for this one, or the same configuration to continue that one"
             )
     try:
+        _check_rights(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_whole(file, json.dumps(to_dict(config), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"can not write to {workdir}: {error.strerror or one_line(error)}; give another --workdir") from None
+
+
+def _check_rights(workdir: epath.Path) -> None:
+    """Raise ConfigError where the bucket may be written to but not looked at, as Orbax does before it deletes an old checkpoint."""
+    bucket = os.fspath(workdir).removeprefix("gs://").partition("/")[0]
+    if in_bucket(workdir) and "kind" not in fsspec.filesystem("gcs").info(bucket):  # else what gcsfs made of a list of its objects
+        raise ConfigError(
+            f"this account may write to gs://{bucket} but not look at the bucket itself, which deleting old checkpoints needs: "
+            f"give it roles/storage.legacyBucketReader (gcloud storage buckets add-iam-policy-binding gs://{bucket} ...)"
+        )
 
 
 def write_whole(file: epath.Path, text: str) -> None:

@@ -224,7 +224,7 @@ def test_a_hugging_face_checkpoint_becomes_a_run_in_a_bucket_and_goes_back(gcs, 
     [
         ("s3://bucket/run", "s3://bucket/run can not hold a run: give a folder, or gs://BUCKET/FOLDER"),
         ("gs://", "gs:// can not hold a run"),
-        ("gs://nobodys-bucket/run", "there is no bucket gs://nobodys-bucket: make it, or give another folder"),
+        ("gs://nobodys-bucket/run", "there is no bucket gs://nobodys-bucket, or you may not see it: make it, or give another folder"),
     ],
 )
 def test_what_can_hold_no_run(gcs, workdir, said):
@@ -240,7 +240,14 @@ def test_what_a_bucket_needs_is_named(gcs, monkeypatch):
     gcs.failures[:] = [401]
     result = run_train(workdir)
     assert result.code == 2 and "can not be read" in result.err and "gcloud auth application-default login" in result.err
-    gcs.read_only.add(run_folder(workdir).parent.name)
+    bucket = run_folder(workdir).parent.name
+    gcs.put(f"gs://{bucket}/other", b"")
+    gcs.hidden.add(bucket)
+    result = run_train(workdir)
+    assert result.code == 2 and "roles/storage.legacyBucketReader" in result.err and result.err.count("\n") == 1
+    assert not any(name.startswith("run/") for name in gcs.buckets[bucket])
+    gcs.hidden.clear()
+    gcs.read_only.add(bucket)
     result = run_train(workdir)
     assert result.code == 2 and f"can not write to {workdir}: Forbidden" in result.err and result.err.count("\n") == 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
