@@ -117,6 +117,17 @@ def test_it_is_evaluated_and_written_and_read(finished, on_disk, tmp_path, monke
     assert f"gla,width 16,attention,full,42,8,loss,{loss}\n" in Path("report/runs.csv").read_text()
 
 
+def test_its_checkpoint_is_copied_and_evaluated_elsewhere(gcs, finished, on_disk, tmp_path):
+    """The last step of docs/launching.md's walk-through: config.json and one checkpoint, on a laptop."""
+    for name, content in gcs.files(str(finished[0])).items():
+        if name == "config.json" or name.startswith("checkpoints/8/"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+    result = run_eval(tmp_path)
+    assert result.code == 0, result
+    assert json.loads((tmp_path / "eval-8.json").read_text()) == json.loads((on_disk / "eval-8.json").read_text())
+
+
 def test_a_checkpoint_without_its_last_file_is_none(gcs, copied, on_disk):
     """What a kill left half-written: all in its place, but for the file that says that it is whole."""
     assert remove(gcs, copied, "checkpoints/8/commit_success.txt") == 1
@@ -203,6 +214,7 @@ def test_metrics_that_can_not_be_written_end_the_run_with_a_reason(gcs):
 # ---------------------------------------------------------------- conversion
 
 
+@pytest.mark.slow
 def test_a_hugging_face_checkpoint_becomes_a_run_in_a_bucket_and_goes_back(gcs, tmp_path):
     workdir = f"gs://{gcs.new_bucket()}/theirs"
     described = hf_folders.fla_options("gla", num_hidden_layers=2, attn=dict(layers=[1], num_heads=2))
