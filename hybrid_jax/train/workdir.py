@@ -42,6 +42,7 @@ def run_folder(path: str | os.PathLike) -> epath.Path:
         raise ConfigError(f"{path} can not hold a run: give a folder, or gs://BUCKET/FOLDER in a bucket of Cloud Storage")
     if importlib.util.find_spec("gcsfs") is None:
         raise ConfigError(f"{path} is in a bucket, and gcsfs, which reads and writes it, is not installed: pip install -e '.[gcs]'")
+    os.environ.setdefault("EPATH_USE_TF", "false")  # gcsfs also where TensorFlow is installed
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # other processes and TensorStore write there too
     try:
         epath.Path(f"gs://{bucket}").stat()
@@ -54,7 +55,7 @@ def run_folder(path: str | os.PathLike) -> epath.Path:
     return epath.Path(path)
 
 
-def in_bucket(path: os.PathLike) -> bool:
+def in_bucket(path: str | os.PathLike) -> bool:
     """Whether ``path`` is in a bucket, whose files are written whole or not at all: they can not be appended to."""
     return os.fspath(path).startswith("gs://")
 
@@ -100,7 +101,7 @@ def claim(workdir: epath.Path, config: RunConfig) -> None:
         _check_rights(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            write_whole(file, json.dumps(to_dict(config), indent=2) + "\n")
+            _write_whole(file, json.dumps(to_dict(config), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"can not write to {workdir}: {error.strerror or one_line(error)}; give another --workdir") from None
 
@@ -115,7 +116,7 @@ def _check_rights(workdir: epath.Path) -> None:
         )
 
 
-def write_whole(file: epath.Path, text: str) -> None:
+def _write_whole(file: epath.Path, text: str) -> None:
     """Write ``file`` so that whoever reads it finds the old text or the new one."""
     if in_bucket(file):
         file.write_text(text)
@@ -134,9 +135,9 @@ def keep_programs(workdir: epath.Path) -> None:
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-        if in_bucket(workdir):
-            # What else XLA keeps in that folder, on GPUs, it writes itself, and it knows no buckets.
-            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    if in_bucket(jax.config.jax_compilation_cache_dir):
+        # What else is kept in that folder on GPUs is written by XLA itself, which knows no buckets.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def saved_steps(workdir: epath.Path) -> list[int]:
