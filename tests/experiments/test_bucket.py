@@ -128,21 +128,16 @@ def test_its_checkpoint_is_copied_and_evaluated_elsewhere(gcs, finished, on_disk
     assert json.loads((tmp_path / "eval-8.json").read_text()) == json.loads((on_disk / "eval-8.json").read_text())
 
 
-def test_a_checkpoint_without_its_last_file_is_none(gcs, copied, on_disk):
-    """What a kill left half-written: all in its place, but for the file that says that it is whole."""
-    assert remove(gcs, copied, "checkpoints/8/commit_success.txt") == 1
-    assert 8 not in saved_steps(copied)
-    result = run_train(copied)
-    assert result.code == 0 and "can not be read" not in result.out, result
-    assert saved_steps(copied)[-1] == 8 and curve(copied) == curve(on_disk)
-
-
-def test_a_checkpoint_that_can_not_be_read_is_moved_aside(gcs, copied, on_disk):
+def test_a_half_written_checkpoint_is_passed_over_and_an_unreadable_one_moved_aside(gcs, copied, on_disk):
     for name, content in gcs.files(f"{copied}/checkpoints/8").items():
+        if name != "commit_success.txt":  # all in its place, but for the file that says that it is whole
+            gcs.put(f"{copied}/checkpoints/9/{name}", content)
         if "/d/" in f"/{name}":
             gcs.put(f"{copied}/checkpoints/8/{name}", content[: len(content) // 2])
+    assert saved_steps(copied)[-1] == 8
     result = run_train(copied)
     assert result.code == 0 and f"it is now {copied}/unreadable-8" in result.out, result
+    assert "step 9" not in result.out and not gcs.files(f"{copied}/checkpoints/9")
     assert "commit_success.txt" in gcs.files(f"{copied}/unreadable-8") and saved_steps(copied)[-1] == 8
     assert curve(copied) == curve(on_disk)
 
