@@ -18,6 +18,7 @@ from hybrid_jax.config import LogConfig
 from hybrid_jax.train import metrics as module
 from hybrid_jax.train.metrics import Metrics, read_rows
 from hybrid_jax.train.workdir import RunError, run_folder, saved_steps
+from tests.experiments import test_processes
 from tests.experiments.commands import CONFIG, run, run_eval, run_train
 from tests.experiments.test_convert import run_convert
 from tests.experiments.test_generate import run_generate
@@ -167,6 +168,15 @@ def test_a_second_start_compiles_nothing(gcs):
     wanted = {name.rpartition("/")[2] for _, _, name, _ in gcs.requests if name.endswith("-cache")}
     assert len(wanted) > 3 and wanted <= kept  # whatever was asked for was there
     assert {method for method, _, name, _ in gcs.requests if "/compiled/" in name} == {"GET"}
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_bucket(gcs, on_disk):
+    workdir = run_folder(f"gs://{gcs.new_bucket()}/run")
+    codes, outputs = test_processes.finish(test_processes.start(workdir, 2))
+    assert codes == [0, 0], outputs
+    assert saved_steps(workdir) == [4, 8] and (workdir / "compiled").is_dir() and (workdir / "summary.png").exists()
+    test_processes.same(test_processes.losses(workdir), test_processes.losses(on_disk))
 
 
 # ---------------------------------------------------------------- metrics
