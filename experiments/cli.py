@@ -22,13 +22,14 @@ from typing import NamedTuple, NoReturn
 
 from absl import flags
 from absl import logging as absl_logging
+from etils import epath
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from hybrid_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from hybrid_jax.data import DataError
-from hybrid_jax.train.workdir import RunError, read_config
+from hybrid_jax.train.workdir import RunError, read_config, run_folder
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, metrics, summary and picture.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, or gs://BUCKET/FOLDER: checkpoints, metrics, summary and picture.")
 STEP = flags.DEFINE_integer("step", None, "The step whose checkpoint is read; the newest if not given.", lower_bound=0)
 
 COORDINATOR = flags.DEFINE_string(
@@ -90,9 +91,11 @@ def _joined():
 
 def guarded(action: Callable[[], int | None]) -> int:
     """The exit code of ``action``: after one line on stderr, 2 for a mistake in what was asked, 1 for a run that can not go on."""
-    # Orbax reports through absl, and leaves tasks and coroutines behind when it fails; what matters is raised, and told here in one line.
+    # Orbax reports through absl, and leaves tasks and coroutines behind when it fails; gcsfs and google.auth log what they raise too.
+    # What matters is raised, and told here in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    for name in ("asyncio", "gcsfs", "google"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
@@ -142,8 +145,8 @@ def load_run(arguments: list[str], command: str) -> Run:
     """
     given = [arg.split("=", 1)[1] for arg in arguments if re.match("--?config=", arg)]
     if not given and WORKDIR.value:
-        config = ConfigDict(to_dict(read_config(Path(WORKDIR.value))))
-        return Run(from_dict(RunConfig, _override(config, arguments).to_dict()), Path(WORKDIR.value).name, command)
+        config = ConfigDict(to_dict(read_config(run_folder(WORKDIR.value))))
+        return Run(from_dict(RunConfig, _override(config, arguments).to_dict()), epath.Path(WORKDIR.value).name, command)
     if len(given) != 1:
         raise ConfigError(f"give one --config=configs/NAME.py[:size], such as --config=configs/gla_r6.py:tiny ({len(given)} were given)")
     path, _, size = given[0].partition(":")
@@ -161,9 +164,9 @@ def connect() -> None:
 
 
 def check_workdir() -> None:
-    """Raise ConfigError for a ``--workdir`` in a bucket."""
-    if "://" in (WORKDIR.value or ""):
-        raise ConfigError(f"--workdir={WORKDIR.value} is in a bucket, which runs can not be written to yet: give a folder of a file system")
+    """Raise ConfigError for a ``--workdir`` that can hold no run, or is in a bucket that can not be read."""
+    if WORKDIR.value is not None:
+        run_folder(WORKDIR.value)
 
 
 def known_configs() -> list[str]:
@@ -236,6 +239,6 @@ def _any_literal(config: ConfigDict) -> ConfigDict:
     return ConfigDict({name: field(value) for name, value in config.items()})
 
 
-def workdir(run: Run) -> Path:
+def workdir(run: Run) -> epath.Path:
     """``--workdir``, or runs/NAME-SIZE under the current folder."""
-    return Path(WORKDIR.value or os.path.join("runs", run.name))
+    return run_folder(WORKDIR.value or os.path.join("runs", run.name))

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from experiments import cli
 from hybrid_jax.config import ConfigError
+from hybrid_jax.train.workdir import run_folder
 
 FROM_HF = flags.DEFINE_string("from_hf", None, "The Hugging Face folder to read; --workdir becomes a run that starts from it.")
 TO_HF = flags.DEFINE_string("to_hf", None, "The folder to write as a Hugging Face checkpoint, from the run in --workdir.")
@@ -30,7 +31,9 @@ def main() -> int:
         raise ConfigError("give the --workdir of the run: the one to make (--from_hf), or the one to write (--to_hf)")
     if FROM_HF.value is not None and (TO_DTYPE.value or cli.STEP.value is not None):
         raise ConfigError("--to_dtype and --step are of --to_hf: parameters are read as they are, and become step 0")
-    workdir = Path(cli.WORKDIR.value)
+    if "://" in (FROM_HF.value or TO_HF.value):
+        raise ConfigError(f"{FROM_HF.value or TO_HF.value} is no folder of a file system: copy it (gcloud storage cp --recursive)")
+    workdir = run_folder(cli.WORKDIR.value)
 
     from hybrid_jax import costs
     from hybrid_jax.hf import convert

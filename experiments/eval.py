@@ -19,13 +19,13 @@ which files it takes.
 
 import dataclasses
 import json
-from pathlib import Path
 
 from absl import flags
+from etils import epath
 
 from experiments import cli, suites
 from hybrid_jax.config import ConfigError, RunConfig
-from hybrid_jax.train.workdir import read_config
+from hybrid_jax.train.workdir import read_config, run_folder
 
 SUITE = flags.DEFINE_enum("suite", None, sorted(suites.SUITES), "What to measure in place of the run's own evaluation.")
 TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens to score, at most; default: the run's evaluation.tokens.", lower_bound=1)
@@ -34,7 +34,7 @@ TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens to score, at most
 def main() -> int:
     if cli.WORKDIR.value is None:
         raise ConfigError("give the --workdir of a training run, such as --workdir=runs/gla_r6-tiny")
-    workdir = Path(cli.WORKDIR.value)
+    workdir = run_folder(cli.WORKDIR.value)
     given = [name for name in flags.FLAGS if flags.FLAGS[name].present]
     suites.check(SUITE.value, given)
     cli.connect()
@@ -45,7 +45,7 @@ def main() -> int:
     return 0
 
 
-def evaluate_as_training_does(workdir: Path, config: RunConfig) -> None:
+def evaluate_as_training_does(workdir: epath.Path, config: RunConfig) -> None:
     if TOKENS.value:
         config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, tokens=TOKENS.value))
 
@@ -65,12 +65,14 @@ def evaluate_as_training_does(workdir: Path, config: RunConfig) -> None:
     with jax.set_mesh(mesh):
         step, params = load_params(workdir, config, mesh, cli.STEP.value)
         results = make_evaluate(config, abstract(config.model)[0], mesh, held_out)(params)
+    if jax.process_index():
+        return
     file = write_evaluation(workdir, step, results)
     summary.show_evaluation(f"{workdir.name}, step {step:,}", results)
     print(f"written to {file}, drawn in {plot_run(workdir)}")
 
 
-def evaluate_by_suite(workdir: Path, config: RunConfig, name: str) -> None:
+def evaluate_by_suite(workdir: epath.Path, config: RunConfig, name: str) -> None:
     import jax
 
     from hybrid_jax.loading import load_run

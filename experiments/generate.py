@@ -11,7 +11,6 @@ tokenizer's end of a document, at a --stop string, or after --max_new_tokens; Ct
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -44,7 +43,7 @@ def main() -> int:
 
     try:
         settings = sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
-        model = hybrid_jax.load(Path(cli.WORKDIR.value), cli.STEP.value)
+        model = hybrid_jax.load(cli.WORKDIR.value, cli.STEP.value)
         if TOKENIZER.value is not None:
             model.tokenizer = load_tokenizer(TOKENIZER.value)
         if model.tokenizer is None and PROMPT_TOKENS.value is None:

@@ -8,15 +8,15 @@
 scores are means, ± their standard deviation.
 """
 
-import glob
 from pathlib import Path
 
 from absl import flags
 
 from experiments import cli
 from hybrid_jax.config import ConfigError
+from hybrid_jax.train.workdir import run_folder
 
-RUNS = flags.DEFINE_list("runs", None, "Folders of runs, with wildcards; others than runs are passed over.")
+RUNS = flags.DEFINE_list("runs", None, "Folders of runs, with wildcards, also gs://BUCKET/FOLDER; others than runs are passed over.")
 OUTPUT = flags.DEFINE_string("output", "report", "Folder to write to.")
 COSTS_AT = flags.DEFINE_integer(
     "costs_at", None, "Tokens of context at which costs are given; by default the training window.", lower_bound=1
@@ -26,14 +26,14 @@ COSTS_AT = flags.DEFINE_integer(
 def main() -> int:
     if not RUNS.value:
         raise ConfigError("give the folders of runs, such as --runs='runs/sweep/*'")
-    folders = [Path(name) for pattern in RUNS.value for name in sorted(glob.glob(pattern))]
-    folders = [folder for folder in folders if (folder / "config.json").exists()]
+    patterns = [run_folder(pattern) for pattern in RUNS.value]
+    folders = [found for pattern in patterns for found in sorted(pattern.parent.glob(pattern.name)) if (found / "config.json").exists()]
     if not folders:
         raise ConfigError(f"--runs={','.join(RUNS.value)} matches no folder of a run (with a config.json)")
 
     from experiments.reports import collect, write
 
-    runs = [collect.read(folder) for folder in folders]
+    runs = [collect.read(found) for found in folders]
     file = write.report(runs, COSTS_AT.value or max(run.config.data.window for run in runs), Path(OUTPUT.value))
     print(f"{len(runs)} runs, written to {file}")
     return 0

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
+from etils import epath
 from rich.table import Table
 
 from hybrid_jax.config import ConfigError, RunConfig
@@ -30,10 +31,10 @@ class Suite(NamedTuple):
     """One kind of evaluation."""
 
     takes: tuple[str, ...]  # flags
-    evaluate: Callable[[Any, Path, RunConfig], Results]  # (model, workdir, its configuration) -> settings and scores, ready for JSON
+    evaluate: Callable[[Any, epath.Path, RunConfig], Results]  # (model, workdir, its configuration) -> settings and scores, ready for JSON
     headline: Callable[[Results], dict[str, float]]  # the numbers that a report collects, by name
     table: Callable[[str, Results], Table]  # of a title
-    draw: Callable[[Results, Path, RunConfig], Path] | None = None
+    draw: Callable[[Results, epath.Path, RunConfig], epath.Path] | None = None
     notes: Callable[[Results], list[str]] = lambda results: []  # what a reader of the numbers must know
 
 
@@ -65,7 +66,7 @@ def _integers(flag: flags.FlagHolder, default: list[int]) -> list[int]:
 # ---------------------------------------------------------------- held-out text
 
 
-def _held_out(model, workdir: Path, config: RunConfig) -> Results:
+def _held_out(model, workdir: epath.Path, config: RunConfig) -> Results:
     from hybrid_jax.data.sources import make_sources
     from hybrid_jax.evals import held_out
     from hybrid_jax.hf.convert import carried_tokenizer
@@ -87,7 +88,7 @@ def _held_out_table(title: str, results: Results) -> Table:
     return table
 
 
-def _draw_held_out(results: Results, file: Path, config: RunConfig) -> Path:
+def _draw_held_out(results: Results, file: epath.Path, config: RunConfig) -> epath.Path:
     from hybrid_jax.evals import held_out
 
     held_out.plot(results, file, trained=config.data.window)
@@ -97,7 +98,7 @@ def _draw_held_out(results: Results, file: Path, config: RunConfig) -> Path:
 # ---------------------------------------------------------------- associative recall
 
 
-def _mqar(model, workdir: Path, config: RunConfig) -> Results:
+def _mqar(model, workdir: epath.Path, config: RunConfig) -> Results:
     from hybrid_jax.evals import recall
 
     trained = config.data.mqar
@@ -120,7 +121,7 @@ def _mqar_table(title: str, results: Results) -> Table:
 # ---------------------------------------------------------------- RULER
 
 
-def _ruler(model, workdir: Path, config: RunConfig) -> Results:
+def _ruler(model, workdir: epath.Path, config: RunConfig) -> Results:
     from hybrid_jax.evals import ruler
 
     return ruler.evaluate(
@@ -165,7 +166,7 @@ def _ruler_table(title: str, results: Results) -> Table:
 # ---------------------------------------------------------------- lm-evaluation-harness
 
 
-def _lm(model, workdir: Path, config: RunConfig) -> Results:
+def _lm(model, workdir: epath.Path, config: RunConfig) -> Results:
     try:
         from hybrid_jax.evals import harness
     except ModuleNotFoundError as error:
@@ -211,7 +212,7 @@ def _lm_table(title: str, results: Results) -> Table:
 # ---------------------------------------------------------------- completion
 
 
-def _completion(model, workdir: Path, config: RunConfig) -> Results:
+def _completion(model, workdir: epath.Path, config: RunConfig) -> Results:
     from hybrid_jax.evals import completion
 
     if not FILES.value:

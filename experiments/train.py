@@ -93,6 +93,7 @@ def main(run: cli.Run) -> int:
                 while len(unreported) > (0 if saving or evaluating else 1):
                     report.step(*unreported.pop(0))
                 if saving:
+                    report.flush()
                     checkpoints.save(state)
                 if evaluating:
                     measure()

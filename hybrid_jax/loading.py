@@ -1,9 +1,9 @@
 """A model from whatever folder holds one."""
 
 import warnings
-from pathlib import Path
 
 import jax
+from etils import epath
 from flax import nnx
 
 from hybrid_jax.config import MeshConfig, RunConfig
@@ -14,16 +14,16 @@ from hybrid_jax.hf import convert
 from hybrid_jax.model import Model, abstract
 from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train.checkpoints import load_params
-from hybrid_jax.train.workdir import read_config
+from hybrid_jax.train.workdir import read_config, run_folder
 
 
 def load(folder, step: int | None = None) -> Model:
     """The model in ``folder``, on the first device, with its tokenizer where the folder tells of one (``model.tokenizer``, else None).
 
-    folder: a training run's workdir (the checkpoint of ``step``, or the newest), or a Hugging Face folder of
-    flash-linear-attention. Raises ConfigError where it is neither, has no such checkpoint, or holds what is not supported.
+    folder: a training run's workdir, also gs://BUCKET/FOLDER (the checkpoint of ``step``, or the newest), or a Hugging Face folder
+    of flash-linear-attention. Raises ConfigError where it is neither, has no such checkpoint, or holds what is not supported.
     """
-    folder, device = Path(folder), jax.local_devices()[0]
+    folder, device = run_folder(folder), jax.local_devices()[0]
     if convert.is_folder(folder):
         model = convert.load(folder, device)
         model.tokenizer = _if_readable(lambda: convert.own_tokenizer(folder))
@@ -31,7 +31,7 @@ def load(folder, step: int | None = None) -> Model:
     return load_run(folder, read_config(folder), step)[0]
 
 
-def load_run(workdir: Path, config: RunConfig, step: int | None = None) -> tuple[Model, int]:
+def load_run(workdir: epath.Path, config: RunConfig, step: int | None = None) -> tuple[Model, int]:
     """(the model of a training run, the step of its checkpoint): of ``step``, or the newest that can be read. As :func:`load`."""
     found, params = load_params(workdir, config, make_mesh(MeshConfig(), jax.local_devices()[:1]), step)
     model = nnx.merge(abstract(config.model)[0], params)
@@ -39,7 +39,7 @@ def load_run(workdir: Path, config: RunConfig, step: int | None = None) -> tuple
     return model, found
 
 
-def _run_tokenizer(workdir: Path, config: RunConfig) -> Tokenizer | None:
+def _run_tokenizer(workdir: epath.Path, config: RunConfig) -> Tokenizer | None:
     """The one that came with the parameters, or else that of the data; None for a model that came without one and was not trained since."""
     if carried := convert.carried_tokenizer(workdir):
         return carried

@@ -36,7 +36,7 @@ GRACE_SECONDS = 120  # between being asked to stop and being killed, to save a c
 
 def script(line: str) -> str:
     """What runs in every container. Exit code 143, being stopped, is one that the cluster starts again; 1 and 2 are not."""
-    before = "pip install --quiet --root-user-action=ignore '.[tpu]' || exit 1\nexport PYTHONUNBUFFERED=1\n"
+    before = "pip install --quiet --root-user-action=ignore '.[tpu,gcs]' || exit 1\nexport PYTHONUNBUFFERED=1\n"
     return job.script(line, before)
 
 

@@ -15,7 +15,7 @@ cd "$(dirname "$0")"
 python3 -m pip install --quiet --user uv
 uv="python3 -m uv"
 $uv venv --quiet --allow-existing --python 3.12 .venv
-$uv pip install --quiet --python .venv/bin/python './code[tpu]'
+$uv pip install --quiet --python .venv/bin/python './code[tpu,gcs]'
 """
     start = """#!/bin/bash
 cd "$(dirname "$0")"

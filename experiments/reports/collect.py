@@ -5,11 +5,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+
+from etils import epath
 
 from hybrid_jax import costs
 from hybrid_jax.config import NAMES, Attention, ConfigError, ModelConfig, RunConfig
-from hybrid_jax.train.workdir import differences, evaluation_file, is_free, read_config, saved_steps
+from hybrid_jax.train.workdir import differences, evaluation_file, files, is_free, read_config, saved_steps
 
 RATIOS = ("pure", "24:1", "12:1", "6:1", "3:1", "full")  # in order of the share of full attention, as the study's figures have them
 SIZES = {1024: "340M", 2048: "1.3B"}  # by model.width
@@ -19,7 +20,7 @@ SIZES = {1024: "340M", 2048: "1.3B"}  # by model.width
 class Run:
     """One trained model, at its newest evaluated step."""
 
-    workdir: Path
+    workdir: epath.Path
     config: RunConfig
     step: int
     scores: dict[str, float]  # by measure: "bits_per_byte", "mqar", "lm/arc_easy", "ruler/average", "mqar/8x64", ...
@@ -63,7 +64,7 @@ def ratio(model: ModelConfig) -> str:
     return f"{model.ratio}:1" + (" after" if model.ratio_reading == "after" else "")
 
 
-def read(workdir: Path) -> Run:
+def read(workdir: epath.Path) -> Run:
     """The run in ``workdir``. Raises ConfigError where there is none, or nothing was measured of it."""
     config = read_config(workdir)
     steps = [step for step in saved_steps(workdir) if evaluation_file(workdir, step).exists() or any(suite_files(workdir, step))]
@@ -86,9 +87,9 @@ def read(workdir: Path) -> Run:
     return Run(workdir, config, step, scores, tuple(notes))
 
 
-def suite_files(workdir: Path, step: int) -> list[Path]:
+def suite_files(workdir: epath.Path, step: int) -> list[epath.Path]:
     """What `experiments.eval --suite=...` wrote of a step."""
-    return sorted((workdir / "evals").glob(f"*-{step}.json"))
+    return files(workdir / "evals", f"*-{step}.json")
 
 
 def over_seeds(runs: Iterable[Run]) -> dict[tuple[str, str, str], dict[str, Score]]:

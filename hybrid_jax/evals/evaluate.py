@@ -4,11 +4,11 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -90,7 +90,7 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
     return evaluate
 
 
-def write_evaluation(workdir: Path, step: int, results: dict[str, Any]) -> Path:
+def write_evaluation(workdir: epath.Path, step: int, results: dict[str, Any]) -> epath.Path:
     """Write the evaluation of a step to its file in ``workdir``."""
     file = evaluation_file(workdir, step)
     file.write_text(json.dumps({"step": step, **results}, indent=2) + "\n")

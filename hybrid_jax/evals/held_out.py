@@ -7,11 +7,11 @@ with a cache, as a prompt is: its memory is that of the cache and of one chunk.
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from hybrid_jax.cache import Cache
@@ -23,7 +23,7 @@ from hybrid_jax.generation import CHUNK, ring_slots
 from hybrid_jax.model import Model
 from hybrid_jax.train.loss import token_losses
 from hybrid_jax.train.metrics import by_doubling
-from hybrid_jax.train.plot import REFERENCE, STYLE
+from hybrid_jax.train.plot import REFERENCE, STYLE, save
 
 SHOWN = 256  # tokens, at least, that a point of the picture is the mean of
 
@@ -101,7 +101,7 @@ def _read(graph: nnx.GraphDef, params: nnx.State, tokens, targets, real, cache: 
     return token_losses(hidden, model.output_kernel(), targets)[0], cache
 
 
-def plot(results: dict[str, Any], file: Path, *, trained: int | None = None) -> None:
+def plot(results: dict[str, Any], file: epath.Path, *, trained: int | None = None) -> None:
     """Draw what :func:`evaluate` returned: the loss by position, a line a length. trained: the length of the training windows."""
     import matplotlib
 
@@ -127,5 +127,5 @@ def plot(results: dict[str, Any], file: Path, *, trained: int | None = None) -> 
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.legend(title="windows of")
-        figure.savefig(file, dpi=150)
+        save(figure, file)
         plt.close(figure)

@@ -9,7 +9,6 @@ float32 holds every bfloat16 and float16, so that there and back is the same bit
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
@@ -50,6 +50,8 @@ class Folder:
 
     def __init__(self, folder: Path):
         """Raises ConfigError, naming it, for an option or a tensor that is missing, unknown or not supported."""
+        if workdirs.in_bucket(folder):
+            raise ConfigError(f"{folder} is a Hugging Face folder in a bucket: copy it to a file system (gcloud storage cp --recursive)")
         self.path = folder
         self.options = options.modern(_read_json(folder / "config.json"))
         options.family(self.options)
@@ -74,7 +76,7 @@ class Folder:
         return nnx.from_flat_state(filled)
 
 
-def from_hf(folder: Path, workdir: Path, advance: Advance = lambda *_: None) -> RunConfig:
+def from_hf(folder: Path, workdir: epath.Path, advance: Advance = lambda *_: None) -> RunConfig:
     """Make ``workdir`` a run that starts, at step 0, from the model in ``folder``; its configuration.
 
     Raises ConfigError where the folder holds no model that is supported, or ``workdir`` has checkpoints already.
@@ -88,7 +90,7 @@ def from_hf(folder: Path, workdir: Path, advance: Advance = lambda *_: None) -> 
     carried.mkdir(exist_ok=True)
     for name in CARRIED:
         if (folder / name).is_file():
-            shutil.copyfile(folder / name, carried / name)
+            (carried / name).write_bytes((folder / name).read_bytes())
     _write_json(carried / "config.json", source.options)
     _write_json(carried / "dtypes.json", {name: tensor.dtype for name, tensor in source.tensors.items()})
     with _sparing_memory(run), Checkpoints(workdir, CheckpointConfig()) as checkpoints:
@@ -96,7 +98,7 @@ def from_hf(folder: Path, workdir: Path, advance: Advance = lambda *_: None) -> 
     return run
 
 
-def to_hf(workdir: Path, folder: Path, step: int | None = None, dtype: str | None = None, advance: Advance = lambda *_: None) -> int:
+def to_hf(workdir: epath.Path, folder: Path, step: int | None = None, dtype: str | None = None, advance: Advance = lambda *_: None) -> int:
     """Write the checkpoint of ``step`` (None: the newest) in ``workdir`` as the Hugging Face ``folder``; the step written.
 
     ``dtype`` is of all tensors ("float32", "bfloat16" or "float16"); None: each that it came in, float32 for a model of our own.
@@ -127,7 +129,7 @@ def to_hf(workdir: Path, folder: Path, step: int | None = None, dtype: str | Non
     tensors.write(folder, {name: (slot.shape, dtypes[name]) for name, slot in slots.items()}, tensor)
     for name in CARRIED:
         if came and (carried / name).exists():
-            shutil.copyfile(carried / name, folder / name)
+            (folder / name).write_bytes((carried / name).read_bytes())
     if not came and run.data.source != "stdlib":  # whose tokens are bytes, of which transformers has no tokenizer
         TokenStore.open(run.data.source, "train").tokenizer.save(folder)
     key = "dtype" if "dtype" in described else "torch_dtype"
@@ -135,7 +137,7 @@ def to_hf(workdir: Path, folder: Path, step: int | None = None, dtype: str | Non
     return step
 
 
-def _parameters(workdir: Path, run: RunConfig, step: int | None) -> tuple[int, Callable[[tuple], np.ndarray]]:
+def _parameters(workdir: epath.Path, run: RunConfig, step: int | None) -> tuple[int, Callable[[tuple], np.ndarray]]:
     """(the step read, a function that gives its parameter at a path); one parameter is in memory at a time.
 
     Those of a schedule-free run are an average of sequences, made of all at once.
@@ -156,7 +158,7 @@ def _parameters(workdir: Path, run: RunConfig, step: int | None) -> tuple[int, C
     return step, lru_cache(maxsize=1)(lambda path: read(path, step)[1])
 
 
-def carried_tokenizer(workdir: Path) -> Tokenizer | None:
+def carried_tokenizer(workdir: epath.Path) -> Tokenizer | None:
     """The tokenizer that came with the model in ``workdir``; None where none did. Raises DataError where it can not be read."""
     return own_tokenizer(workdir / "huggingface")
 

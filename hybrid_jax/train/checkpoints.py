@@ -1,26 +1,27 @@
 """Orbax checkpoints of a run: saved in the background, kept by policy, restored on any mesh, with a way back from a broken one."""
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig
 from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import TrainState, abstract_state, state_bytes
-from hybrid_jax.train.workdir import RunError, gigabytes
+from hybrid_jax.train.workdir import RunError, gigabytes, in_bucket
 
 
 class Checkpoints:
     """The checkpoints in WORKDIR/checkpoints, by step. Close it, or use it as a context: the last save ends there."""
 
-    def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
+    def __init__(self, workdir: epath.Path, config: CheckpointConfig | None = None):
         """``config`` says how many are kept, for a run that saves; without it nothing in the folder is changed."""
-        self.folder = Path(workdir).absolute() / "checkpoints"
+        self.folder = (workdir if in_bucket(workdir) else workdir.absolute()) / "checkpoints"
         policies = ocp.training.preservation_policies
         self._orbax = ocp.training.Checkpointer(
             self.folder,
@@ -114,6 +115,7 @@ class Checkpoints:
         aside = self.folder.parent / f"unreadable-{step}"
         if jax.process_index() == 0:
             (self.folder / str(step)).rename(aside)
+        multihost_utils.sync_global_devices(f"step {step} moved aside")  # the others then see the folder without it
         return f"the checkpoint of step {step} can not be read ({why}): it is now {aside}, and the run goes on from step {instead}"
 
     def _explained(self, error: Exception, step: int | None = None, size: int | None = None) -> RunError:
@@ -148,7 +150,7 @@ def _checkpointables(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "opt_state": state.opt_state, "counters": counters}
 
 
-def load_params(workdir: Path, config: RunConfig, mesh: Mesh, step: int | None = None) -> tuple[int, nnx.State]:
+def load_params(workdir: epath.Path, config: RunConfig, mesh: Mesh, step: int | None = None) -> tuple[int, nnx.State]:
     """(step, the parameters to evaluate) of the checkpoint of ``step``, or the newest that can be read, laid out on ``mesh``."""
     state = _checkpointables(abstract_state(config, mesh).state)
     # Schedule-free's average is not stored: it follows from the two sequences that are.

@@ -2,58 +2,93 @@
 
 import json
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from hybrid_jax.config import LogConfig
+from hybrid_jax.train.workdir import RunError, in_bucket, one_line
+
+COPIED_EVERY = 60.0  # seconds, to a bucket
 
 Sink = Callable[[int, dict[str, Any]], None]
 
 
 class Metrics:
-    """Rows of numbers by step, to every place the run is watched from. Rows may nest: {"evaluation": {"loss": 1.2}}."""
+    """Rows of numbers by step, to every place the run is watched from. Rows may nest: {"evaluation": {"loss": 1.2}}.
 
-    def __init__(self, workdir: Path, config: LogConfig, name: str, start_step: int = 0):
+    A bucket's files can not grow: there the files grow in a temporary folder and are copied whole, every minute and by :meth:`flush`.
+    """
+
+    def __init__(self, workdir: epath.Path, config: LogConfig, name: str, start_step: int = 0):
         """Goes on after ``start_step``: rows of steps after it, written by a run that was then killed, are dropped."""
+        self._workdir, self._copied, self._more = workdir, time.monotonic(), True
+        self._temporary = tempfile.TemporaryDirectory(prefix="metrics-") if in_bucket(workdir) else None
+        self._folder = epath.Path(self._temporary.name) if self._temporary else workdir  # where the files grow
+        self._growing: list[str] = []
         self._closers: list[Callable[[], None]] = []
-        self._sinks: list[Sink] = [self._json_lines(workdir / "metrics.jsonl", start_step)]
+        self._sinks: list[Sink] = [self._json_lines("metrics.jsonl", start_step)]
         if config.tensorboard:
-            self._sinks.append(self._tensorboard(workdir / "tensorboard", start_step))
+            self._sinks.append(self._tensorboard(f"tensorboard/events.out.tfevents.{time.time_ns()}", start_step))
         if config.wandb_project is not None:
-            self._sinks.append(self._wandb(workdir, config.wandb_project, name))
+            self._sinks.append(self._wandb(config.wandb_project, name))
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Write the row of ``step``; numbers that are not finite are written as None, which JSON has."""
         row = _finite(row)
         for sink in self._sinks:
             sink(step, row)
+        self._more = True
+        if time.monotonic() - self._copied > COPIED_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Return when all rows are in the workdir. Raises RunError where a bucket does not take them."""
+        if self._temporary and self._more:
+            try:
+                for name in self._growing:
+                    (self._workdir / name).write_bytes((self._folder / name).read_bytes())
+            except Exception as error:  # Cloud Storage, the network and Google's credentials each have their own
+                raise RunError(
+                    f"the metrics could not be written to {self._workdir} ({one_line(error)}): "
+                    "the same command goes on from the last checkpoint"
+                ) from error
+            self._copied, self._more = time.monotonic(), False
 
     def close(self) -> None:
         for close in self._closers:
             close()
+        try:
+            self.flush()
+        finally:
+            if self._temporary:
+                self._temporary.cleanup()
 
-    def _json_lines(self, file: Path, start_step: int) -> Sink:
-        if file.exists():
-            kept = [json.dumps(row) + "\n" for row in read_rows(file) if row["step"] <= start_step]
-            new = file.with_suffix(".tmp")
-            new.write_text("".join(kept))
-            new.replace(file)
-        out = file.open("a", buffering=1)  # by lines: whoever follows the file sees whole ones
+    def _json_lines(self, name: str, start_step: int) -> Sink:
+        kept = [json.dumps(row) + "\n" for row in read_rows(self._workdir / name) if row["step"] <= start_step]
+        new = self._folder / "metrics.tmp"
+        new.write_text("".join(kept))
+        new.replace(self._folder / name)
+        out = (self._folder / name).open("a")
+        self._growing.append(name)
         self._closers.append(out.close)
-        return lambda step, row: print(json.dumps({"step": step, **row}), file=out)
+        # Each line at once: whoever follows the file sees whole ones.
+        return lambda step, row: print(json.dumps({"step": step, **row}), file=out, flush=True)
 
-    def _tensorboard(self, folder: Path, start_step: int) -> Sink:
+    def _tensorboard(self, name: str, start_step: int) -> Sink:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.record_writer import RecordWriter
 
         # Records rather than tensorboardX's SummaryWriter, whose thread and exit hook end in tracebacks on a full disk.
-        folder.mkdir(exist_ok=True)
-        records = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}"))
+        (self._folder / name).parent.mkdir(exist_ok=True)
+        records = RecordWriter(str(self._folder / name))
+        self._growing.append(name)
         self._closers.append(records.close)
 
         def add(**event) -> None:
@@ -68,16 +103,17 @@ class Metrics:
         add(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))  # drops what older files have from here on
         return write
 
-    def _wandb(self, workdir: Path, project: str, name: str) -> Sink:
+    def _wandb(self, project: str, name: str) -> Sink:
         import wandb
 
-        identity = str(workdir.resolve()).strip("/").replace("/", "-")  # so that a run that continues is the same one there
-        run = wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(workdir))
+        place = str(self._workdir).removeprefix("gs://") if self._temporary else os.path.realpath(self._workdir)
+        identity = place.strip("/").replace("/", "-")  # so that a run that continues is the same one there
+        run = wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(self._folder))
         self._closers.append(run.finish)
         return lambda step, row: run.log(dict(_scalars(row)), step=step)
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: epath.Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, none where there is none yet; a last line cut short by a kill is left out."""
     rows = []
     for line in file.read_text().splitlines() if file.exists() else []:

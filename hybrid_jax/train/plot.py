@@ -1,11 +1,13 @@
 """One picture of a run: how the loss fell, what the evaluations say, where in the window, and recall."""
 
+import io
 import json
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from hybrid_jax.train.metrics import read_rows
+from hybrid_jax.train.workdir import files
 
 TRAINING, HELD_OUT, RECALL, REFERENCE, INK = "#4C78A8", "#E45756", "#54A24B", "#8A8A8A", "#333333"
 STYLE = {
@@ -26,7 +28,7 @@ STYLE = {
 }
 
 
-def plot_run(workdir: Path) -> Path:
+def plot_run(workdir: epath.Path) -> epath.Path:
     """Draw WORKDIR/summary.png from its metrics.jsonl and eval-*.json, for a run that ended or is under way."""
     import matplotlib
 
@@ -36,7 +38,7 @@ def plot_run(workdir: Path) -> Path:
     rows = read_rows(workdir / "metrics.jsonl")
     training = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "evaluation" in row]
-    full = sorted((json.loads(file.read_text()) for file in workdir.glob("eval-*.json")), key=lambda e: e["step"])
+    full = sorted((json.loads(file.read_text()) for file in files(workdir, "eval-*.json")), key=lambda e: e["step"])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)
@@ -46,12 +48,19 @@ def plot_run(workdir: Path) -> Path:
         _recall(axes[1, 1], evaluations)
         figure.suptitle(_title(workdir, rows), x=0.01, ha="left", fontsize=13, fontweight="bold")
         file = workdir / "summary.png"
-        figure.savefig(file, dpi=150)
+        save(figure, file)
         plt.close(figure)
     return file
 
 
-def _title(workdir: Path, rows: list[dict]) -> str:
+def save(figure, file: epath.Path) -> None:
+    """Write a figure as a PNG, also into a bucket, which Matplotlib can not."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150)
+    file.write_bytes(picture.getvalue())
+
+
+def _title(workdir: epath.Path, rows: list[dict]) -> str:
     last = max((row["step"] for row in rows), default=0)
     return f"{workdir.resolve().name}, {last:,} steps"
 

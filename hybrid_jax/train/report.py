@@ -1,10 +1,10 @@
 """Steps and evaluations as they happen: measured, shown, written down, and stopped where they go nowhere."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from hybrid_jax.config import RunConfig
 from hybrid_jax.evals.evaluate import write_evaluation
@@ -18,7 +18,7 @@ from hybrid_jax.train.workdir import RunError
 class Report:
     """A run's metrics from ``step`` on, to its folder and to the person watching it."""
 
-    def __init__(self, config: RunConfig, workdir: Path, name: str, step: int):
+    def __init__(self, config: RunConfig, workdir: epath.Path, name: str, step: int):
         self.config, self.workdir = config, workdir
         self.display = Display(config.train.steps, step)
         self.metrics = Metrics(workdir, config.log, name, step) if jax.process_index() == 0 else None
@@ -72,7 +72,13 @@ class Report:
         self.say(f"step {step}: held-out {in_short(results)}")
         if self.metrics:
             self.metrics.write(step, {"evaluation": {key: value for key, value in results.items() if key != "loss_by_position"}})
+            self.metrics.flush()  # before the file that says that this evaluation is done
             write_evaluation(self.workdir, step, results)
+
+    def flush(self) -> None:
+        """Return when all that was reported is in the workdir; before a checkpoint from which a run may go on."""
+        if self.metrics:
+            self.metrics.flush()
 
     def start_clock(self) -> None:
         """Leave out what happened since the last step: it was no training."""

@@ -5,10 +5,10 @@ import platform
 import resource
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +21,7 @@ from hybrid_jax.train.workdir import evaluation_file, gigabytes
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
-def finish(name: str, config: RunConfig, workdir: Path, speed: dict[str, Any]) -> int:
+def finish(name: str, config: RunConfig, workdir: epath.Path, speed: dict[str, Any]) -> int:
     """Write summary.json and summary.png of a run that came to its end, and show it. speed: what training measured of itself."""
     if jax.process_index():  # the first process does, from what it wrote
         return 0
@@ -44,7 +44,7 @@ def finish(name: str, config: RunConfig, workdir: Path, speed: dict[str, Any]) -
     return 0
 
 
-def show_again(workdir: Path) -> int:
+def show_again(workdir: epath.Path) -> int:
     """Show the summary of a run that ended before."""
     if jax.process_index() == 0:
         show(json.loads((workdir / "summary.json").read_text()), workdir)
@@ -60,7 +60,7 @@ def peak_memory() -> int:
     return size if sys.platform == "darwin" else size * 1024  # kilobytes elsewhere
 
 
-def show(summary: dict[str, Any], workdir: Path) -> None:
+def show(summary: dict[str, Any], workdir: epath.Path) -> None:
     """Print a summary as a table, and what to type next."""
     table = Table(title=f"{summary['run']} after {summary['step']:,} steps", show_header=False, title_style="bold")
     table.add_row("parameters", f"{summary['parameters']:,}")

@@ -1,4 +1,4 @@
-"""A run's folder: which run it holds, and whether there is room for it.
+"""A run's folder, on a file system or in a bucket: which run it holds, and whether there is room for it.
 
 WORKDIR/config.json          what the run is
 WORKDIR/checkpoints/STEP/    Orbax
@@ -8,10 +8,14 @@ WORKDIR/summary.json, summary.png
 WORKDIR/compiled/            programs, for the next start on such devices
 """
 
+import fnmatch
+import importlib.util
 import json
 import os
 import shutil
-from pathlib import Path
+
+import fsspec
+from etils import epath
 
 from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig, from_dict, to_dict
 
@@ -25,11 +29,60 @@ class RunError(RuntimeError):
     """A run that can not go on; the message says why, what is safe and what to do."""
 
 
-def claim(workdir: Path, config: RunConfig) -> None:
-    """Make ``workdir`` the folder of the run ``config``.
+def run_folder(path: str | os.PathLike) -> epath.Path:
+    """``path`` as a folder of a run: of a file system, or of a bucket of Cloud Storage (gs://BUCKET/FOLDER), read and written alike.
+
+    Raises ConfigError for storage of another kind, a bucket that can not be read, or where what gs:// needs is not installed.
+    """
+    kind, in_storage, name = os.fspath(path).partition("://")
+    if not in_storage:
+        return epath.Path(path)
+    bucket = name.partition("/")[0]
+    if kind != "gs" or not bucket:
+        raise ConfigError(f"{path} can not hold a run: give a folder, or gs://BUCKET/FOLDER in a bucket of Cloud Storage")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ConfigError(f"{path} is in a bucket, and gcsfs, which reads and writes it, is not installed: pip install -e '.[gcs]'")
+    os.environ.setdefault("EPATH_USE_TF", "false")  # gcsfs also where TensorFlow is installed
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # other processes and TensorStore write there too
+    try:
+        epath.Path(f"gs://{bucket}").stat()
+    except FileNotFoundError:
+        raise ConfigError(f"there is no bucket gs://{bucket}, or you may not see it: make it, or give another folder than {path}") from None
+    except Exception as error:  # Cloud Storage, the network and Google's credentials each have their own
+        raise ConfigError(
+            f"gs://{bucket} can not be read ({one_line(error)}); with your own credentials: gcloud auth application-default login"
+        ) from None
+    return epath.Path(path)
+
+
+def in_bucket(path: str | os.PathLike) -> bool:
+    """Whether ``path`` is in a bucket, whose files are written whole or not at all: they can not be appended to."""
+    return os.fspath(path).startswith("gs://")
+
+
+def files(parent: epath.Path, pattern: str) -> list[epath.Path]:
+    """What in ``parent`` has a name that matches ``pattern``, sorted; nothing where there is no such folder.
+
+    A bucket's own ``glob`` would list all objects below it, a run's checkpoints with all their parts.
+    """
+    try:
+        return sorted(path for path in parent.iterdir() if fnmatch.fnmatch(path.name, pattern))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or what kind it is."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def claim(workdir: epath.Path, config: RunConfig) -> None:
+    """Make ``workdir`` the folder of the run ``config``; of several processes the first writes that down.
 
     Raises ConfigError where it has checkpoints of a run that computes something else, or can not be written to.
     """
+    import jax
+
     file = workdir / "config.json"
     if steps := saved_steps(workdir):
         untrained = steps == [0]  # given parameters, and no step taken from them: only the model is settled
@@ -45,15 +98,35 @@ def claim(workdir: Path, config: RunConfig) -> None:
                 "give another --workdir for this one, or the same configuration to continue that one"
             )
     try:
+        _check_rights(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        new = workdir / f"config.{os.getpid()}.tmp"
-        new.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        new.replace(file)
+        if jax.process_index() == 0:
+            _write_whole(file, json.dumps(to_dict(config), indent=2) + "\n")
     except OSError as error:
-        raise ConfigError(f"can not write to {workdir}: {error.strerror}; give another --workdir") from None
+        raise ConfigError(f"can not write to {workdir}: {error.strerror or one_line(error)}; give another --workdir") from None
 
 
-def keep_programs(workdir: Path) -> None:
+def _check_rights(workdir: epath.Path) -> None:
+    """Raise ConfigError where the bucket may be written to but not looked at, as Orbax does before it deletes an old checkpoint."""
+    bucket = os.fspath(workdir).removeprefix("gs://").partition("/")[0]
+    if in_bucket(workdir) and "kind" not in fsspec.filesystem("gcs").info(bucket):  # else what gcsfs made of a list of its objects
+        raise ConfigError(
+            f"this account may write to gs://{bucket} but not look at the bucket itself, which deleting old checkpoints needs: "
+            f"give it roles/storage.legacyBucketReader (gcloud storage buckets add-iam-policy-binding gs://{bucket} ...)"
+        )
+
+
+def _write_whole(file: epath.Path, text: str) -> None:
+    """Write ``file`` so that whoever reads it finds the old text or the new one."""
+    if in_bucket(file):
+        file.write_text(text)
+    else:
+        new = file.with_name(f"{file.stem}.{os.getpid()}.tmp")
+        new.write_text(text)
+        new.replace(file)
+
+
+def keep_programs(workdir: epath.Path) -> None:
     """Keep what JAX compiles in ``workdir``, unless it was told of another place (JAX_COMPILATION_CACHE_DIR); before it is used.
 
     A run that goes on with the same devices then compiles nothing.
@@ -62,16 +135,22 @@ def keep_programs(workdir: Path) -> None:
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    if in_bucket(jax.config.jax_compilation_cache_dir):
+        # What else is kept in that folder on GPUs is written by XLA itself, which knows no buckets.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
-def saved_steps(workdir: Path) -> list[int]:
+def saved_steps(workdir: epath.Path) -> list[int]:
     """The steps that have a checkpoint, whether or not it can be read."""
-    return sorted(int(folder.name) for folder in (workdir / "checkpoints").glob("*") if folder.name.isdigit())
+    found = [path for path in files(workdir / "checkpoints", "*") if path.name.isdigit()]
+    if in_bucket(workdir):  # where Orbax writes a checkpoint in its place, and this file last
+        found = [path for path in found if (path / "commit_success.txt").exists()]
+    return sorted(int(path.name) for path in found)
 
 
-def read_config(workdir: Path) -> RunConfig:
+def read_config(workdir: epath.Path) -> RunConfig:
     """The configuration of the run in ``workdir``. Raises ConfigError where there is none."""
-    file = Path(workdir) / "config.json"
+    file = workdir / "config.json"
     try:
         return from_dict(RunConfig, json.loads(file.read_text()))
     except FileNotFoundError:
@@ -98,21 +177,23 @@ def is_free(path: str) -> bool:
     return any(path == free or path.startswith(free + ".") for free in FREE)
 
 
-def evaluation_file(workdir: Path, step: int) -> Path:
+def evaluation_file(workdir: epath.Path, step: int) -> epath.Path:
     """Where the evaluation of a step is."""
     return workdir / f"eval-{step}.json"
 
 
-def finished(workdir: Path, steps: int) -> bool:
+def finished(workdir: epath.Path, steps: int) -> bool:
     """Whether the run in ``workdir`` has come to its end and said so."""
     return saved_steps(workdir)[-1:] == [steps] and (workdir / "summary.json").exists()
 
 
-def check_room(workdir: Path, config: CheckpointConfig, one: int) -> None:
+def check_room(workdir: epath.Path, config: CheckpointConfig, one: int) -> None:
     """Raise ConfigError where the disk can not hold the checkpoints still to come, of ``one`` bytes each.
 
-    One more than are kept: a new one is whole before an old one goes.
+    One more than are kept: a new one is whole before an old one goes. A bucket has no end.
     """
+    if in_bucket(workdir):
+        return
     need = max(1, config.keep + 1 - len(saved_steps(workdir))) * one
     free = shutil.disk_usage(workdir).free
     if need > free:

@@ -39,7 +39,7 @@ COMMAND_LINE = {
     "a field of a value": ([TINY, "--config.train.steps.n=10"], ["config.train.steps is a single value"]),
     "field without value": ([TINY, "--config.train.steps"], ["--config.train.steps has no value"]),
     "value after a space": ([TINY, "--config.train.steps=3", "10"], ["unexpected '10'", "--name=value"]),
-    "a workdir in a bucket": ([TINY, "--workdir=gs://runs/gla"], ["--workdir=gs://runs/gla is in a bucket", "give a folder"]),
+    "a workdir in other storage": ([TINY, "--workdir=s3://runs/gla"], ["s3://runs/gla can not hold a run", "gs://BUCKET/FOLDER"]),
     "unknown flag": ([TINY, "--wordkir=x"], ["Unknown command line flag 'wordkir'"]),
     "text for a number": ([TINY, "--config.train.steps=many"], ["config.train.steps='many' must be of type int"]),
     "fraction for an integer": ([TINY, "--config.train.steps=1.5"], ["config.train.steps=1.5 must be of type int"]),

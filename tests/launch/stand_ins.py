@@ -181,7 +181,7 @@ if sys.argv[1:3] == ["-m", "uv"]:
         shutil.copy(sys.argv[0], folder / "python")
         (folder / "activate").write_text(f"export PATH={folder.absolute()}:$PATH\\n")
     else:
-        assert sys.argv[-1] == "./code[tpu]" and Path("code/setup.cfg").is_file()
+        assert sys.argv[-1] == "./code[tpu,gcs]" and Path("code/setup.cfg").is_file()
     sys.exit()
 
 import time

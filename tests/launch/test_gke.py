@@ -49,7 +49,7 @@ def test_in_the_container(world, tmp_path, acts, code):
     stop = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))"
     record = f"json.dump(sys.argv[1:], open({str(tmp_path / 'given')!r}, 'w'))"
     world.write(world.folder / "host_bin" / "python", f"import time\n{stop}\n{record}\n{acts}\n")
-    world.write(world.folder / "host_bin" / "pip", "assert sys.argv[-1] == '.[tpu]' and Path('setup.cfg').is_file()")
+    world.write(world.folder / "host_bin" / "pip", "assert sys.argv[-1] == '.[tpu,gcs]' and Path('setup.cfg').is_file()")
     command = next(word for word in world.calls("xpk")[0] if word.startswith("--command=")).removeprefix("--command=")
     # as xpk has it in its container
     wrapped = f"_sigterm() (kill -SIGTERM $! 2>/dev/null;);\ntrap _sigterm SIGTERM;\n({command}) & PID=$!;\nwait $PID; exit $?"
