@@ -23,7 +23,8 @@ from experiments.benchmarks.cases import Case
 class Suite(NamedTuple):
     """What is measured: which cases a selected one stands for, their row, what a table shows of it, and a picture, if there is one.
 
-    A case says what it is by ``str`` and, for the row, by its ``identity``. ``draw`` takes the rows and the file that they are in.
+    A case says what it is by ``str`` and, for the row, by its ``identity``; ``about`` is what all rows of the suite are of, failed ones
+    included. ``draw`` takes the rows and the file that they are in.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Suite(NamedTuple):
     measure: Callable[[Case], dict]
     columns: dict[str, Callable[[dict], str]]  # heading -> text of a row
     draw: Callable[[list[dict], Path], Path] | None = None
+    about: dict = {}
 
 
 @functools.cache
@@ -65,10 +67,10 @@ def _revision() -> str | None:
     return head.stdout.strip() + ("+dirty" if dirty else "")
 
 
-def measure(name: str, run: Callable[[Case], dict], case: Case) -> dict:
+def measure(name: str, run: Callable[[Case], dict], case: Case, about: dict | None = None) -> dict:
     """The whole row of a case in the suite ``name``: what ``run`` gives, or the message as its failure where that raises."""
     row = {"suite": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
-    row |= case.identity
+    row |= case.identity | (about or {})
     try:
         return row | run(case)
     except (ValueError, TypeError, RuntimeError) as error:  # refused arguments, failed compilations, no memory left
@@ -103,7 +105,7 @@ def run(cases: list[Case], suite: Suite, output: Path) -> list[dict]:
         task = progress.add_task("", total=len(cases))
         for number, case in enumerate(cases, 1):
             progress.update(task, description=str(case))
-            row = append(measure(suite.name, suite.measure, case), output)
+            row = append(measure(suite.name, suite.measure, case, suite.about), output)
             rows.append(row)
             progress.advance(task)
             figures = row.get("failure") or ", ".join(f"{name} {text(row)}" for name, text in suite.columns.items())

@@ -90,7 +90,7 @@ def suite(target: str) -> Iterator[Suite]:
         yield Suite(
             "tpu_step",
             lambda case: (case,),
-            lambda case: {"target": target, "platform": "tpu"} | running.call(compile_for, case, target),
+            lambda case: running.call(compile_for, case, target),
             {
                 "implementations": _implementations,
                 "a chip holds GB": lambda row: f"{row['held_bytes'] / 1e9:.1f}",
@@ -98,4 +98,5 @@ def suite(target: str) -> Iterator[Suite]:
                 "compile s": lambda row: f"{row['compile_s']:.0f}",
                 "at effort": lambda row: f"{row['effort']:g}",
             },
+            about={"target": target, "platform": "tpu"},
         )

@@ -175,7 +175,7 @@ def measure(case: Case, compiler: Compiler) -> dict:
     row = case.work() | check(case)
     if "failure" in row:
         return row
-    row |= {"target": compiler.target, "platform": "tpu"} | compiler.cost(case)
+    row |= compiler.cost(case)
     target = TARGETS[compiler.target]
     tokens = case.shape.B * case.shape.T
     row["bundles_per_token_and_head"] = row["bundles"] / tokens / heads(case.shape)
@@ -221,4 +221,5 @@ def suite(target: str) -> Iterator[Suite]:
                 "compile s": lambda row: f"{row['compile_s']:.1f}",
             },
             lambda rows, output: tpu_chart.plot(output, target),
+            about={"target": target, "platform": "tpu"},
         )

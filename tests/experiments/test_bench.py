@@ -100,6 +100,15 @@ def test_long_shapes_are_checked_at_fewer_tokens(monkeypatch):
     assert max(row["errors"].values()) < 1e-6
 
 
+def test_a_failed_row_says_what_it_is_of():
+    def run(case):
+        raise RuntimeError("no room")
+
+    (case,) = cases.select(["causal_conv"], ["xla"], ["tiny"], "float32")
+    row = rows.measure("tpu_static", run, case, {"target": "tpu:v6e"})
+    assert (row["target"], row["operator"], row["failure"]) == ("tpu:v6e", "causal_conv", "RuntimeError: no room")
+
+
 def test_memory_suite(tmp_path):
     found = measure(tmp_path, suite="memory", operators=["attention"])
     assert all(row["sizes"]["T"] == memory.LENGTH and "median_s" not in row and row["pass"] == "forward_backward" for row in found)
