@@ -5,12 +5,13 @@ A size is checked here before anything is created; whether a zone offers it toda
 topologies, runtimes for software, regions-zones for zones.
 """
 
+import dataclasses
 import difflib
 import math
 import re
 from typing import NamedTuple
 
-from hybrid_jax.config import ConfigError
+from hybrid_jax.config import ConfigError, RunConfig
 
 
 class Generation(NamedTuple):
@@ -155,3 +156,12 @@ def zone_note(accelerator: Accelerator, zone: str) -> str | None:
     """What the documentation says against looking for ``accelerator`` in ``zone``; None where it is listed."""
     zones = accelerator.generation.zones
     return None if zone in zones else f"{accelerator.generation.spoken} is listed for {', '.join(zones)}, not for {zone}"
+
+
+def with_mesh(config: RunConfig, text: str) -> RunConfig:
+    """The run with the sizes of ``text``, such as "data=4,fsdp=64". Raises ConfigError where they are none."""
+    axes = [field.name for field in dataclasses.fields(config.mesh)]
+    sizes = dict(re.findall(r"(\w+)=(-?\d+)(?:,|$)", text))
+    if not sizes or not set(sizes) <= set(axes) or text != ",".join(f"{axis}={size}" for axis, size in sizes.items()):
+        raise ConfigError(f"--mesh={text}: give sizes of {', '.join(axes)}, such as --mesh=data=4,fsdp=64")
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **{axis: int(size) for axis, size in sizes.items()}))

@@ -21,15 +21,13 @@ not fit; at most --compiles of the others are compiled, the likeliest first, and
 Exit code 0: it fits; 1: it does not; 2: a mistake in what was asked for.
 """
 
-import dataclasses
 import os
-import re
 from pathlib import Path
 
 from absl import flags
 
 from experiments import cli
-from hybrid_jax.config import ConfigError, RunConfig
+from hybrid_jax.config import ConfigError
 from launch import accelerators
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "Of a slice: GENERATION:TOPOLOGY, such as v5e:16x16, v5p:4x4x8, v4:2x2x1, tpu7x:2x2x1.")
@@ -40,14 +38,12 @@ SWEEP = flags.DEFINE_bool("sweep", False, "Try meshes, remat policies and microb
 COMPILES = flags.DEFINE_integer("compiles", 12, "Of --sweep: how many to compile at most.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "JSONL file to append to; experiments/results/aot.jsonl by default.")
 
-AXES = ("data", "fsdp", "seq", "tensor")
-
 
 def main(run: cli.Run) -> int:
     if not TOPOLOGY.value:
         raise ConfigError("give --topology=GENERATION:TOPOLOGY, such as --topology=v5e:16x16")
     target = accelerators.find_topology(TOPOLOGY.value, SLICES.value)
-    config = run.config if MESH.value is None else with_mesh(run.config, MESH.value)
+    config = run.config if MESH.value is None else accelerators.with_mesh(run.config, MESH.value)
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: a TPU or GPU of this machine is not wanted
 
     from experiments.benchmarks import rows, tpu_static
@@ -74,14 +70,6 @@ def main(run: cli.Run) -> int:
             return report.one(report.Case(run.name, config, target), measure)
     except tpu_static.NoCompiler as error:
         raise ConfigError(str(error)) from None
-
-
-def with_mesh(config: RunConfig, text: str) -> RunConfig:
-    """The run with the sizes of ``text``, such as "data=4,fsdp=64". Raises ConfigError where they are none."""
-    sizes = dict(re.findall(r"(\w+)=(-?\d+)(?:,|$)", text))
-    if not sizes or not set(sizes) <= set(AXES) or text != ",".join(f"{axis}={size}" for axis, size in sizes.items()):
-        raise ConfigError(f"--mesh={text}: give sizes of {', '.join(AXES)}, such as --mesh=data=4,fsdp=64")
-    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **{axis: int(size) for axis, size in sizes.items()}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import cli
 from hybrid_jax.config import ConfigError
-from launch import accelerators, ahead, aot, candidates, report
+from launch import accelerators, ahead, candidates, report
 from tests.launch.stand_ins import ROOT
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[tpu]'")
@@ -64,12 +64,12 @@ def test_mistakes_are_one_line(arguments, says):
 
 
 def test_a_mesh_in_short():
-    given = aot.with_mesh(tiny(), "data=4,fsdp=-1,tensor=2").mesh
+    given = accelerators.with_mesh(tiny(), "data=4,fsdp=-1,tensor=2").mesh
     assert (given.data, given.fsdp, given.seq, given.tensor) == (4, -1, 1, 2)
-    assert aot.with_mesh(tiny(), "tensor=2").mesh == dataclasses.replace(tiny().mesh, tensor=2)
+    assert accelerators.with_mesh(tiny(), "tensor=2").mesh == dataclasses.replace(tiny().mesh, tensor=2)
     for wrong in ("data", "data=", "data=x", "data=4;fsdp=2", "data=4,data=2", "data=4,", "", "expert=2"):
         with pytest.raises(ConfigError, match="such as --mesh=data=4,fsdp=64"):
-            aot.with_mesh(tiny(), wrong)
+            accelerators.with_mesh(tiny(), wrong)
 
 
 def test_every_topology_that_can_be_had_is_known_and_no_other():
@@ -168,6 +168,7 @@ def test_a_sweep_ranks_and_leaves_out_what_holds_more(capsys):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_tiny_step_on_two_slices(tmp_path):
     output = tmp_path / "rows.jsonl"
     small = ("--config.model.layers=2", "--config.model.ratio=2", "--config.data.window=128")
