@@ -14,6 +14,7 @@ MESHES = {
     "fsdp 8": dict(fsdp=8),
     "fsdp 2, tensor 4": dict(fsdp=2, tensor=4),
     "data 2, seq 4": dict(data=2, fsdp=1, seq=4),
+    "fsdp 2, seq 2, tensor 2": dict(fsdp=2, seq=2, tensor=2),
     "data 2, fsdp 2, tensor 2": dict(data=2, fsdp=2, tensor=2),
 }
 STEPS = 3

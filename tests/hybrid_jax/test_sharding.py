@@ -24,7 +24,7 @@ MIXERS = {
 }
 
 
-SHORT = [("gated_delta_net", ["fsdp 2, tensor 4", "data 2, seq 4"])]  # with a convolution, gates and vectors of its own
+SHORT = [("gated_delta_net", ["fsdp 2, seq 2, tensor 2"])]  # with a convolution, gates and vectors of its own
 FULL = [(name, list(MESHES)) for name in MIXERS]
 
 
