@@ -15,21 +15,32 @@ import jax.numpy as jnp
 Then = Callable[[tuple[Any, Any], tuple[Any, Any]], tuple[Any, Any]]
 
 
-def state_before(then: Then, transition: jax.Array, increment: jax.Array, initial_state: jax.Array, axis_name: str) -> jax.Array:
-    """The state that this device's stretch starts from, shaped as ``increment``.
+def state_before(
+    then: Then,
+    transition: jax.Array,
+    increment: jax.Array,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    axis_name: str,
+) -> jax.Array:
+    """The state that this device's stretch starts from, shaped as ``increment``: zeros where another document begins with it.
 
-    transition, increment: of this device's stretch; initial_state: before the first device's.
+    transition, increment: of this device's stretch, [B,...]; segment_ids [B,T] of its tokens, or None; initial_state: before the first
+    device's, zeros where None.
     """
+    goes_on = _goes_on(segment_ids, axis_name)
+    first = jnp.zeros_like(increment) if initial_state is None else initial_state.astype(increment.dtype)
+    transition = _kept(transition, goes_on)
     # Each device takes the pair of the one before; the first one's is of what there was before, which no transition is asked of.
     pair = _shifted((transition, increment), 1, axis_name)
     at, devices = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
-    pair = pair[0], jnp.where(at == 0, initial_state, pair[1])
+    pair = pair[0], jnp.where(at == 0, first, pair[1])
     distance = 1
     while distance < devices:
         both = then(_shifted(pair, distance, axis_name), pair)
         pair = jax.tree.map(lambda far, near, reached=at >= distance: jnp.where(reached, far, near), both, pair)
         distance *= 2
-    return pair[1]
+    return _kept(pair[1], goes_on)
 
 
 def _shifted(tree, distance: int, axis_name: str):
@@ -44,7 +55,7 @@ def last(x: jax.Array, axis_name: str) -> jax.Array:
     return jax.lax.psum(jnp.where(here, x, jnp.zeros_like(x)), axis_name)
 
 
-def goes_on(segment_ids: jax.Array | None, axis_name: str) -> jax.Array | None:
+def _goes_on(segment_ids: jax.Array | None, axis_name: str) -> jax.Array | None:
     """[B] bool: whether the document before this device's stretch is that of its first real token, or nothing but padding is on one side.
 
     segment_ids [B,T] of the stretch, 0 padding; None, and None is returned, where a row is one document.
@@ -66,6 +77,6 @@ def goes_on(segment_ids: jax.Array | None, axis_name: str) -> jax.Array | None:
     return (first == 0) | (before == 0) | (first == before)
 
 
-def kept(state: jax.Array, goes_on: jax.Array | None) -> jax.Array:
+def _kept(state: jax.Array, goes_on: jax.Array | None) -> jax.Array:
     """``state`` [B,...] where its document goes on, zeros where another begins."""
     return state if goes_on is None else jnp.where(goes_on.reshape(-1, *[1] * (state.ndim - 1)), state, 0)

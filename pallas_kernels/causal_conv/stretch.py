@@ -24,28 +24,16 @@ def causal_conv_stretch(
     log2(devices) + 1 rounds as a stretch of padding may hold fewer: 4 B (W-1) D bytes each, forward and backward.
     """
     (B, T), taps = x.shape[:2], weight.shape[1] - 1
+    options = dict(activation=activation, segment_ids=segment_ids, implementation=implementation)
     if taps == 0:
-        return api.causal_conv(
-            x,
-            weight,
-            activation=activation,
-            initial_state=initial_state,
-            segment_ids=segment_ids,
-            implementation=implementation,
-        )
-    goes_on = stretches.goes_on(segment_ids, axis_name)
+        return api.causal_conv(x, weight, initial_state=initial_state, **options)
     numbered = segments.one_segment(B, T) if segment_ids is None else segments.number(segment_ids)
-    _, tail = api.causal_conv(x, weight, segment_ids=segment_ids, implementation=implementation)  # the output is not computed
+    _, tail = api.causal_conv(x, weight, **options)  # the output is not computed
     own = jnp.sum(numbered.real & (numbered.index == numbered.index[:, -1:]), axis=1)
     # How many of the inputs before the stretch are still among the last when it ends.
     left = jnp.where(numbered.index[:, -1] == 0, jnp.maximum(taps - own, 0), 0)
-    if goes_on is not None:
-        left = jnp.where(goes_on, left, 0)
-    first = jnp.zeros_like(tail) if initial_state is None else initial_state.astype(tail.dtype)
-    before = stretches.kept(stretches.state_before(_then, left, tail, first, axis_name), goes_on)
-    y, after = api.causal_conv(
-        x, weight, activation=activation, initial_state=before, segment_ids=segment_ids, implementation=implementation
-    )
+    before = stretches.state_before(_then, left, tail, initial_state, segment_ids, axis_name)
+    y, after = api.causal_conv(x, weight, initial_state=before, **options)
     return y, stretches.last(after, axis_name)
 
 

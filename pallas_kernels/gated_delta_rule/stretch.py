@@ -31,16 +31,13 @@ def gated_delta_rule_stretch(
     scale * P_t^T q_t, P_t being the transition up to token t, which is what a state S that came from before adds to, (P_t S)^T q_t.
     """
     (B, T, HV), K = v.shape[:3], k.shape[-1]
-    goes_on = stretches.goes_on(segment_ids, axis_name)
     options = dict(scale=scale, segment_ids=segment_ids, implementation=implementation)
     output, increment = api.gated_delta_rule(q, k, v, beta, log_decay, **options)
     identity = jnp.broadcast_to(jnp.eye(K, dtype=increment.dtype), (B, HV, K, K))
     reads, transition = api.gated_delta_rule(
         q, k, jnp.zeros_like(v, shape=(B, T, HV, K)), beta, log_decay, initial_state=identity, **options
     )
-    transition = stretches.kept(transition, goes_on)
-    first = jnp.zeros_like(increment) if initial_state is None else initial_state.astype(increment.dtype)
-    before = stretches.kept(stretches.state_before(then, transition, increment, first, axis_name), goes_on)
+    before = stretches.state_before(then, transition, increment, initial_state, segment_ids, axis_name)
     earlier = jnp.einsum("bthk,bhkv->bthv", reads, before.astype(reads.dtype), preferred_element_type=increment.dtype)
     output = (output.astype(increment.dtype) + earlier).astype(v.dtype)
     return output, stretches.last(transition @ before + increment, axis_name)

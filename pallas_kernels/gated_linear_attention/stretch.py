@@ -27,20 +27,10 @@ def gated_linear_attention_stretch(
     comes to from zero, goes from device to device: 4 B HV (K V + K) bytes, a decay a head 4 B HV (K V + 1), in each of
     log2(devices) + 1 rounds, forward and backward.
     """
-    goes_on = stretches.goes_on(segment_ids, axis_name)
     total, increment = _summary(k, v, log_decay, segment_ids)
-    first = jnp.zeros_like(increment) if initial_state is None else initial_state.astype(increment.dtype)
-    before = stretches.state_before(then, stretches.kept(total, goes_on), increment, first, axis_name)
-    o, after = api.gated_linear_attention(
-        q,
-        k,
-        v,
-        log_decay,
-        scale=scale,
-        initial_state=stretches.kept(before, goes_on),
-        segment_ids=segment_ids,
-        implementation=implementation,
-    )
+    before = stretches.state_before(then, total, increment, initial_state, segment_ids, axis_name)
+    options = dict(scale=scale, segment_ids=segment_ids, implementation=implementation)
+    o, after = api.gated_linear_attention(q, k, v, log_decay, initial_state=before, **options)
     return o, stretches.last(after, axis_name)
 
 

@@ -22,13 +22,11 @@ def linear_scan_stretch(
     Returns (h of the stretch, the final state of the last one, on all devices). A stretch's summary, the product of its decays and the
     state it comes to from zero, goes from device to device: 8 B D bytes in each of log2(devices) + 1 rounds, forward and backward.
     """
-    goes_on = stretches.goes_on(segment_ids, axis_name)
     numbered, real = api.with_documents(decay, x, segment_ids)
     dtype = jnp.result_type(decay, x, jnp.float32)
     _, increment = api.linear_scan(*numbered, implementation=implementation)
-    total = stretches.kept(jnp.prod(numbered[0].astype(dtype), axis=1), goes_on)
-    first = jnp.zeros_like(increment) if initial_state is None else initial_state.astype(increment.dtype)
-    before = stretches.kept(stretches.state_before(_then, total, increment, first, axis_name), goes_on)
+    total = jnp.prod(numbered[0].astype(dtype), axis=1)
+    before = stretches.state_before(_then, total, increment, initial_state, segment_ids, axis_name)
     h, after = api.linear_scan(*numbered, initial_state=before, implementation=implementation)
     return h if real is None else jnp.where(real, h, 0), stretches.last(after, axis_name)
 
