@@ -56,18 +56,18 @@ def check_kernel_dtypes(operator: str, **arrays: jax.Array) -> None:
             raise ValueError(f"{operator}: {name} has dtype {array.dtype}, needs float32 or bfloat16 for implementation='pallas'")
 
 
-def choose(operator: str, implementations: Mapping[str, Callable], name: str | None, default: str, on_tpu: str | None = None) -> Callable:
-    """The implementation called ``name``; where it is None the ``default``, or ``on_tpu`` where that is lowered for a TPU.
+def choose(operator: str, implementations: Mapping[str, Callable], name: str | None, default: str, kernel: str | None = None) -> Callable:
+    """The implementation called ``name``; where it is None the ``default``, or ``kernel`` where that is lowered for its accelerator.
 
-    ``on_tpu`` is a kernel: in a program that XLA partitions over devices by itself None stands for the ``default`` on TPU too.
+    In a program that XLA partitions over devices by itself None stands for the ``default`` everywhere: a kernel cannot be partitioned.
     What runs is in the scope ``operator.name``, for profiles and :func:`implementations_in`. Raises ValueError for an unknown name.
     """
 
     def scoped(name):
         return jax.named_scope(f"{operator}.{name}")(implementations[name])
 
-    if name is None and on_tpu is not None and not platforms.is_partitioned():
-        return platforms.on_tpu(scoped(on_tpu), elsewhere=scoped(default))
+    if name is None and kernel is not None and not platforms.is_partitioned():
+        return platforms.on_accelerator(scoped(kernel), elsewhere=scoped(default))
     name = default if name is None else name
     if name not in implementations:
         raise ValueError(f"{operator}: no implementation {name!r}; choose one of {sorted(implementations)} or None")

@@ -5,15 +5,17 @@ without an accelerator. So implementations are chosen inside the program, by ``j
 kernel has to know of the chip while it is traced (how large a block may be) comes from the mesh in force.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import jax
 from jax.experimental import pallas as pl
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-# What JAX calls a device of each generation.
+# What JAX calls a TPU of each generation.
 GENERATIONS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -27,13 +29,18 @@ GENERATIONS = {
 
 
 def generation() -> str | None:
-    """The TPU generation a program is traced for, such as "v5e"; None where it is no TPU or not known.
+    """The generation a program is traced for: of TPUs, such as "v5e", or "hopper" (H100, H200, GH200); None for any other device.
 
     The devices of the mesh in force (``jax.set_mesh``) decide, be they attached or those of an ahead-of-time topology;
     without a mesh, the local device. Both are part of what ``jax.jit`` caches by.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return GENERATIONS.get(device.device_kind)
+    return "hopper" if re.match(r"NVIDIA G?H\d", device.device_kind) else GENERATIONS.get(device.device_kind)
+
+
+def kernels(tpu: ModuleType, gpu: ModuleType) -> ModuleType:
+    """The one of an operator's two modules of kernels that is for the generation in force: ``gpu`` for Hopper, else ``tpu``."""
+    return gpu if generation() == "hopper" else tpu
 
 
 def cores() -> int:
@@ -47,8 +54,8 @@ def is_partitioned() -> bool:
     return any(size > 1 and kind != jax.sharding.AxisType.Manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
 
 
-def on_tpu(kernel: Callable, elsewhere: Callable) -> Callable:
-    """A function that is ``kernel`` where it is lowered for a TPU and ``elsewhere`` on any other platform.
+def on_accelerator(kernel: Callable, elsewhere: Callable) -> Callable:
+    """A function that is ``kernel`` where it is lowered for a TPU, or traced and lowered for a Hopper GPU, and else ``elsewhere``.
 
     Both take the same arguments: trees of arrays, and values that are not arrays, which both are given as they are.
     """
@@ -65,7 +72,8 @@ def on_tpu(kernel: Callable, elsewhere: Callable) -> Callable:
             return call
 
         arrays = [leaf for leaf, a in zip(leaves, is_array, strict=True) if a]
-        return jax.lax.platform_dependent(*arrays, tpu=filled(kernel), default=filled(elsewhere))
+        platform = "cuda" if generation() == "hopper" else "tpu"
+        return jax.lax.platform_dependent(*arrays, **{platform: filled(kernel)}, default=filled(elsewhere))
 
     return run
 
@@ -116,7 +124,7 @@ _refusal.def_abstract_eval(lambda *, name, shapes: shapes)
 
 def _refusal_lowering(context, *, name, shapes):
     platforms = ", ".join(context.module_context.platforms)
-    raise NotImplementedError(f"{name}: there is a Pallas kernel for TPU (interpreted on CPU) and none for {platforms}")
+    raise NotImplementedError(f"{name}: a Pallas kernel for TPU (interpreted on CPU), lowered for {platforms}; choose another one")
 
 
 mlir.register_lowering(_refusal, _refusal_lowering)

@@ -35,8 +35,8 @@ def attention(
     integer), a window below 1 and an unknown implementation.
     """
     sizes = check(q, k, v, window, segment_ids)
-    on_tpu = "pallas" if tpu.is_faster(q, k, v) else None
-    run = checks.choose("attention", IMPLEMENTATIONS, implementation, default="xla", on_tpu=on_tpu)
+    kernel = "pallas" if tpu.is_faster(q, k, v) else None
+    run = checks.choose("attention", IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
     scale = sizes["K"] ** -0.5 if scale is None else scale
     return run(q, k, v, scale, window, None if segment_ids is None else segments.number(segment_ids)).astype(v.dtype)
 

@@ -32,8 +32,8 @@ def attention_stretch(
     may_pad = segment_ids is not None or end[1][1] > 0
     if implementation == "pallas" and window is not None and may_pad:
         raise ValueError(f"attention: windows over padding, and {T} tokens are not whole blocks, take implementation='xla' or None")
-    on_tpu = "pallas" if tpu.is_faster(q, k, v) and not (window is not None and may_pad) else None
-    run = checks.choose("attention", IMPLEMENTATIONS, implementation, default="xla", on_tpu=on_tpu)
+    kernel = "pallas" if tpu.is_faster(q, k, v) and not (window is not None and may_pad) else None
+    run = checks.choose("attention", IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     ids = jnp.pad(ids, end)
     q, k, v = (jnp.where((ids != 0)[:, :, None, None], jnp.pad(a, [*end, (0, 0), (0, 0)]), 0) for a in (q, k, v))

@@ -57,8 +57,8 @@ def gated_delta_rule(
     checks.check_segment_ids(name, segment_ids)
     if sizes["T"] == 0:
         raise ValueError(f"{name}: q has shape {q.shape}, needs at least one token")
-    on_tpu = "pallas" if tpu.is_faster(q, k, v, beta, log_decay) else None
-    run = checks.choose(name, IMPLEMENTATIONS, implementation, default="xla", on_tpu=on_tpu)
+    kernel = "pallas" if tpu.is_faster(q, k, v, beta, log_decay) else None
+    run = checks.choose(name, IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
 
     dtype = _state_dtype(q, k, v, beta, log_decay, initial_state)
     # Arrays made from others with zeros_like vary over the same axes of a mesh, as a loop's carry has to inside shard_map.

@@ -45,8 +45,8 @@ def gated_linear_attention(
     decays is ever formed. Differentiable in every float argument. Raises ValueError for shapes, dtypes or names that do not fit.
     """
     operator = "gated_linear_attention"
-    on_tpu = "pallas" if tpu.is_faster(q, k, v, log_decay) else None
-    run = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla", on_tpu=on_tpu)
+    kernel = "pallas" if tpu.is_faster(q, k, v, log_decay) else None
+    run = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
     axes = _decay_axes(operator, log_decay, {4: "B T HV K", 3: "B T HV", 1: "HV"})
     sizes = checks.bind_shapes(
         operator,

@@ -59,8 +59,8 @@ def linear_scan(
     checks.check_segment_ids(operator, segment_ids)
     if sizes["T"] == 0:
         raise ValueError(f"{operator}: x has shape {x.shape}, needs T >= 1")
-    on_tpu = "pallas" if tpu.is_faster(decay, x) else None
-    scan = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla", on_tpu=on_tpu)
+    kernel = "pallas" if tpu.is_faster(decay, x) else None
+    scan = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
 
     if initial_state is None:
         initial_state = jnp.zeros_like(x[:, 0])

@@ -17,11 +17,15 @@ def double(x):
 
 
 def choose(name=None):
-    return checks.choose("double", {"pallas": double, "xla": lambda x: x + x}, name, default="xla", on_tpu="pallas")
+    return checks.choose("double", {"pallas": double, "xla": lambda x: x + x}, name, default="xla", kernel="pallas")
 
 
 def lowered(function, platform, *arguments):
     return jax.export.export(jax.jit(function), platforms=[platform])(*arguments).mlir_module()
+
+
+def device(kind):
+    return jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu" if kind.startswith("TPU") else "cuda")
 
 
 X = np.arange(16.0, dtype=np.float32).reshape(2, 2, 4)
@@ -32,7 +36,7 @@ def test_a_kernel_is_interpreted_on_cpu_and_compiled_for_tpu():
         assert np.array_equal(run(X), 2 * X)
     assert "tpu_custom_call" in lowered(double, "tpu", X)
     assert "tpu_custom_call" not in lowered(double, "cpu", X)
-    with pytest.raises(NotImplementedError, match=r"double: there is a Pallas kernel for TPU \(interpreted on CPU\) and none for cuda"):
+    with pytest.raises(NotImplementedError, match=r"double: a Pallas kernel for TPU \(interpreted on CPU\), lowered for cuda"):
         lowered(double, "cuda", X)
 
 
@@ -44,12 +48,24 @@ def test_none_is_the_kernel_on_tpu_only():
     assert "tpu_custom_call" not in lowered(choose("xla"), "tpu", X)
 
 
+def test_on_hopper_none_is_the_kernel_where_it_is_lowered_for_cuda():
+    run = platforms.on_accelerator(jnp.sin, elsewhere=jnp.cos)
+    for kind, platform, kernel in (
+        ("NVIDIA H200", "cuda", True),
+        ("NVIDIA H200", "cpu", False),
+        ("NVIDIA A100-SXM4-80GB", "cuda", False),
+        ("TPU v5e", "tpu", True),
+    ):
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device(kind))):
+            assert ("stablehlo.sine" in lowered(run, platform, X)) == kernel, (kind, platform)
+
+
 def test_arguments_that_are_not_arrays_reach_both():
     def scaled(x, scale, extra):
         assert isinstance(scale, float) and extra is None
         return scale * x
 
-    assert np.array_equal(platforms.on_tpu(scaled, elsewhere=scaled)(jnp.asarray(X), 3.0, None), 3 * X)
+    assert np.array_equal(platforms.on_accelerator(scaled, elsewhere=scaled)(jnp.asarray(X), 3.0, None), 3 * X)
 
 
 def test_where_xla_partitions_the_program_it_has_no_kernel():
@@ -91,10 +107,11 @@ def test_results_vary_over_the_mesh_as_operands_do():
 
 def test_the_generation_is_that_of_the_mesh_in_force():
     assert platforms.generation() is None
-    for kind, name in (("TPU v5 lite", "v5e"), ("TPU7x", "tpu7x"), ("TPU v99", None)):
-        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+    nvidia = (("NVIDIA H200", "hopper"), ("NVIDIA GH200 480GB", "hopper"), ("NVIDIA H100 80GB HBM3", "hopper"), ("NVIDIA B200", None))
+    for kind, name in (("TPU v5 lite", "v5e"), ("TPU7x", "tpu7x"), ("TPU v99", None), *nvidia):
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device(kind))):
             assert platforms.generation() == name
+            assert platforms.kernels(tpu=checks, gpu=platforms) is (platforms if name == "hopper" else checks)
 
 
 def test_interpreted_kernels_can_be_differentiated_inside_a_rule():
