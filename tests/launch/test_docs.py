@@ -13,16 +13,17 @@ from tests.launch.stand_ins import ROOT, World
 # read, not imported: flags of one name in two commands can not be in one process
 FLAGS = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "launch" / "aot.py").read_text())
 
+LAUNCHERS = ("tpu_vm", "gke", "slurm", "cloud_batch", "jobset")
 PAGE = re.sub(r"\\\n\s*", "", (ROOT / "docs" / "launching.md").read_text())
 BLOCK = "\n".join(re.findall(r"^ {4,}(\S.*)$", PAGE, re.M))
-COMMANDS = [line for line in BLOCK.splitlines() if re.match(r"python -m launch\.(tpu_vm|gke|slurm|cloud_batch) ", line)]
+COMMANDS = [line for line in BLOCK.splitlines() if re.match(rf"python -m launch\.({'|'.join(LAUNCHERS)}) ", line)]
 
 AHEAD = sorted(set(re.findall(r"python -m launch\.aot [^`#\n]*", PAGE)))
 
 
 def test_there_are_some():
     assert len(AHEAD) > 3
-    assert {shlex.split(command)[2] for command in COMMANDS} == {"launch.tpu_vm", "launch.gke", "launch.slurm", "launch.cloud_batch"}
+    assert {shlex.split(command)[2] for command in COMMANDS} == {f"launch.{name}" for name in LAUNCHERS}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
