@@ -43,7 +43,8 @@ SPOT_NODES = "cloud.google.com/gke-spot"
 def manifest(line: str) -> dict:
     """The JobSet: one job, with a pod for each task. One that fails for good lets the others go on.
 
-    Fields as in https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2 and https://kubernetes.io/docs/concepts/workloads/controllers/job.
+    Fields as in https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2
+    and https://kubernetes.io/docs/concepts/workloads/controllers/job.
     """
     lost_its_node = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     tasks = {
@@ -63,7 +64,10 @@ def manifest(line: str) -> dict:
 
 
 def pod(line: str) -> dict:
-    """Of one task. The bucket is mounted by https://docs.cloud.google.com/kubernetes-engine/docs/how-to/cloud-storage-fuse-csi-driver-ephemeral."""
+    """Of one task, with the code's folder of the bucket mounted.
+
+    As in https://docs.cloud.google.com/kubernetes-engine/docs/how-to/cloud-storage-fuse-csi-driver-ephemeral.
+    """
     bucket, path = buckets.split(CODE.value)
     only = f"implicit-dirs,only-dir={path}" if path else "implicit-dirs"
     mount = {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": True, "volumeAttributes": {"bucketName": bucket, "mountOptions": only}}
