@@ -111,7 +111,7 @@ def _work(config: RunConfig, target: Slices, mesh: Mesh, text: str, effort: floa
     """What a device computes, moves and sends, and how long each takes at the least."""
     chip, module, shape = CHIPS[target.generation.spoken], hlo.Module(text), dict(mesh.shape)
     found = collectives(module, mesh.size)
-    computed, model = flops(module), training_flops(config) / mesh.size
+    computed, model = flops(module, config.model.full_attention.window), training_flops(config) / mesh.size
     if effort == QUICK:  # fuses less than a run does: only what no fusion saves, state and batch read and state written
         moved = sum(state.values()) + state["parameters"] + state["optimizer"]
     else:

@@ -12,14 +12,13 @@ import json
 import re
 import shlex
 import sys
-import tempfile
-from pathlib import Path
 
 from absl import flags
 
 from experiments import cli
 from hybrid_jax.config import ConfigError
-from launch import code, job, shell
+from launch import buckets, code, job, shell
+from launch.gcloud import describe_bucket
 
 NAME = flags.DEFINE_string("name", None, "Of the job: small letters, digits and -.")
 LOCATION = flags.DEFINE_string("location", None, "Region, such as us-central1: the bucket's.")
@@ -33,22 +32,15 @@ CODE = flags.DEFINE_string("code", None, "gs:// folder that the code is copied t
 IMAGE = flags.DEFINE_string("image", "python:3.12", "Docker image that the tasks run in.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print every command, and run none.")
 
-MOUNTED = "/mnt/disks/code"
 RETRIES = 3
-
-
-def script(line: str) -> str:
-    """What each task runs."""
-    before = f"set -e\nmkdir /work\ntar -xzf {MOUNTED}/{NAME.value}.tar.gz -C /work\ncd /work/code\npip install --quiet .\nset +e\n"
-    return job.script(line, before + "export PYTHONUNBUFFERED=1\n")
 
 
 def definition(line: str) -> dict:
     """The job, as in https://docs.cloud.google.com/batch/docs/reference/rest/v1/projects.locations.jobs."""
-    container = {"imageUri": IMAGE.value, "entrypoint": "/bin/bash", "commands": ["-c", script(line)]}
+    container = {"imageUri": IMAGE.value, "entrypoint": "/bin/bash", "commands": ["-c", buckets.script(line, NAME.value)]}
     task = {
         "runnables": [{"container": container}],
-        "volumes": [{"gcs": {"remotePath": CODE.value.removeprefix("gs://").rstrip("/")}, "mountPath": MOUNTED}],
+        "volumes": [{"gcs": {"remotePath": CODE.value.removeprefix("gs://").rstrip("/")}, "mountPath": buckets.MOUNTED}],
         "maxRetryCount": RETRIES,
     }
     machine = {"machineType": MACHINE_TYPE.value, "provisioningModel": "SPOT" if SPOT.value else "STANDARD"}
@@ -63,11 +55,6 @@ def where() -> list[str]:
     return [f"--location={LOCATION.value}", *([f"--project={PROJECT.value}"] if PROJECT.value else [])]
 
 
-def upload(bundle: str) -> list[str]:
-    project = [f"--project={PROJECT.value}"] if PROJECT.value else []
-    return ["gcloud", "storage", "cp", bundle, f"{CODE.value.rstrip('/')}/{NAME.value}.tar.gz", *project]
-
-
 def submit() -> list[str]:
     """https://docs.cloud.google.com/sdk/gcloud/reference/batch/jobs/submit; the definition comes on its standard input."""
     return ["gcloud", "batch", "jobs", "submit", NAME.value, *where(), "--config=-"]
@@ -78,20 +65,21 @@ def main(argv: list[str]) -> int:
     _check_flags()
     wanted = job.check(command)
     job.check_tasks(wanted, TASKS.value)
-    job.check_results_outlive(wanted)
+    needed = buckets.needed(CODE.value, job.check_results_outlive(wanted))
     folder = code.root()
     code.check_config(folder, wanted.value("config"))
     shell.need("gcloud")
     job_definition = json.dumps(definition(job.shell_line(wanted, "BATCH_TASK_INDEX", TASKS.value)), indent=2)
     code.note_left_behind(folder)
     if DRY_RUN.value:
-        shell.show(upload(f"{NAME.value}.tar.gz"))
+        for each in needed:
+            shell.show(describe_bucket(each, PROJECT.value))
+        shell.show(buckets.upload(f"{NAME.value}.tar.gz", CODE.value, NAME.value, PROJECT.value))
         shell.show(submit(), job_definition)
         return 0
-    with tempfile.TemporaryDirectory() as temporary:
-        bundle = Path(temporary) / f"{NAME.value}.tar.gz"
-        code.pack(folder, bundle, {})
-        shell.do(upload(str(bundle)), f"the code could not be copied to {CODE.value}; nothing was started")
+    for each in needed:
+        buckets.check(each, PROJECT.value, LOCATION.value)
+    buckets.copy_code(folder, CODE.value, NAME.value, PROJECT.value)
     shell.do(submit(), "Google Cloud did not take the job; nothing was started", job_definition)
     about = [NAME.value, *where()]
     print(f"{NAME.value} is queued: {TASKS.value} tasks, each on a {MACHINE_TYPE.value}, which are deleted when they are done")
@@ -110,8 +98,7 @@ def _check_flags() -> None:
     job.check_name(NAME.value, 63)
     if not re.fullmatch(r"[a-z]+-[a-z]+\d+", LOCATION.value):
         raise ConfigError(f"--location={LOCATION.value} is not a region; it looks like us-central1")
-    if not CODE.value.startswith("gs://"):
-        raise ConfigError(f"--code={CODE.value} is not a folder of a bucket, gs://BUCKET/FOLDER")
+    buckets.split(CODE.value)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,9 @@ HINTS = {
     "PERMISSION_DENIED": "your account needs roles/tpu.admin, and the project the TPU API: gcloud services enable tpu.googleapis.com",
     "Reauthentication": "gcloud auth login",
     "do not currently have an active account": "gcloud auth login",
+    'no matches for kind "JobSet"': "install its controller: https://jobset.sigs.k8s.io/docs/installation",
+    "(AlreadyExists)": "give another --name, or kubectl delete that one first",
+    'error: context "': "gcloud container clusters get-credentials CLUSTER --location=LOCATION makes it",
     "required property [project]": "give --project, or gcloud config set project PROJECT",
 }
 

@@ -42,6 +42,8 @@ def script(line: str) -> str:
     local number, is what jax.distributed makes of SLURM's variables (jax/_src/clusters/slurm_cluster.py): no GPU is bound to a task.
     """
     several = ARRAY.value > 1
+    # One task of an array has the number of the whole array.
+    itself = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if several else '"$SLURM_JOB_ID"'
     options = [
         f"--job-name={NAME.value}",
         f"--time={TIME.value}",
@@ -65,13 +67,13 @@ def script(line: str) -> str:
         + f"""
 export PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH" PYTHONUNBUFFERED=1
 stopped=
-trap 'stopped=1; echo "time is nearly over: saving, then queued again"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'stopped=1; echo "time is nearly over: saving, then queued again"; scancel --signal=TERM {itself}' USR1
 srun --kill-on-bad-exit=1{cpus} {line} &
 job=$!
 wait "$job"
 code=$?
 while kill -0 "$job" 2>/dev/null; do wait "$job"; code=$?; done  # a signal ends wait before the command ends
-if [[ $stopped ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+if [[ $stopped ]]; then scontrol requeue {itself}; fi
 exit "$code"
 """
     )

@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments import cli
 from hybrid_jax.config import ConfigError
-from launch import accelerators, code, hosts, job, shell, supervise
+from launch import accelerators, buckets, code, hosts, job, shell, supervise
 from launch.gcloud import Tpu, describe_bucket
 
 NAME = flags.DEFINE_string("name", None, "Of the queued resource: small letters, digits and -.")
@@ -84,7 +84,7 @@ def _run(tpu: Tpu, command: list[str]) -> int:
         return _show(tpu, create, bucket, line)
     _check_offered(tpu, accelerator.name)
     if bucket:
-        _check_bucket(tpu, bucket)
+        buckets.check(bucket, tpu.project, tpu.zone.rpartition("-")[0])
 
     # ---- From here on there may be machines.
     with tempfile.TemporaryDirectory() as temporary:
@@ -102,16 +102,6 @@ def _check_offered(tpu: Tpu, accelerator: str) -> None:
     if accelerator not in offered:
         family = [each for each in offered if each.split("-")[0] == accelerator.split("-")[0]]
         raise ConfigError(f"{tpu.zone} does not offer {accelerator}; {shell.close_to(accelerator, family or offered)}; nothing was created")
-
-
-def _check_bucket(tpu: Tpu, bucket: str) -> None:
-    described = shell.ask(describe_bucket(bucket, tpu.project))
-    region = tpu.zone.rpartition("-")[0]
-    if described.returncode:
-        make = f"gcloud storage buckets create gs://{bucket} --location={region}"
-        raise ConfigError(f"gs://{bucket} can not be reached: {shell.reason(described)}; nothing was created. To make it: {make}")
-    if (location := described.stdout.strip().lower()) != region:
-        print(f"note: gs://{bucket} is in {location}, the machines in {region}: reading and writing is slower, and may cost", flush=True)
 
 
 def _show(tpu: Tpu, create: list[str], bucket: str | None, line: str) -> int:

@@ -1,37 +1,67 @@
-"""FLOPs of what an optimized HLO module executes on each device: of matrix products, and of kernels what they say of themselves."""
+"""FLOPs of what an optimized HLO module executes on each device: of matrix products, of kernels what they say of themselves.
+
+Splash Attention says nothing: its kernels are known by their names, and count for the blocks of scores that they compute.
+"""
 
 import math
 import re
 
 from experiments.benchmarks.hlo import Instruction, Module
+from pallas_kernels.attention.tpu import block_length
 
 _SHAPE = re.compile(r"\[([\d,]*)\]")
 _KERNEL = re.compile(r'"flops":"(\d+)"')
+_SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _GROUPS = re.compile(r"(feature|batch)_group_count=(\d+)")
 
 
-def flops(module: Module) -> int:
-    """Of one execution of the module."""
+def flops(module: Module, window: int | None = None) -> int:
+    """Of one execution of the module. window: of its attention, None where that sees everything before a token.
+
+    Where a sequence is cut over devices, of the device with its end, whose queries see most.
+    """
     return sum(
-        execution.count * _flops(module, computation, instruction)
+        execution.count * _flops(module.computations[computation], instruction, window)
         for execution in module.executions
         for computation, instruction in module.parts(execution.computation, execution.name)
     )
 
 
-def _flops(module: Module, computation: str, instruction: Instruction) -> int:
+def _flops(arrays: dict[str, Instruction], instruction: Instruction, window: int | None) -> int:
     if instruction.opcode == "custom-call":
+        if match := _SPLASH.match(instruction.name):
+            return _splash(match[1], instruction.type, [arrays[name].type for name in instruction.operands], window)
         match = _KERNEL.search(instruction.attributes)
         return int(match[1]) if match else 0
     if instruction.opcode not in ("dot", "convolution"):
         return 0
     result = _shape(instruction.type)
-    left, right = (_shape(module.computations[computation][name].type) for name in instruction.operands)
+    left, right = (_shape(arrays[name].type) for name in instruction.operands)
     if instruction.opcode == "dot":
         return 2 * math.prod(result) * math.prod(left[int(i)] for i in _CONTRACTED.search(instruction.attributes)[1].split(",") if i)
     return _convolution(instruction.attributes, result, left, right)
+
+
+def splash_blocks(queries: int, keys: int, window: int | None = None) -> int:
+    """Blocks of scores that Splash computes of a row's last ``queries`` against its ``keys``: each, whole, that has a pair in reach."""
+    block = block_length(queries)
+    reach = keys if window is None else 1 + -(-(window - 1) // block)
+    return sum(min(i + 1, reach) for i in range((keys - queries) // block, keys // block))
+
+
+def _splash(kernel: str, result: str, operands: list[str], window: int | None) -> int:
+    """Of one of its kernels: q [...,H,T,K], k, v are the first arrays of floats among its operands.
+
+    Products a block, by the width they take: forward scores and output; for keys and values scores, dv, dp, dk, and dq in parts where
+    one kernel is for all gradients; for queries scores, dp, dq.
+    """
+    q, k, v = [_shape(type) for type in operands if type.startswith(("f32", "bf16"))][:3]
+    (*heads, queries, K), keys, V = q, k[-2], v[-1]
+    has_dq = any(shape.count(",") == len(q) for shape in _SHAPE.findall(result))
+    width = {"fwd": K + V, "dq": 2 * K + V, "dkv": (3 if has_dq else 2) * K + 2 * V}[kernel]
+    return 2 * math.prod(heads) * splash_blocks(queries, keys, window) * block_length(queries) ** 2 * width
 
 
 def _convolution(attributes: str, result: list[int], left: list[int], right: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""Stand-ins for gcloud, xpk, sbatch and the machines behind them, and a way to run a launcher with them on PATH.
+"""Stand-ins for gcloud, xpk, kubectl, sbatch and the machines behind them, and a way to run a launcher with them on PATH.
 
 Each checks what it is called with against its reference (an unknown or missing flag fails, as it would there) and records it. The one for
 gcloud has hosts: folders in which what is copied and run over ssh is really copied and run, by bash, with a Python that only acts.
@@ -84,6 +84,8 @@ if words[:3] == ["storage", "buckets", "describe"]:
     sys.exit()
 if words[:2] == ["storage", "cp"]:
     (source, target), _ = flags(words[2:], (), ("project",))
+    if "/".join(target.split("/")[:3]) not in world["buckets"]:
+        fail(f"ERROR: (gcloud.storage.cp) {target} not found: 404.")
     shutil.copy(source, WORLD / Path(target).name)
     sys.exit()
 if words[:3] == ["batch", "jobs", "submit"]:
@@ -236,9 +238,75 @@ else:
     print("gla Admitted")
 """
 
+# https://kubernetes.io/docs/reference/kubectl. What is created is checked as the cluster would: fields and types by the JobSet's schema
+# (https://github.com/kubernetes-sigs/jobset, config/components/crd/bases), what they mean together by its webhook and that of Jobs.
 KUBECTL = """
 record()
-print("step 1")
+words, world = sys.argv[1:], load()
+JOBSET = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": {"name": str}}
+CONTAINER = {"name": str, "image": str, "command": [str], "env": [{"name": str, "value": str}],
+             "resources": {"requests": {str: str}, "limits": {str: str}},
+             "volumeMounts": [{"name": str, "mountPath": str, "readOnly": bool}]}
+MOUNT = {"driver": str, "readOnly": bool, "volumeAttributes": {str: str}}
+POD = {"restartPolicy": str, "containers": [CONTAINER], "volumes": [{"name": str, "csi": MOUNT}], "nodeSelector": {str: str},
+       "tolerations": [{"key": str, "operator": str, "value": str, "effect": str}]}
+RULE = {"action": str, "onPodConditions": [{"type": str, "status": str}]}
+JOB = {"completionMode": str, "completions": int, "parallelism": int, "backoffLimitPerIndex": int, "podFailurePolicy": {"rules": [RULE]},
+       "template": {"metadata": {"annotations": {str: str}}, "spec": POD}}
+JOBSET["spec"] = {"replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}]}
+
+def check(value, schema, path=""):
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            fail(f"Error from server (BadRequest): {path}: expected a list")
+        for each in value:
+            check(each, schema[0], path)
+    elif isinstance(schema, dict):
+        for name in value:
+            if name not in schema and str not in schema:
+                fail(f'Error from server (BadRequest): strict decoding error: unknown field "{path}.{name}"')
+            check(value[name], schema.get(name, str), f"{path}.{name}")
+    elif value != schema if isinstance(schema, str) else type(value) is not schema:
+        fail(f"Error from server (BadRequest): {path}: {value!r}")
+
+def together(jobset):
+    (task,) = jobset["spec"]["replicatedJobs"]
+    job = task["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    longest = f"{jobset['metadata']['name']}-{task['name']}-{task['replicas'] - 1}-{job['completions'] - 1}-abcde"
+    assert len(longest) <= 63, "pod names generated for this JobSet will exceed 63 characters"
+    assert job["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never", "needed for backoffLimitPerIndex"
+    assert all({"type", "status"} <= set(each) for rule in job["podFailurePolicy"]["rules"] for each in rule["onPodConditions"])
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    for sizes in container["resources"].values():
+        assert all(re.fullmatch(r"\\d+(\\.\\d+)?(m|[KMG]i?)?", size) for size in sizes.values()), sizes
+    if any(volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io" for volume in pod["volumes"]):
+        assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+
+if words[0] == "logs":
+    flags(words[1:], ("selector",), ("tail",), ("follow",))
+    print("step 1")
+    sys.exit()
+context, verb, rest = words[0].removeprefix("--context="), words[1], words[2:]
+if context not in world["contexts"]:
+    fail(f'error: context "{context}" does not exist')
+assert verb == "create", words
+_, given = flags(rest, ("filename",), ("dry-run",))
+if world.get("no_jobsets"):
+    fail(f'error: resource mapping not found for name: "tokens" namespace: "" from "{given["filename"]}": no matches for kind "JobSet" '
+         'in version "jobset.x-k8s.io/v1alpha2"\\nensure CRDs are installed first')
+jobset = json.loads(Path(given["filename"]).read_text())
+check(jobset, JOBSET)
+together(jobset)
+if jobset["metadata"]["name"] in world["jobsets"]:
+    fail(f'Error from server (AlreadyExists): error when creating: jobsets.jobset.x-k8s.io "{jobset["metadata"]["name"]}" already exists')
+if given.get("dry-run") == "server":
+    sys.exit()
+if world.get("create_error"):
+    fail(world["create_error"])
+(WORLD / "jobset.json").write_text(json.dumps(jobset))
+save(world | {"jobsets": [*world["jobsets"], jobset["metadata"]["name"]]})
 """
 
 # https://slurm.schedmd.com/sbatch.html
@@ -275,6 +343,8 @@ class World:
         world = {
             "offered": {"us-central2-b": ["v4-8", "v4-16", "v4-32"], "us-west4-a": ["v5litepod-16", "v5litepod-256"]},
             "buckets": {"gs://bucket": "US-CENTRAL2"},
+            "contexts": ["gke_p_us-central1_pods"],
+            "jobsets": [],
             "hosts": 2,
             "lives": 0,
             "tpu": None,

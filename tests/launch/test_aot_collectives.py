@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.benchmarks import hlo
 from experiments.benchmarks.collectives import Collective, collectives, groups, sent, total
-from experiments.benchmarks.flops import flops
 from hybrid_jax.train import throughput
 from launch import accelerators
 from launch.chips import CHIPS, Place, network_seconds
@@ -156,40 +155,6 @@ def test_a_compiled_program_says_what_was_asked_for():
         ("all-to-all", ("fsdp",)): (1, 8 * 4 * 4 / 2),
         ("collective-permute", ("data",)): (1, 8 * 4 * 4),
     }
-
-
-@pytest.mark.parametrize(
-    "line, expected",
-    [
-        ("dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 2 * 6 * 4 * 5),
-        ("convolution(%a, %b), dim_labels=bf_io->bf", 2 * 6 * 4 * 5),
-        ('custom-call(%a, %b), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"77"}}', 77),
-        ("add(%a, %b)", 0),
-    ],
-)
-def test_flops_of_a_line(line, expected):
-    text = "ENTRY %main (a: f32[6,5], b: f32[5,4]) -> f32[6,4] {\n  %a = f32[6,5]{1,0} parameter(0)\n  %b = f32[5,4]{1,0} parameter(1)\n"
-    assert flops(hlo.Module(f"{text}  ROOT %c = f32[6,4]{{1,0}} {line}\n}}\n")) == expected
-
-
-def test_a_batched_product_that_is_a_convolution_counts_what_it_multiplies():
-    """TPUs write [3,6,5] x [3,5,4] as a convolution over the batch, of whose window all but the diagonal meets gaps."""
-    window = "window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf"
-    text = f"""ENTRY %main (a: f32[3,6,5], b: f32[3,5,4]) -> f32[3,6,4] {{
-  %a = f32[3,6,5]{{2,1,0}} parameter(0)
-  %b = f32[3,5,4]{{2,1,0}} parameter(1)
-  ROOT %c = f32[3,6,4]{{2,1,0}} convolution(%a, %b), {window}
-}}
-"""
-    assert flops(hlo.Module(text)) == 2 * 3 * 6 * 4 * 5
-
-
-def test_flops_in_loops_are_those_of_all_trips():
-    def run(x, w):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
-
-    compiled = jax.jit(run).lower(jnp.ones((6, 5)), jnp.ones((7, 5, 5))).compile()
-    assert flops(hlo.Module(compiled.as_text())) == 7 * 2 * 6 * 5 * 5
 
 
 def test_chips_are_those_that_the_trainer_knows():

@@ -1,4 +1,5 @@
-"""Every launcher's command in docs/launching.md is taken by that launcher; of launch.aot's what is known without compiling."""
+"""Every launcher's command in docs/launching.md is taken by that launcher, and prints what the page says it prints with --dry_run; of
+launch.aot's commands what is known without compiling."""
 
 import math
 import re
@@ -13,26 +14,55 @@ from tests.launch.stand_ins import ROOT, World
 # read, not imported: flags of one name in two commands can not be in one process
 FLAGS = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "launch" / "aot.py").read_text())
 
+LAUNCHERS = ("tpu_vm", "gke", "slurm", "cloud_batch", "jobset")
 PAGE = re.sub(r"\\\n\s*", "", (ROOT / "docs" / "launching.md").read_text())
 BLOCK = "\n".join(re.findall(r"^ {4,}(\S.*)$", PAGE, re.M))
-COMMANDS = [line for line in BLOCK.splitlines() if re.match(r"python -m launch\.(tpu_vm|gke|slurm|cloud_batch) ", line)]
+LAUNCHER = rf"python -m launch\.(?:{'|'.join(LAUNCHERS)}) "
+COMMANDS = [line for line in BLOCK.splitlines() if re.match(LAUNCHER, line)]
+# A command, text of which the last word is "prints", and an indented block.
+PRINTED = re.findall(rf"^ {{4}}({LAUNCHER}.*)\n\n(?:\S.*\n)*(?:.*[ ])?prints\n\n((?: {{4}}.*\n)+)", PAGE, re.M)
 
 AHEAD = sorted(set(re.findall(r"python -m launch\.aot [^`#\n]*", PAGE)))
 
 
 def test_there_are_some():
     assert len(AHEAD) > 3
-    assert {shlex.split(command)[2] for command in COMMANDS} == {"launch.tpu_vm", "launch.gke", "launch.slurm", "launch.cloud_batch"}
+    assert {shlex.split(command)[2] for command in COMMANDS} == {f"launch.{name}" for name in LAUNCHERS}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_taken(command, tmp_path):
-    world = World(tmp_path / "world")
-    words = shlex.split(command.replace("PROJECT", "project").replace("BUCKET", "bucket"))
+def named(text):
+    """With names for PROJECT and BUCKET."""
+    return text.replace("PROJECT", "project").replace("BUCKET", "bucket")
+
+
+def dry_run(command, folder):
+    """What a command of the page prints with --dry_run, without a note on this checkout."""
+    world = World(folder / "world")
+    words = shlex.split(named(command))
     at = words.index("--") if "--" in words else len(words)
     result = world.run(words[2], *words[3:at], "--dry_run", *words[at:])
     assert result.returncode == 0, result.stderr
     assert world.calls() == []
+    return "".join(line for line in result.stdout.splitlines(keepends=True) if not line.startswith("note: not copied"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_taken(command, tmp_path):
+    dry_run(command, tmp_path)
+
+
+def test_the_page_shows_what_each_of_them_prints():
+    shown = [shlex.split(command) for command, _ in PRINTED]
+    assert {words[2] for words in shown} == {f"launch.{name}" for name in LAUNCHERS}
+    assert {any("--array" in word for word in words) for words in shown if words[2] == "launch.slurm"} == {False, True}
+
+
+@pytest.mark.parametrize("command, shown", PRINTED)
+def test_printed(command, shown, tmp_path):
+    """Line by line, whole but for what ``...`` stands for: the rest of a line or a part of it, or, alone, any lines."""
+    lines = [line.removeprefix("    ") for line in named(shown).splitlines()]
+    form = "".join("(.*\n)*?" if line == "..." else re.escape(line).replace(r"\.\.\.", ".*") + "\n" for line in lines)
+    assert re.fullmatch(form, dry_run(command, tmp_path)), f"of {command} the page shows another output"
 
 
 @pytest.mark.parametrize("command", AHEAD)

@@ -17,6 +17,7 @@ from tests.launch.stand_ins import World
 TRAIN = ["--", "python", "-m", "experiments.train", "--config=configs/gla_r6.py:tiny", "--workdir=/shared/gla"]
 SPECIAL = '--config.data.source=/it\'s "a" $HOME; `x` \\ store'
 BASE = ["--name=gla", "--nodes=4", "--gpus_per_node=8", "--time=24:00:00"]
+ARRAY = ["--name=tokens", "--time=240", "--array=64"]
 TOKENIZE = ["--", "python", "-m", "experiments.tokenize", "--input=/shared/*.parquet", "--output=/shared/tokens"]
 
 
@@ -60,7 +61,7 @@ class Cluster:
         (folder / "cluster").mkdir()
         commands = {
             "srun": 'while [[ $1 == --* ]]; do shift; done\n"$@" & echo $! > "$FOLDER/child"; wait $!',
-            "scancel": '[[ $1 == --signal=TERM && $2 == "$SLURM_JOB_ID" ]] && kill -TERM "$(cat "$FOLDER/child")"',
+            "scancel": '[[ $1 == --signal=TERM && $2 == "$ITSELF" ]] && kill -TERM "$(cat "$FOLDER/child")"',
             "scontrol": 'echo "$@" > "$FOLDER/scontrol"',
         }
         for name, text in commands.items():
@@ -77,7 +78,10 @@ class Cluster:
         )
         # The launcher's own Python comes first on the script's PATH; here it is the one that acts.
         script = script.replace(f"export PATH={os.path.dirname(sys.executable)}", f"export PATH={folder / 'cluster'}")
-        environment = {"PATH": "/usr/bin:/bin", "FOLDER": str(folder), "SLURM_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "5"}
+        self.itself = "4711_5" if "--array" in script else "4711"  # the number alone would be that of all tasks
+        environment = {"PATH": "/usr/bin:/bin", "FOLDER": str(folder), "ITSELF": self.itself, "SLURM_JOB_ID": "4711"}
+        if "--array" in script:
+            environment |= {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "5"}
         self.process = subprocess.Popen(["bash", "-c", script], env=environment, cwd=folder)
 
     def _write(self, name: str, text: str) -> None:
@@ -103,18 +107,17 @@ def test_a_job_that_ends_is_not_queued_again(world, tmp_path, act, code):
     assert cluster.given() == [*TRAIN[2:], SPECIAL]
 
 
-def test_the_signal_saves_and_queues_again(world, tmp_path):
-    cluster = Cluster(tmp_path, submitted(world(), *BASE, *TRAIN), "train")
+@pytest.mark.parametrize("asked", [[*BASE, *TRAIN], [*ARRAY, *TOKENIZE, "--shard={task}/{tasks}"]], ids=["job", "array"])
+def test_the_signal_saves_and_queues_again(world, tmp_path, asked):
+    cluster = Cluster(tmp_path, submitted(world(), *asked), "train")
     cluster.given()
     cluster.process.send_signal(signal.SIGUSR1)
     assert cluster.process.wait(15) == 0
-    assert (tmp_path / "saved").exists() and cluster.requeued() == "requeue 4711"
+    assert (tmp_path / "saved").exists() and cluster.requeued() == f"requeue {cluster.itself}"
 
 
 def test_an_array_gives_each_task_its_part(world, tmp_path):
-    script = submitted(
-        world(), "--name=tokens", "--time=240", "--array=64", *TOKENIZE, "--text_field=a {task} b", "--document_end={task}/{tasks}"
-    )
+    script = submitted(world(), *ARRAY, *TOKENIZE, "--text_field=a {task} b", "--document_end={task}/{tasks}")
     assert options(script)["array"] == "0-63" and options(script)["output"] == "tokens-%A_%a.log" and "gpus-per-node" not in options(script)
     cluster = Cluster(tmp_path, script, "finish")
     assert cluster.process.wait(30) == 0
