@@ -201,7 +201,11 @@ def test_same_seed_same_model():
     assert not jnp.array_equal(one.embedding.table[...], other.embedding.table[...])
 
 
-@pytest.mark.parametrize("mixer", FAMILIES.values(), ids=FAMILIES.keys())
+BY_DEFAULT = "hgrn2", "gated_delta_net"
+EACH_FAMILY = [pytest.param(mixer, id=name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name, mixer in FAMILIES.items()]
+
+
+@pytest.mark.parametrize("mixer", EACH_FAMILY)
 def test_bfloat16_compute_stays_close(mixer):
     model = models.build(config.ModelConfig(mixer=mixer, **HYBRID))
     half = nnx.merge(models.abstract(dataclasses.replace(model.config, dtype="bfloat16"))[0], nnx.state(model))
