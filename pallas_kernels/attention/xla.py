@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import chunks
+from pallas_kernels.attention.reach import ranges
 from pallas_kernels.attention.reference import MASKED, cached_places, query_places
 from pallas_kernels.segments import Segments, one_segment
 
@@ -22,14 +23,12 @@ BLOCK = 128
 
 
 class Reach(NamedTuple):
-    """What each token attends to, in ranks: how many real tokens stand before a token in its row.
+    """What each token attends to, by blocks; ``first``, ``last`` and ``key`` as in :class:`.reach.Ranges`.
 
-    A query attends to the keys from its document's first, or its window's, up to itself, which is a range of ranks.
-
-    first, last: [N,B,C] int32, a query's range; empty at padding.
+    first, last: [N,B,C] int32, of queries.
     first_block: [N] int32, the first block of keys in reach of a block of queries.
     own_block: [N] int32, the last one, where the queries themselves are.
-    key: [all N,B,C] int32, a key's rank; in no range at padding.
+    key: [all N,B,C] int32.
     """
 
     first: jax.Array
@@ -113,17 +112,8 @@ def attention_prefill(q, k_cache, v_cache, length, scale, window, segments: Segm
 
 
 def _reach(segments: Segments, window, block) -> Reach:
-    index, real = segments
-    B, T = index.shape
-    end = [(0, 0), (0, -T % block)]
-    index, real = jnp.pad(index, end, mode="edge"), jnp.pad(real, end)
-    rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-    starts = jnp.diff(index, axis=1, prepend=0) > 0
-    first = jax.lax.cummax(jnp.where(starts, rank, 0), axis=1)
-    if window is not None:
-        first = jnp.maximum(first, rank - window + 1)
-    last, key = jnp.where(real, rank, -1), jnp.where(real, rank, T)
-    first, rank, last, key = (a.reshape(B, -1, block).swapaxes(0, 1) for a in (first, rank, last, key))
+    B, T = segments.index.shape
+    rank, first, last, key = (a.reshape(B, -1, block).swapaxes(0, 1) for a in ranges(segments, window, -T % block))
     # Neither first nor rank ever falls along a row: the last key of a block and the first query of a block decide.
     reached = jnp.any(rank[:, :, -1] >= first[:, None, :, 0], axis=2)  # [N queries, N keys]
     return Reach(first, last, jnp.sum(~reached, axis=1, dtype=jnp.int32), jnp.arange(len(key), dtype=jnp.int32), key)
