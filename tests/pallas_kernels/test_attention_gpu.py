@@ -35,7 +35,7 @@ def check(arguments, **options):
     narrow = tree_errors(value_and_gradients(arguments, implementation="xla", **options), wanted)
     errors = tree_errors(output, wanted)
     for name, error in errors.items():
-        assert error < 1.5 * narrow[name], (name, errors, narrow)
+        assert error <= 1.5 * narrow[name], (name, errors, narrow)
 
 
 def test_documents_padding_and_shared_keys():
@@ -44,8 +44,10 @@ def test_documents_padding_and_shared_keys():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [None, 1, 70, 200])
-@pytest.mark.parametrize("T, K, V", [(128, 64, 64), (300, 128, 64), (257, 16, 48), (1, 64, 128)])
+@pytest.mark.parametrize(
+    "T, K, V, window",
+    [(128, 64, 64, None), (128, 64, 64, 1), (257, 16, 48, 70), (300, 128, 64, None), (300, 128, 128, 200), (1, 64, 64, None)],
+)
 def test_random_documents(T, K, V, window):
     ids = random_segment_ids(np.random.default_rng(T), 2, T)
     check(example(1, 2, T, 2, 2, K, V), segment_ids=jnp.asarray(ids), window=window)
