@@ -15,8 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import gpu_kernels
 from pallas_kernels.attention.gpu_kernels import ROWS, STAGES, TILE, WARPGROUPS, numbers, tokens
-from pallas_kernels.attention.reach import Ranges, ranges
-from pallas_kernels.segments import Segments, one_segment
+from pallas_kernels.attention.reach import Ranges, ranges, ranges_of_whole_rows
+from pallas_kernels.segments import Segments
 
 LARGEST_HEAD = 128  # channels: with more, a tile of keys and its gradients does not fit in registers
 
@@ -38,11 +38,12 @@ def attention(q, k, v, scale, window, segments: Segments | None):
     if segments is None and _cudnn_takes(q, v):
         return checkpoint_name(_by_cudnn(q, k, v, scale, window), "attention_output")
     if segments is None:
-        segments = one_segment(B, T)
+        reach = ranges_of_whole_rows(B, T, window, -T % TILE)
     else:  # what padding holds, nan included, ends here
+        reach = ranges(segments, window, -T % TILE)
         q, k, v = (jnp.where(segments.real[:, :, None, None], a, 0) for a in (q, k, v))
     padded = [jnp.pad(a, [(0, 0), (0, -T % TILE), (0, 0), (0, -a.shape[-1] % 64)]) for a in (q, k, v)]
-    return _attend(scale, *padded, ranges(segments, window, -T % TILE))[:, :T, :, : v.shape[-1]]
+    return _attend(scale, *padded, reach)[:, :T, :, : v.shape[-1]]
 
 
 def _cudnn_takes(q, v) -> bool:

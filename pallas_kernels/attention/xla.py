@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import chunks
-from pallas_kernels.attention.reach import ranges
+from pallas_kernels.attention.reach import Ranges, ranges, ranges_of_whole_rows
 from pallas_kernels.attention.reference import MASKED, cached_places, query_places
-from pallas_kernels.segments import Segments, one_segment
+from pallas_kernels.segments import Segments
 
 BLOCK = 128
 
@@ -45,19 +45,20 @@ class Reach(NamedTuple):
 def attention(q, k, v, scale, window, segments: Segments | None):
     """Blockwise attention; see api.py."""
     B, T = q.shape[:2]
-    if segments is None:
-        segments = one_segment(B, T)
-    else:  # what padding holds, nan included, ends here
-        q, k, v = (jnp.where(segments.real[:, :, None, None], a, 0) for a in (q, k, v))
     block = block_length(T)
-    return _attend_rows(scale, q, k, v, _reach(segments, window, block), block)
+    if segments is None:
+        reach = _reach(ranges_of_whole_rows(B, T, window, -T % block), block)
+    else:  # what padding holds, nan included, ends here
+        reach = _reach(ranges(segments, window, -T % block), block)
+        q, k, v = (jnp.where(segments.real[:, :, None, None], a, 0) for a in (q, k, v))
+    return _attend_rows(scale, q, k, v, reach, block)
 
 
 def attention_stretch(q, k, v, scale, window, segments: Segments, at):
     """The queries of the ``at``-th of equal stretches, whole blocks of :func:`block_length`, against the keys of all; see stretch.py."""
     block = block_length(q.shape[1])
     blocks = q.shape[1] // block
-    reach = _reach(segments, window, block).of_queries(at * blocks, blocks)
+    reach = _reach(ranges(segments, window, -k.shape[1] % block), block).of_queries(at * blocks, blocks)
     return _attend_rows(scale, q, k, v, reach, block)
 
 
@@ -111,9 +112,8 @@ def attention_prefill(q, k_cache, v_cache, length, scale, window, segments: Segm
     return jnp.moveaxis(output, 3, 1).reshape(B, T, H, -1)
 
 
-def _reach(segments: Segments, window, block) -> Reach:
-    B, T = segments.index.shape
-    rank, first, last, key = (a.reshape(B, -1, block).swapaxes(0, 1) for a in ranges(segments, window, -T % block))
+def _reach(tokens: Ranges, block) -> Reach:
+    rank, first, last, key = (a.reshape(len(a), -1, block).swapaxes(0, 1) for a in tokens)
     # Neither first nor rank ever falls along a row: the last key of a block and the first query of a block decide.
     reached = jnp.any(rank[:, :, -1] >= first[:, None, :, 0], axis=2)  # [N queries, N keys]
     return Reach(first, last, jnp.sum(~reached, axis=1, dtype=jnp.int32), jnp.arange(len(key), dtype=jnp.int32), key)
