@@ -2,10 +2,15 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import checks, segments
-from pallas_kernels.attention import reference, tpu, xla
+from pallas_kernels import checks, platforms, segments
+from pallas_kernels.attention import gpu, reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "pallas": tpu.attention}
+
+def _kernel(*arguments):
+    return platforms.kernels(tpu, gpu).attention(*arguments)
+
+
+IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "pallas": _kernel}
 
 
 def attention(
@@ -26,8 +31,9 @@ def attention(
     segment_ids: [B,T] int; a token attends within its own document. 0 marks padding, which is skipped: its output is 0, nothing
         attends to it whatever it holds, and windows do not count it.
     implementation: "reference" (the whole [T,T] matrix, float32), "xla" (blockwise, memory linear in T), "pallas" (Splash Attention
-        on TPU, interpreted on CPU; float32 and bfloat16), or None for that of the platform that the program is lowered for:
-        "pallas" on TPU, elsewhere "xla", at every length the fastest measured (on CPU, T = 96 to 2048, forward and backward).
+        on TPU, interpreted on CPU, float32 and bfloat16; on Hopper GPUs cuDNN's, or where there are segment_ids Mosaic kernels,
+        bfloat16 and heads of 128 at most), or None for that of the platform that the program is lowered for: "pallas" on TPU and
+        on Hopper where it takes the arrays, elsewhere "xla", on CPU at every length the fastest measured (T = 96 to 2048).
 
     Returns the output [B,T,H,V] in v's dtype. Scores, softmax and sums are float32 (float64 for float64 inputs); "xla" multiplies
     operands in their own dtype, at jax's default matmul precision. Differentiable in q, k and v.
@@ -35,7 +41,7 @@ def attention(
     integer), a window below 1 and an unknown implementation.
     """
     sizes = check(q, k, v, window, segment_ids)
-    kernel = "pallas" if tpu.is_faster(q, k, v) else None
+    kernel = "pallas" if platforms.kernels(tpu, gpu).is_faster(q, k, v) else None
     run = checks.choose("attention", IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
     scale = sizes["K"] ** -0.5 if scale is None else scale
     return run(q, k, v, scale, window, None if segment_ids is None else segments.number(segment_ids)).astype(v.dtype)

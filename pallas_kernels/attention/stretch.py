@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import checks, segments
+from pallas_kernels import checks, platforms, segments
 from pallas_kernels.attention import api, tpu, xla
 
 IMPLEMENTATIONS = {"xla": xla.attention_stretch, "pallas": tpu.attention_stretch}
@@ -23,7 +23,7 @@ def attention_stretch(
     """:func:`.attention` inside ``jax.shard_map``, each device along ``axis_name`` with a stretch of the sequence, in order.
 
     q, k, v, segment_ids: of the device's stretch. Every device gathers the keys and values of all: B T HK (K + V) numbers for a row of T.
-    implementation: "xla", "pallas" (without windows that padding may be in), or None for the one of the platform.
+    implementation: "xla", "pallas" (for TPU, without windows that padding may be in), or None for the one of the platform.
     Returns the output of the stretch.
     """
     sizes = api.check(q, k, v, window, segment_ids)
@@ -32,7 +32,8 @@ def attention_stretch(
     may_pad = segment_ids is not None or end[1][1] > 0
     if implementation == "pallas" and window is not None and may_pad:
         raise ValueError(f"attention: windows over padding, and {T} tokens are not whole blocks, take implementation='xla' or None")
-    kernel = "pallas" if tpu.is_faster(q, k, v) and not (window is not None and may_pad) else None
+    on_tpu = platforms.generation() != "hopper" and tpu.is_faster(q, k, v)
+    kernel = "pallas" if on_tpu and not (window is not None and may_pad) else None
     run = checks.choose("attention", IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     ids = jnp.pad(ids, end)

@@ -15,21 +15,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import chunks
+from pallas_kernels.attention.reach import Ranges, ranges, ranges_of_whole_rows
 from pallas_kernels.attention.reference import MASKED, cached_places, query_places
-from pallas_kernels.segments import Segments, one_segment
+from pallas_kernels.segments import Segments
 
 BLOCK = 128
 
 
 class Reach(NamedTuple):
-    """What each token attends to, in ranks: how many real tokens stand before a token in its row.
+    """What each token attends to, by blocks; ``first``, ``last`` and ``key`` as in :class:`.reach.Ranges`.
 
-    A query attends to the keys from its document's first, or its window's, up to itself, which is a range of ranks.
-
-    first, last: [N,B,C] int32, a query's range; empty at padding.
+    first, last: [N,B,C] int32, of queries.
     first_block: [N] int32, the first block of keys in reach of a block of queries.
     own_block: [N] int32, the last one, where the queries themselves are.
-    key: [all N,B,C] int32, a key's rank; in no range at padding.
+    key: [all N,B,C] int32.
     """
 
     first: jax.Array
@@ -46,19 +45,20 @@ class Reach(NamedTuple):
 def attention(q, k, v, scale, window, segments: Segments | None):
     """Blockwise attention; see api.py."""
     B, T = q.shape[:2]
-    if segments is None:
-        segments = one_segment(B, T)
-    else:  # what padding holds, nan included, ends here
-        q, k, v = (jnp.where(segments.real[:, :, None, None], a, 0) for a in (q, k, v))
     block = block_length(T)
-    return _attend_rows(scale, q, k, v, _reach(segments, window, block), block)
+    if segments is None:
+        reach = _reach(ranges_of_whole_rows(B, T, window, -T % block), block)
+    else:  # what padding holds, nan included, ends here
+        reach = _reach(ranges(segments, window, -T % block), block)
+        q, k, v = (jnp.where(segments.real[:, :, None, None], a, 0) for a in (q, k, v))
+    return _attend_rows(scale, q, k, v, reach, block)
 
 
 def attention_stretch(q, k, v, scale, window, segments: Segments, at):
     """The queries of the ``at``-th of equal stretches, whole blocks of :func:`block_length`, against the keys of all; see stretch.py."""
     block = block_length(q.shape[1])
     blocks = q.shape[1] // block
-    reach = _reach(segments, window, block).of_queries(at * blocks, blocks)
+    reach = _reach(ranges(segments, window, -k.shape[1] % block), block).of_queries(at * blocks, blocks)
     return _attend_rows(scale, q, k, v, reach, block)
 
 
@@ -112,18 +112,8 @@ def attention_prefill(q, k_cache, v_cache, length, scale, window, segments: Segm
     return jnp.moveaxis(output, 3, 1).reshape(B, T, H, -1)
 
 
-def _reach(segments: Segments, window, block) -> Reach:
-    index, real = segments
-    B, T = index.shape
-    end = [(0, 0), (0, -T % block)]
-    index, real = jnp.pad(index, end, mode="edge"), jnp.pad(real, end)
-    rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-    starts = jnp.diff(index, axis=1, prepend=0) > 0
-    first = jax.lax.cummax(jnp.where(starts, rank, 0), axis=1)
-    if window is not None:
-        first = jnp.maximum(first, rank - window + 1)
-    last, key = jnp.where(real, rank, -1), jnp.where(real, rank, T)
-    first, rank, last, key = (a.reshape(B, -1, block).swapaxes(0, 1) for a in (first, rank, last, key))
+def _reach(tokens: Ranges, block) -> Reach:
+    rank, first, last, key = (a.reshape(len(a), -1, block).swapaxes(0, 1) for a in tokens)
     # Neither first nor rank ever falls along a row: the last key of a block and the first query of a block decide.
     reached = jnp.any(rank[:, :, -1] >= first[:, None, :, 0], axis=2)  # [N queries, N keys]
     return Reach(first, last, jnp.sum(~reached, axis=1, dtype=jnp.int32), jnp.arange(len(key), dtype=jnp.int32), key)

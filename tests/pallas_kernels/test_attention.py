@@ -9,6 +9,7 @@ import pytest
 from pallas_kernels import segments
 from pallas_kernels.attention import attention, attention_prefill, attention_step, reference, tpu, xla
 from pallas_kernels.attention.api import IMPLEMENTATIONS
+from pallas_kernels.attention.reach import ranges, ranges_of_whole_rows
 from tests.helpers import random_segment_ids, tree_errors
 
 HARD = jnp.asarray(  # documents of a row of 37 tokens, as (id, length); an id used again, padding left, right, between and inside
@@ -134,13 +135,22 @@ def test_random_documents(small_blocks):
 
 
 def test_blocks_out_of_reach_are_not_visited():
+    def first_blocks(documents, window):
+        return xla._reach(ranges(documents, window), 8).first_block.tolist()
+
     one = segments.one_segment(1, 40)
-    assert xla._reach(one, None, 8).first_block.tolist() == [0, 0, 0, 0, 0]
-    assert xla._reach(one, 8, 8).first_block.tolist() == [0, 0, 1, 2, 3]
+    assert first_blocks(one, None) == [0, 0, 0, 0, 0]
+    assert first_blocks(one, 8) == [0, 0, 1, 2, 3]
     packed = jnp.repeat(jnp.asarray([1, 2, 1]), jnp.asarray([16, 10, 14]))
-    assert xla._reach(segments.number(packed[None]), None, 8).first_block.tolist() == [0, 0, 2, 2, 3]
+    assert first_blocks(segments.number(packed[None]), None) == [0, 0, 2, 2, 3]
     both = jnp.stack([packed, jnp.ones_like(packed)])  # a block is visited where any row needs it
-    assert xla._reach(segments.number(both), None, 8).first_block.tolist() == [0, 0, 0, 0, 0]
+    assert first_blocks(segments.number(both), None) == [0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("window", [None, 1, 6])
+def test_ranges_of_whole_rows_are_those_of_one_segment(window):
+    said, counted = ranges_of_whole_rows(2, 13, window, padding=3), ranges(segments.one_segment(2, 13), window, padding=3)
+    assert all(map(np.array_equal, said, counted))
 
 
 @pytest.mark.parametrize("dtype, bound", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])

@@ -1,0 +1,183 @@
+"""Attention on Hopper GPUs: cuDNN's where a row is one document, and else kernels that know documents, padding and windows.
+
+The kernels (:mod:`.gpu_kernels`) are FlashAttention in the form of Shah et al. 2024 without its overlap of softmax and products: two
+warpgroups compute, one loads. Blocks that no query of a tile reaches are not visited, so that packed documents cost what they are.
+Rows are padded to whole tiles and heads to multiples of 64 channels, with zeros.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import gpu_kernels
+from pallas_kernels.attention.gpu_kernels import ROWS, STAGES, TILE, WARPGROUPS, numbers, tokens
+from pallas_kernels.attention.reach import Ranges, ranges, ranges_of_whole_rows
+from pallas_kernels.segments import Segments
+
+LARGEST_HEAD = 128  # channels: with more, a tile of keys and its gradients does not fit in registers
+
+
+def is_faster(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+    """Whether these kernels take such arrays; they have not been timed on a card yet (docs/gpu.md)."""
+    return all(a.dtype == jnp.bfloat16 and a.shape[-1] <= LARGEST_HEAD for a in (q, k, v))
+
+
+def attention(q, k, v, scale, window, segments: Segments | None):
+    """See api.py. Raises ValueError for dtypes other than bfloat16 and for heads of more than 128 channels."""
+    for name, a in (("q", q), ("k", k), ("v", v)):
+        if a.dtype != jnp.bfloat16:
+            raise ValueError(f"attention: {name} has dtype {a.dtype}, needs bfloat16 for implementation='pallas' on a GPU")
+        if a.shape[-1] > LARGEST_HEAD:
+            wanted = f"needs {LARGEST_HEAD} at most for implementation='pallas' on a GPU"
+            raise ValueError(f"attention: {name} has heads of {a.shape[-1]}, {wanted}")
+    B, T = q.shape[:2]
+    if segments is None and _cudnn_takes(q, v):
+        return checkpoint_name(_by_cudnn(q, k, v, scale, window), "attention_output")
+    if segments is None:
+        reach = ranges_of_whole_rows(B, T, window, -T % TILE)
+    else:  # what padding holds, nan included, ends here
+        reach = ranges(segments, window, -T % TILE)
+        q, k, v = (jnp.where(segments.real[:, :, None, None], a, 0) for a in (q, k, v))
+    padded = [jnp.pad(a, [(0, 0), (0, -T % TILE), (0, 0), (0, -a.shape[-1] % 64)]) for a in (q, k, v)]
+    return _attend(scale, *padded, reach)[:, :T, :, : v.shape[-1]]
+
+
+def _cudnn_takes(q, v) -> bool:
+    """cuDNN is asked for on the machine that the program is traced on: JAX looks for its version there."""
+    return jax.default_backend() == "gpu" and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
+
+
+def _by_cudnn(q, k, v, scale, window, implementation="cudnn"):
+    reach = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, local_window_size=reach, implementation=implementation)
+
+
+class Plan(NamedTuple):
+    """Of one kernel. scale; tiles: of TILE tokens; block: tokens of the other side at a time; group: H / HK; keys, values: K and V."""
+
+    scale: float
+    tiles: int
+    block: int
+    group: int
+    keys: int
+    values: int
+
+    @classmethod
+    def of(cls, scale, q, k, v, block: int) -> "Plan":
+        return cls(scale, q.shape[1] // TILE, block, q.shape[2] // k.shape[2], k.shape[3], v.shape[3])
+
+    def call(self, body, operands, results, *, own, loads, streamed):
+        """own, streamed: the scratch of the tile, of which the first ``loads`` are loaded, and of the blocks that go by."""
+        barriers = (
+            plgpu.Barrier(num_arrivals=len(streamed), num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=loads, num_barriers=WARPGROUPS),
+        )
+        B, _, H, _ = operands[0].shape
+        return plgpu.kernel(
+            partial(body, self),
+            out_type=results,
+            grid=(B, H, self.tiles),
+            grid_names=("batch", "head", "tile"),
+            num_threads=WARPGROUPS + 1,
+            thread_name="wg",
+            scratch_types=[own, streamed, barriers],
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+        )(*operands)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scale, q, k, v, reach: Ranges):
+    """q [B,T,H,K], k [B,T,HK,K], v [B,T,HK,V], T whole tiles, K and V multiples of 64 -> [B,T,H,V]."""
+    return _forward(scale, q, k, v, reach)[0]
+
+
+def _forward(scale, q, k, v, reach):
+    """(output [B,T,H,V], the logsumexp [B,H,T] of base-2 logarithms)."""
+    plan = Plan.of(scale, q, k, v, block=TILE)
+    B, T, H, K = q.shape
+    return plan.call(
+        gpu_kernels.of_queries,
+        (q, k, v, reach.first, reach.last, reach.key, _first_block(reach, plan.block)),
+        (jax.ShapeDtypeStruct((B, T, H, plan.values), v.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)),
+        own=[
+            tokens(ROWS, K, WARPGROUPS),
+            *[numbers(ROWS, jnp.int32, WARPGROUPS)] * 2,
+            tokens(ROWS, plan.values, WARPGROUPS),
+            numbers(ROWS, jnp.float32, WARPGROUPS),
+        ],
+        loads=3,
+        streamed=_keys_and_values(plan),
+    )
+
+
+def _attend_forward(scale, q, k, v, reach):
+    output, logsumexp = _forward(scale, q, k, v, reach)
+    output = checkpoint_name(output, "attention_output")
+    logsumexp = checkpoint_name(logsumexp, "attention_logsumexp")
+    return output, (q, k, v, reach, output, logsumexp)
+
+
+def _attend_backward(scale, residuals, d_output):
+    q, k, v, reach, output, logsumexp = residuals
+    B, T, H, K = q.shape
+    mean = jnp.einsum("bthv,bthv->bht", output, d_output, preferred_element_type=jnp.float32)
+
+    plan = Plan.of(scale, q, k, v, block=TILE if max(K, v.shape[3]) <= 64 else ROWS)  # what fits in registers
+    dq = plan.call(
+        gpu_kernels.d_queries,
+        (q, k, v, d_output, reach.first, reach.last, reach.key, _first_block(reach, plan.block), logsumexp, mean),
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        own=[
+            tokens(ROWS, K, WARPGROUPS),
+            tokens(ROWS, plan.values, WARPGROUPS),
+            *[numbers(ROWS, jnp.int32, WARPGROUPS)] * 2,
+            *[numbers(ROWS, jnp.float32, WARPGROUPS)] * 2,
+        ],
+        loads=6,
+        streamed=_keys_and_values(plan),
+    )
+
+    plan = Plan.of(scale, q, k, v, block=ROWS)
+    dk, dv = plan.call(
+        gpu_kernels.d_keys,
+        (q, k, v, d_output, reach.first, reach.last, reach.key, _end_block(reach, plan.block), logsumexp, mean),
+        tuple(jax.ShapeDtypeStruct((B, T, H, width), q.dtype) for width in (K, plan.values)),
+        own=[tokens(ROWS, K, WARPGROUPS), tokens(ROWS, plan.values, WARPGROUPS), numbers(ROWS, jnp.int32, WARPGROUPS)],
+        loads=3,
+        streamed=[
+            tokens(ROWS, K, STAGES),
+            tokens(ROWS, plan.values, STAGES),
+            *[numbers(ROWS, jnp.int32, STAGES)] * 2,
+            *[numbers(ROWS, jnp.float32, STAGES)] * 2,
+        ],
+    )
+    return dq, _of_shared_heads(dk, plan.group), _of_shared_heads(dv, plan.group), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _keys_and_values(plan):
+    return [tokens(plan.block, plan.keys, STAGES), tokens(plan.block, plan.values, STAGES), numbers(plan.block, jnp.int32, STAGES)]
+
+
+def _first_block(reach: Ranges, block: int):
+    """[B,tiles]: the first block of keys whose last one the first query of a tile reaches."""
+    unreached = reach.rank[:, None, block - 1 :: block] < reach.first[:, ::TILE, None]
+    return jnp.sum(unreached, axis=2, dtype=jnp.int32)
+
+
+def _end_block(reach: Ranges, block: int):
+    """[B,tiles]: one past the last block of queries whose first one reaches the last key of a tile."""
+    reaching = reach.first[:, None, ::block] <= reach.rank[:, TILE - 1 :: TILE, None]
+    return jnp.sum(reaching, axis=2, dtype=jnp.int32)
+
+
+def _of_shared_heads(x, group):
+    """[B,T,H,K] -> [B,T,H/group,K], summed over the heads that read the same."""
+    return x if group == 1 else jnp.sum(x.reshape(*x.shape[:2], -1, group, x.shape[-1]), axis=3, dtype=jnp.float32).astype(x.dtype)

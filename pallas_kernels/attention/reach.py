@@ -1,0 +1,43 @@
+"""What each token attends to, as a range: what "causal, in its document, in its window, never padding" comes to."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.segments import Segments
+
+
+class Ranges(NamedTuple):
+    """In ranks: how many real tokens stand before a token in its row. All [B,T] int32; rank and first never fall along a row.
+
+    rank: of a token; of padding, that of the real token before it.
+    first, last: a query attends to the keys from its document's first, or its window's, up to itself; at padding to none.
+    key: a key's rank; in no range at padding.
+    """
+
+    rank: jax.Array
+    first: jax.Array
+    last: jax.Array
+    key: jax.Array
+
+
+def ranges(segments: Segments, window: int | None, padding: int = 0) -> Ranges:
+    """Those of ``segments`` with ``padding`` more tokens at the end of each row."""
+    index, real = segments
+    T, end = index.shape[1], [(0, 0), (0, padding)]
+    index, real = jnp.pad(index, end, mode="edge"), jnp.pad(real, end)
+    rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+    starts = jnp.diff(index, axis=1, prepend=0) > 0
+    first = jax.lax.cummax(jnp.where(starts, rank, 0), axis=1)
+    if window is not None:
+        first = jnp.maximum(first, rank - window + 1)
+    return Ranges(rank, first, jnp.where(real, rank, -1), jnp.where(real, rank, T))
+
+
+def ranges_of_whole_rows(B: int, T: int, window: int | None, padding: int = 0) -> Ranges:
+    """:func:`ranges` of rows that hold one document each: said outright, as XLA takes seconds to add up what it knows."""
+    place = jax.lax.broadcasted_iota(jnp.int32, (B, T + padding), 1)
+    rank = jnp.minimum(place, T - 1)
+    first = jnp.zeros_like(rank) if window is None else jnp.maximum(rank - window + 1, 0)
+    return Ranges(rank, first, jnp.where(place < T, rank, -1), jnp.where(place < T, rank, T))

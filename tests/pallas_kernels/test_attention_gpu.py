@@ -1,0 +1,90 @@
+"""Attention's kernels for Hopper, interpreted, against the reference in float32; lowered for a card; and what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.attention import attention, gpu, reference
+from tests.helpers import random_segment_ids, tree_errors
+from tests.pallas_kernels import hopper
+
+
+def example(seed, B, T, H, HK, K, V):
+    rng = np.random.default_rng(seed)
+    shapes = {"q": (B, T, H, K), "k": (B, T, HK, K), "v": (B, T, HK, V)}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for name, shape in shapes.items()}
+
+
+def value_and_gradients(arguments, **options):
+    def loss(arguments):
+        output = attention(**arguments, **options)
+        wave = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape)
+        return jnp.sum(output.astype(jnp.float32) * wave), output
+
+    (_, output), gradients = jax.value_and_grad(loss, has_aux=True)(arguments)
+    return {"output": output, **gradients}
+
+
+def check(arguments, **options):
+    """The kernels round where the XLA form does: to bfloat16, the weights and the gradients of the scores."""
+    with hopper.interpreted():
+        output = value_and_gradients(arguments, implementation="pallas", **options)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
+    wanted = value_and_gradients(wide, implementation="reference", **options)
+    narrow = tree_errors(value_and_gradients(arguments, implementation="xla", **options), wanted)
+    errors = tree_errors(output, wanted)
+    for name, error in errors.items():
+        assert error <= 1.5 * narrow[name], (name, errors, narrow)
+
+
+def test_documents_padding_and_shared_keys():
+    ids = np.repeat([[0, 1, 2, 0, 3]], [5, 60, 90, 5, 40], axis=1)
+    check(example(0, 1, 200, 2, 1, 64, 16), segment_ids=jnp.asarray(ids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "T, K, V, window",
+    [(128, 64, 64, None), (128, 64, 64, 1), (257, 16, 48, 70), (300, 128, 64, None), (300, 128, 128, 200), (1, 64, 64, None)],
+)
+def test_random_documents(T, K, V, window):
+    ids = random_segment_ids(np.random.default_rng(T), 2, T)
+    check(example(1, 2, T, 2, 2, K, V), segment_ids=jnp.asarray(ids), window=window)
+
+
+@pytest.mark.slow
+def test_rows_of_one_document_on_a_machine_without_cudnn():
+    check(example(2, 1, 384, 3, 3, 64, 64))
+
+
+def test_a_row_of_padding_is_zero_and_gives_no_gradients():
+    arguments = {name: jnp.full_like(x, jnp.nan) for name, x in example(3, 1, 16, 1, 1, 16, 16).items()}
+    with hopper.interpreted():
+        output = value_and_gradients(arguments, implementation="pallas", segment_ids=jnp.zeros((1, 16), jnp.int32))
+    assert all(not np.any(np.asarray(x, np.float32)) for x in output.values())
+
+
+def test_lowered_for_a_card():
+    arguments = example(4, 2, 200, 4, 2, 128, 64)
+    ids = jnp.asarray(random_segment_ids(np.random.default_rng(0), 2, 200))
+    text = hopper.lowered(lambda arguments: value_and_gradients(arguments, segment_ids=ids), arguments)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_what_cudnn_is_asked_for_is_this_operator(window):
+    arguments = jax.tree.map(lambda x: x.astype(jnp.float32), example(5, 2, 24, 4, 2, 16, 16))
+    output = gpu._by_cudnn(**arguments, scale=0.3, window=window, implementation="xla")
+    errors = tree_errors(output, reference.attention(**arguments, scale=0.3, window=window, segments=None))
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_what_the_kernels_do_not_take():
+    arguments = example(6, 1, 8, 1, 1, 136, 16)
+    with hopper.interpreted():
+        with pytest.raises(ValueError, match="q has heads of 136, needs 128 at most"):
+            attention(**arguments, implementation="pallas")
+        with pytest.raises(ValueError, match="v has dtype float32, needs bfloat16"):
+            attention(**example(6, 1, 8, 1, 1, 16, 16) | {"v": jnp.zeros((1, 8, 1, 16))}, implementation="pallas")
+        assert attention(**arguments).shape == (1, 8, 1, 16)  # by the XLA form
