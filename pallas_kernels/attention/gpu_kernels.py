@@ -62,7 +62,7 @@ def of_queries(plan, q, k, v, first, last, key, first_block, output, logsumexp, 
         def block(slot, carry):
             m, total, acc = carry
             k_smem, v_smem, key_smem = (ref.at[slot] for ref in streamed)
-            scores = _product(q_smem, plgpu.transpose_ref(k_smem, (1, 0))) * (plan.scale * LOG2E)
+            scores = _product(q_smem, k_smem.T) * (plan.scale * LOG2E)
             scores = jnp.where(_attends(reach, _column(key_smem), plan.block), scores, MASKED)
             m_next = jnp.maximum(m, scores.max(axis=1))
             # While nothing is attended to, less than nothing is subtracted, so that what is masked weighs nothing.
@@ -106,10 +106,10 @@ def d_queries(plan, q, k, v, d_output, first, last, key, first_block, logsumexp,
 
         def block(acc, slot):
             k_smem, v_smem, key_smem = (ref.at[slot] for ref in streamed)
-            scores = _product(q_smem, plgpu.transpose_ref(k_smem, (1, 0))) * (plan.scale * LOG2E)
+            scores = _product(q_smem, k_smem.T) * (plan.scale * LOG2E)
             scores = jnp.where(_attends(reach, _column(key_smem), plan.block), scores, MASKED)
             weights = jnp.exp2(scores - _across(lse, scores))
-            d_weights = _product(do_smem, plgpu.transpose_ref(v_smem, (1, 0)))
+            d_weights = _product(do_smem, v_smem.T)
             d_scores = weights * (d_weights - _across(delta, scores))
             plgpu.wgmma(acc, d_scores.astype(jnp.bfloat16), k_smem)
             plgpu.wgmma_wait(0)
@@ -142,12 +142,12 @@ def d_keys(plan, q, k, v, d_output, first, last, key, end_block, logsumexp, mean
 
         def block(acc_k, acc_v, slot):
             q_smem, do_smem, first_smem, last_smem, lse_smem, mean_smem = (ref.at[slot] for ref in streamed)
-            scores = _product(k_smem, plgpu.transpose_ref(q_smem, (1, 0))) * (plan.scale * LOG2E)
+            scores = _product(k_smem, q_smem.T) * (plan.scale * LOG2E)
             key_at = _across(keys, scores)
             allowed = (_along(_column(first_smem), scores) <= key_at) & (key_at <= _along(_column(last_smem), scores))
             weights = jnp.exp2(jnp.where(allowed, scores, MASKED) - _along(_column(lse_smem), scores))
             plgpu.wgmma(acc_v, weights.astype(jnp.bfloat16), do_smem)
-            d_weights = _product(v_smem, plgpu.transpose_ref(do_smem, (1, 0)))
+            d_weights = _product(v_smem, do_smem.T)
             d_scores = weights * (d_weights - _along(_column(mean_smem), scores))
             plgpu.wgmma(acc_k, d_scores.astype(jnp.bfloat16), q_smem)
             plgpu.wgmma_wait(0)
