@@ -23,6 +23,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # Instructions that name, regroup or wait for data and move none.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
 FREE |= {"copy-done", "slice-done", "async-done", "all-gather-done", "all-reduce-done", "collective-permute-done"}
+FREE |= {"fusion-done"}
+FUSIONS = {"fusion", "fusion-start"}  # the second goes on beside what follows it, on a GPU
 ALLOCATION = 'custom_call_target="AllocateBuffer"'
 CONTROL = {"while", "conditional", "call", "async-start"}
 
@@ -71,7 +73,7 @@ class Module:
         """An instruction with its computation, and where it is a fusion all that it consists of, each with its own."""
         instruction = self.computations[computation][name]
         yield computation, instruction
-        if instruction.opcode == "fusion":
+        if instruction.opcode in FUSIONS:
             for called in _called(instruction):
                 for inner in self.computations[called]:
                     yield from self.parts(called, inner)
@@ -116,10 +118,11 @@ class Module:
 
     def _bytes(self, computation, instruction) -> int:
         arrays = self.computations[computation]
-        if instruction.opcode == "fusion":
+        if instruction.opcode in FUSIONS:
             inside = _called(instruction)[0]
             read = sum(self._read(inside, i, arrays[name].type) for i, name in enumerate(instruction.operands))
-            return read + self._written(inside, instruction.type)
+            type = instruction.type if instruction.opcode == "fusion" else _root(self.computations[inside]).type
+            return read + self._written(inside, type)
         if instruction.opcode == "dynamic-slice":
             return 2 * hbm_bytes(instruction.type)
         if instruction.opcode == "dynamic-update-slice":
