@@ -25,7 +25,7 @@ def shortened(shape):
 def _errors(case: Case) -> dict[str, float]:
     expected = _expected(dataclasses.replace(case, implementation="reference"))
     outputs = jax.jit(program(case))(*arguments(case))
-    return {name: _relative_error(out, expected[name]) for name, out in outputs.items()}
+    return {name: relative_error(out, expected[name]) for name, out in outputs.items()}
 
 
 @functools.cache
@@ -35,7 +35,8 @@ def _expected(case: Case) -> dict[str, jax.Array]:
     return jax.jit(program(case))(floating, others, cotangents)
 
 
-def _relative_error(out, expected) -> float:
+def relative_error(out, expected) -> float:
+    """||out - expected|| / ||expected||, in float64."""
     out, expected = np.asarray(out, np.float64), np.asarray(expected, np.float64)
     scale = np.linalg.norm(expected)
     return float(np.linalg.norm(out - expected) / (scale if scale else 1.0))
@@ -48,11 +49,16 @@ def check(case: Case, smaller: Callable = shortened) -> dict:
     """
     if case.implementation == "reference":
         return {}
-    at, tolerance = smaller(case.shape), TOLERANCE[case.dtype]
-    found = _errors(dataclasses.replace(case, shape_name="", shape=at, pass_name="forward_backward"))
+    at = smaller(case.shape)
+    return verdict(_errors(dataclasses.replace(case, shape_name="", shape=at, pass_name="forward_backward")), case.dtype, at)
+
+
+def verdict(found: dict[str, float], dtype: str, checked) -> dict:
+    """Of a row: relative errors found at a shape and what they are held against; "failure" where they are too large."""
+    tolerance = TOLERANCE[dtype]
     # JSON has no nan: null stands for what is not finite.
     row = {"errors": {name: error if np.isfinite(error) else None for name, error in found.items()}}
-    row |= {"tolerance": tolerance, "checked_shape": dataclasses.asdict(at)}
+    row |= {"tolerance": tolerance, "checked_shape": dataclasses.asdict(checked)}
     if not all(error <= tolerance for error in found.values()):  # a nan is not below it
         worst = ", ".join(f"{name} {error:.1e}" for name, error in found.items() if not error <= tolerance)
         row["failure"] = f"not measured, errors above {tolerance:g}: {worst}"

@@ -139,10 +139,13 @@ class Module:
         whole = hbm_bytes(type)
         arrays = self.computations[computation]
         names = [i.name for i in arrays.values() if i.opcode == "parameter" and i.operands == (str(index),)]
+        names += [i.name for i in arrays.values() if i.opcode == "bitcast" and _source(arrays, i.name).name in names]
         read = 0
         for user in (i for i in arrays.values() if any(name in i.operands for name in names)):
-            if user.opcode == "dynamic-slice" and user.operands[0] in names:
+            if user.opcode in ("dynamic-slice", "slice") and user.operands[0] in names:
                 read += array_bytes(user.type)
+            elif user.name in names:  # the same array under another name
+                continue
             elif user.opcode == "fusion":
                 inside = _called(user)[0]
                 read += sum(self._read(inside, i, type) for i, name in enumerate(user.operands) if name in names)

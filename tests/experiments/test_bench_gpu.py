@@ -146,6 +146,32 @@ ENTRY %main (x.0: f32[8,64], y.0: f32[1,64], i.0: s32[]) -> f32[8,64] {
 """
 
 
+RENAMED = """\
+HloModule jit_h
+%rows (p.0: f32[8,64], p.1: s32[]) -> f32[64] {
+  %p.0 = f32[8,64]{1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %b = f32[8,1,64]{2,1,0} bitcast(%p.0)
+  %zero = s32[] constant(0)
+  %row = f32[1,1,64]{2,1,0} dynamic-slice(%b, %p.1, %zero, %zero), dynamic_slice_sizes={1,1,64}
+  %first = f32[1,64]{1,0} slice(%p.0), slice={[0:1], [0:64]}
+  %one = f32[64]{0} bitcast(%row)
+  %other = f32[64]{0} bitcast(%first)
+  ROOT %sum = f32[64]{0} add(%one, %other)
+}
+
+ENTRY %main (x.0: f32[8,64], i.0: s32[]) -> f32[64] {
+  %x.0 = f32[8,64]{1,0} parameter(0)
+  %i.0 = s32[] parameter(1)
+  ROOT %f = f32[64]{0} fusion(%x.0, %i.0), kind=kLoop, calls=%rows
+}
+"""
+
+
+def test_of_an_array_that_is_sliced_under_another_name_slices_are_read():
+    assert [(e.name, e.hbm_bytes) for e in hlo.Module(RENAMED).executions] == [("f", 256 + 256 + 4 + 256)]
+
+
 def test_a_fusion_that_runs_beside_others_is_counted_once():
     assert [(e.name, e.hbm_bytes) for e in hlo.Module(BESIDE).executions] == [("s", 256 + 256 + 4)]
 
