@@ -66,15 +66,12 @@ def kernels(folder: Path) -> list[Kernel]:
 
 
 def _kernel(path: Path) -> Kernel:
-    facts = resources(path.read_text())
     module, assembled = path.with_suffix(".before_layout_inference.txt"), path.with_suffix(".sass_ctrl")
-    facts |= launch(module.read_text()) if module.exists() else {"ctas": None, "threads": None, "smem_bytes": _scratch(path)}
+    if not module.exists():  # only kernels whose layouts are inferred have it; the log begins with the same, and is many times as long
+        module = path.with_suffix(".mlir-passes.log")
+    facts = resources(path.read_text()) | launch(module.read_text())
     facts |= issued(assembled.read_text()) if assembled.exists() else {}
     return Kernel(path.stem.rsplit("_", 1)[0], **facts)
-
-
-def _scratch(path: Path) -> int:
-    return int(re.search(r"smem_scratch_bytes=(\d+)", path.with_suffix(".resources.txt").read_text())[1])
 
 
 def resources(text: str) -> dict[str, int]:
@@ -84,8 +81,9 @@ def resources(text: str) -> dict[str, int]:
 
 def launch(text: str) -> dict[str, int | None]:
     """Of a kernel's MLIR module: the blocks of its grid, threads of a block and their shared memory; None for what is no constant."""
-    constants = {name: int(value) for name, value in _CONSTANT.findall(text)}
-    blocks, threads, smem = _LAUNCH.search(text).groups()
+    found = _LAUNCH.search(text)
+    constants = {name: int(value) for name, value in _CONSTANT.findall(text[: found.start()])}
+    blocks, threads, smem = found.groups()
 
     def size(axes):
         sizes = [constants.get(axis.split("=")[1].strip()) for axis in axes.split(",")]

@@ -1,12 +1,15 @@
 """Costs read from what the GPU compiler wrote: ptxas's report, the launch, loops of the assembled program; and one row of the compiler."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from experiments.benchmarks import cases, gpu_static, hlo, sass
+from experiments.benchmarks import cases, correctness, gpu_static, hlo, sass
+from pallas_kernels.linear_scan import gpu
 from tests.experiments.test_bench import ROOT
 
 PTXAS = """\
@@ -78,7 +81,8 @@ def test_a_loop_without_a_constant_is_counted_once_and_said():
 def test_kernels_are_read_in_the_order_they_were_compiled_in(tmp_path):
     for name in ("scale_10", "scale_9"):
         (tmp_path / f"{name}.ptxas").write_text(PTXAS.replace("40", name[6:]))
-        (tmp_path / f"{name}.before_layout_inference.txt").write_text(MODULE)
+        ending = "before_layout_inference.txt" if name == "scale_9" else "mlir-passes.log"
+        (tmp_path / f"{name}.{ending}").write_text(MODULE)
         (tmp_path / f"{name}.sass_ctrl").write_text(SASS)
     found = sass.kernels(tmp_path)
     assert [(k.name, k.registers, k.ctas, k.unknown_loops) for k in found] == [("scale", 9, 128, 0), ("scale", 10, 128, 0)]
@@ -192,6 +196,30 @@ def test_kernels_are_found_by_what_there_is():
     taken = {case.operator for case in cases.select([], ["pallas"], [], "bfloat16") if gpu_static.takes(case)}
     assert taken == {path.parent.name for path in (ROOT / "pallas_kernels").glob("*/gpu.py")} >= {"linear_scan"}
     assert all(gpu_static.takes(case) for case in cases.select([], ["xla"], [], "bfloat16"))
+
+
+def test_what_the_interpreter_does_not_know_is_compiled_unchecked_and_what_it_finds_wrong_is_not(monkeypatch):
+    (case,) = cases.select(["linear_scan"], ["pallas"], ["tiny"], "bfloat16")
+    monkeypatch.setattr(gpu_static, "small", lambda shape: dataclasses.replace(shape, B=1, T=16))
+
+    def instead(body):
+        monkeypatch.setattr(gpu, "linear_scan", body)
+        correctness._errors.cache_clear()
+        return gpu_static.interpreted_check(case)
+
+    def unknown(decay, x, initial_state):
+        raise NotImplementedError("wgmma of what\nand more")
+
+    assert instead(unknown) == {"unchecked": f"the interpreter of jax {jax.__version__}: NotImplementedError: wgmma of what"}
+    assert "not measured, errors above" in instead(lambda decay, x, initial_state: (2 * x, initial_state))["failure"]
+
+
+def test_a_kernel_is_checked_in_the_interpreter(monkeypatch):
+    (case,) = cases.select(["linear_scan"], ["pallas"], ["tiny"], "bfloat16")
+    monkeypatch.setattr(gpu_static, "small", lambda shape: dataclasses.replace(shape, B=1, T=16))
+    correctness._errors.cache_clear()
+    row = gpu_static.interpreted_check(case)
+    assert 0 < max(row["errors"].values()) < row["tolerance"] and row["checked_shape"]["T"] == 16
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch):
