@@ -36,7 +36,7 @@ def cases(operators: list[str], shapes: list[str], configs: list[str]) -> list:
     one_each = select(operators or list(OPERATORS), ["xla", "pallas"], shapes or ["*340m", "*1b3"], DTYPE)
     peers = [dataclasses.replace(c, implementation="fla") for c in one_each if c.implementation == "xla" and _peer(c)]
     found = [case for one in [*filter(takes, one_each), *peers] for at in at_lengths(one, LENGTHS) for case in both_passes(at)]
-    found.sort(key=lambda case: LENGTHS.index(case.shape.T) if case.shape.T in LENGTHS else 0)  # and else as they are
+    found.sort(key=lambda case: (case.shape.T not in LENGTHS or LENGTHS.index(case.shape.T), case.implementation == "xla", case.shape_name))
     return [*found, *gpu_steps.select(configs or gpu_steps.CONFIGS)]
 
 

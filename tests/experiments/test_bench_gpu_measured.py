@@ -84,6 +84,8 @@ def test_what_is_measured_and_in_which_order():
     assert found == operators + steps
     assert [c.shape.T for c in operators] == sorted((c.shape.T for c in operators), key=gpu.LENGTHS.index)
     assert all(c.shape.B * c.shape.T == 32768 and c.dtype == "bfloat16" for c in operators)
+    of_one_length = [c.implementation for c in operators if c.shape.T == gpu.LENGTHS[0]]
+    assert of_one_length.index("xla") == len(of_one_length) - of_one_length.count("xla")  # what is compared with most comes last
     ours = {c.operator for c in operators if c.implementation == "pallas"}
     assert "linear_scan" in ours <= set(gpu.OPERATORS)
     for shape in {(c.shape_name, c.pass_name) for c in operators}:
