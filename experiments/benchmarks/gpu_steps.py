@@ -26,7 +26,8 @@ FAMILIES = ("hgrn", "hgrn2", "retnet", "gla", "delta_net", "gated_delta_net")
 CONFIGS = ["transformer:340m", *(f"{family}_{ratio}:340m" for ratio in ("r6", "pure", "r3") for family in FAMILIES)]
 WINDOWS = (2048, 8192)
 ALL = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}  # of the card, for JAX
-ROOM = 0.95  # of that, which a step may take; where it takes more without remat, blocks are computed twice
+REMATS = ("operators", "block")  # the first that fits is taken; without any, XLA writes and reads more than it would compute again
+ROOM = 0.95  # of JAX's share, which a step may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +55,13 @@ def select(configs: list[str]) -> list[Case]:
     """A case for each configuration, window and side. Raises ValueError for a configuration that does not exist."""
     found = [Case(side, config, window) for config in configs for window in WINDOWS for side in ("ours", "fla")]
     for case in found:
-        case.run_config("none")
+        case.run_config(REMATS[0])
     return found
 
 
 def time_ours(case: Case) -> dict:
     """Of a row: seconds of a step on the local card, with random tokens and parameters as a run begins with."""
-    for remat in ("none", "block"):
+    for remat in REMATS:
         config = case.run_config(remat)
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         with jax.set_mesh(mesh):
@@ -92,7 +93,7 @@ def time_ours(case: Case) -> dict:
 
 def measure(case: Case) -> dict:
     """The row of a step, run in a process that ends with it."""
-    config = case.run_config("none")
+    config = case.run_config(REMATS[0])
     with contextlib.closing(Process(f"the process of {case}", ALL)) as process:
         if case.implementation == "ours":
             row = process.call(time_ours, case)
