@@ -23,7 +23,7 @@ from hybrid_jax.train.step import compile_step, make_program
 from hybrid_jax.train.throughput import training_flops
 
 FAMILIES = ("hgrn", "hgrn2", "retnet", "gla", "delta_net", "gated_delta_net")
-CONFIGS = ["transformer:340m", *(f"{family}_{ratio}:340m" for ratio in ("r6", "pure", "r3") for family in FAMILIES)]
+CONFIGS = ["transformer:340m", *(f"{family}_{ratio}:340m" for ratio in ("pure", "r6", "r3") for family in FAMILIES)]
 WINDOWS = (2048, 8192)
 ALL = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}  # of the card, for JAX
 REMATS = ("operators", "block")  # the first that fits is taken; without any, XLA writes and reads more than it would compute again
