@@ -12,6 +12,7 @@ from types import ModuleType
 
 import jax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -102,13 +103,30 @@ def pallas_call(body: Callable, *, name: str, out_shape: tuple[jax.ShapeDtypeStr
     """
 
     def run(*operands, interpret):
-        varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-        operands = [_vary(a, varying) for a in operands]
+        operands = [_vary(a, _varying(operands)) for a in operands]
         axes = jax.typeof(operands[0]).manual_axis_type
         shapes = tuple(jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=axes) for s in out_shape)
         return pl.pallas_call(body, name=name, out_shape=shapes, interpret=interpret, **keywords)(*operands)
 
     return kernel(name, run)
+
+
+def gpu_call(body: Callable, *, name: str, out_type: tuple[jax.ShapeDtypeStruct, ...], **keywords) -> Callable:
+    """``plgpu.kernel``, a Mosaic GPU kernel, whose results vary over the axes of a mesh as its operands do; keywords as there.
+
+    Inside of it nothing varies but what is read from an operand: a loop's carry must not begin with that as it is.
+    """
+
+    def run(*operands):
+        results = plgpu.kernel(body, out_type=out_type, kernel_name=name, **keywords)(*operands)
+        return tuple(_vary(result, _varying(operands)) for result in results)
+
+    return run
+
+
+def _varying(arrays):
+    """The axes of a mesh that any of the arrays varies over."""
+    return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
 
 
 def _vary(x, axes):

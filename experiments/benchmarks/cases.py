@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 OPERATORS = ("linear_scan", "gated_linear_attention", "gated_delta_rule", "attention", "causal_conv")
 PASSES = ("forward", "forward_backward")
+MODELS = ("340m", "1b3")  # how the names of models' shapes end
+TOKENS = 32768  # of a step on one card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,16 @@ def arguments(case: Case) -> tuple[dict, ...]:
     outputs = jax.eval_shape(program(dataclasses.replace(case, pass_name="forward")), floating, others)
     keys = dict(zip(outputs, jax.random.split(jax.random.key(1), len(outputs)), strict=True))
     return floating, others, {name: jax.random.normal(keys[name], a.shape, a.dtype) for name, a in outputs.items()}
+
+
+def at_lengths(case: Case, lengths: Iterable[int]) -> list[Case]:
+    """The case of a model's shape at each length, in as many rows as make ``TOKENS``; any other as it is."""
+    if not case.shape_name.endswith(MODELS):
+        return [case]
+    return [
+        dataclasses.replace(case, shape_name=f"{case.shape_name} T={T}", shape=dataclasses.replace(case.shape, B=TOKENS // T, T=T))
+        for T in lengths
+    ]
 
 
 def both_passes(case: Case) -> Iterable[Case]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,8 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 CHECKED_T = 256  # longer shapes are checked at this length
 
 
-def errors(case: Case) -> dict[str, float]:
-    """Relative errors of outputs and gradients against the float32 reference, at no more than ``CHECKED_T`` tokens."""
-    return _errors(dataclasses.replace(case, shape=shortened(case.shape), pass_name="forward_backward"))
-
-
 def shortened(shape):
+    """No more than ``CHECKED_T`` tokens of it."""
     return dataclasses.replace(shape, T=min(shape.T, CHECKED_T))
 
 
@@ -28,7 +25,7 @@ def shortened(shape):
 def _errors(case: Case) -> dict[str, float]:
     expected = _expected(dataclasses.replace(case, implementation="reference"))
     outputs = jax.jit(program(case))(*arguments(case))
-    return {name: _relative_error(out, expected[name]) for name, out in outputs.items()}
+    return {name: relative_error(out, expected[name]) for name, out in outputs.items()}
 
 
 @functools.cache
@@ -38,20 +35,30 @@ def _expected(case: Case) -> dict[str, jax.Array]:
     return jax.jit(program(case))(floating, others, cotangents)
 
 
-def _relative_error(out, expected) -> float:
+def relative_error(out, expected) -> float:
+    """||out - expected|| / ||expected||, in float64."""
     out, expected = np.asarray(out, np.float64), np.asarray(expected, np.float64)
     scale = np.linalg.norm(expected)
     return float(np.linalg.norm(out - expected) / (scale if scale else 1.0))
 
 
-def check(case: Case) -> dict:
-    """Of a row: the errors and what they are held against; "failure" where they are too large. Empty for the reference itself."""
+def check(case: Case, smaller: Callable = shortened) -> dict:
+    """Of a row: the errors and what they are held against; "failure" where they are too large. Empty for the reference itself.
+
+    The errors are relative, of outputs and gradients to those of the float32 reference, at the ``smaller`` of the case's shape.
+    """
     if case.implementation == "reference":
         return {}
-    found, tolerance = errors(case), TOLERANCE[case.dtype]
+    at = smaller(case.shape)
+    return verdict(_errors(dataclasses.replace(case, shape_name="", shape=at, pass_name="forward_backward")), case.dtype, at)
+
+
+def verdict(found: dict[str, float], dtype: str, checked) -> dict:
+    """Of a row: relative errors found at a shape and what they are held against; "failure" where they are too large."""
+    tolerance = TOLERANCE[dtype]
     # JSON has no nan: null stands for what is not finite.
     row = {"errors": {name: error if np.isfinite(error) else None for name, error in found.items()}}
-    row |= {"tolerance": tolerance, "checked_shape": dataclasses.asdict(shortened(case.shape))}
+    row |= {"tolerance": tolerance, "checked_shape": dataclasses.asdict(checked)}
     if not all(error <= tolerance for error in found.values()):  # a nan is not below it
         worst = ", ".join(f"{name} {error:.1e}" for name, error in found.items() if not error <= tolerance)
         row["failure"] = f"not measured, errors above {tolerance:g}: {worst}"

@@ -23,6 +23,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # Instructions that name, regroup or wait for data and move none.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
 FREE |= {"copy-done", "slice-done", "async-done", "all-gather-done", "all-reduce-done", "collective-permute-done"}
+FREE |= {"fusion-done"}
+FUSIONS = {"fusion", "fusion-start"}  # the second goes on beside what follows it, on a GPU
 ALLOCATION = 'custom_call_target="AllocateBuffer"'
 CONTROL = {"while", "conditional", "call", "async-start"}
 
@@ -71,7 +73,7 @@ class Module:
         """An instruction with its computation, and where it is a fusion all that it consists of, each with its own."""
         instruction = self.computations[computation][name]
         yield computation, instruction
-        if instruction.opcode == "fusion":
+        if instruction.opcode in FUSIONS:
             for called in _called(instruction):
                 for inner in self.computations[called]:
                     yield from self.parts(called, inner)
@@ -116,10 +118,11 @@ class Module:
 
     def _bytes(self, computation, instruction) -> int:
         arrays = self.computations[computation]
-        if instruction.opcode == "fusion":
+        if instruction.opcode in FUSIONS:
             inside = _called(instruction)[0]
             read = sum(self._read(inside, i, arrays[name].type) for i, name in enumerate(instruction.operands))
-            return read + self._written(inside, instruction.type)
+            type = instruction.type if instruction.opcode == "fusion" else _root(self.computations[inside]).type
+            return read + self._written(inside, type)
         if instruction.opcode == "dynamic-slice":
             return 2 * hbm_bytes(instruction.type)
         if instruction.opcode == "dynamic-update-slice":
@@ -136,10 +139,13 @@ class Module:
         whole = hbm_bytes(type)
         arrays = self.computations[computation]
         names = [i.name for i in arrays.values() if i.opcode == "parameter" and i.operands == (str(index),)]
+        names += [i.name for i in arrays.values() if i.opcode == "bitcast" and _source(arrays, i.name).name in names]
         read = 0
         for user in (i for i in arrays.values() if any(name in i.operands for name in names)):
-            if user.opcode == "dynamic-slice" and user.operands[0] in names:
+            if user.opcode in ("dynamic-slice", "slice") and user.operands[0] in names:
                 read += array_bytes(user.type)
+            elif user.name in names:  # the same array under another name
+                continue
             elif user.opcode == "fusion":
                 inside = _called(user)[0]
                 read += sum(self._read(inside, i, type) for i, name in enumerate(user.operands) if name in names)

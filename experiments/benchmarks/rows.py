@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,8 @@ class Suite(NamedTuple):
     """What is measured: which cases a selected one stands for, their row, what a table shows of it, and a picture, if there is one.
 
     A case says what it is by ``str`` and, for the row, by its ``identity``; ``about`` is what all rows of the suite are of, failed ones
-    included. ``draw`` takes the rows and the file that they are in.
+    included. ``draw`` takes the rows and the file that they are in. Where there is ``until``, by ``time.monotonic``, no row is begun after
+    it, and what the file has of this revision is not measured again: the same command goes on where it was.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Suite(NamedTuple):
     columns: dict[str, Callable[[dict], str]]  # heading -> text of a row
     draw: Callable[[list[dict], Path], Path] | None = None
     about: dict = {}
+    until: float | None = None
 
 
 @functools.cache
@@ -94,8 +97,18 @@ def table(suite: Suite, cases: list[Case], rows: list[dict]) -> Table:
     return table
 
 
+def unmeasured(cases: list[Case], suite: Suite, output: Path) -> list[Case]:
+    """The cases that a file has no row of, measured on this device at this revision."""
+    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    here = {"suite": suite.name} | {name: provenance()[name] for name in ("device", "git")}
+    done = [row for row in rows if "failure" not in row and all(row[name] == value for name, value in here.items())]
+    return [case for case in cases if not any(case.identity.items() <= row.items() for row in done)]
+
+
 def run(cases: list[Case], suite: Suite, output: Path) -> list[dict]:
     """Measure the cases one after the other, a line printed and a row appended for each."""
+    if suite.until is not None:
+        cases = unmeasured(cases, suite, output)
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a log has no width to fit
@@ -104,6 +117,9 @@ def run(cases: list[Case], suite: Suite, output: Path) -> list[dict]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(cases))
         for number, case in enumerate(cases, 1):
+            if suite.until is not None and time.monotonic() > suite.until:
+                console.print(f"the time is over: {len(cases) - len(rows)} are left for the same command, given again")
+                break
             progress.update(task, description=str(case))
             row = append(measure(suite.name, suite.measure, case, suite.about), output)
             rows.append(row)

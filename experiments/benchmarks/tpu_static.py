@@ -10,14 +10,10 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import multiprocessing
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import jax
@@ -28,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from experiments.benchmarks import hlo, schedule, tpu_chart
 from experiments.benchmarks.cases import Case, arguments, both_passes, program
 from experiments.benchmarks.correctness import check
+from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
 
 
@@ -71,8 +68,8 @@ def devices(topology: str, slices: int = 1) -> list:
     return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
 
 
-class Compiler:
-    """A process that compiles for one target, started anew where the compiler took the last one down with it.
+class Compiler(Process):
+    """A process that compiles for one target.
 
     With ``schedule``, libtpu writes down the schedule of every kernel, which takes it minutes and gigabytes for a whole model.
     """
@@ -80,13 +77,8 @@ class Compiler:
     def __init__(self, target: str, schedule: bool = True):
         self.target = target
         self.dumps = Path(tempfile.mkdtemp(prefix="tpu_static_"))
-        self._options = f"--xla_jf_dump_to={self.dumps} --xla_jf_dump_llo_text=true" if schedule else ""
-        self._start()
-
-    def _start(self):
-        os.environ.update(ENVIRONMENT, LIBTPU_INIT_ARGS=self._options)  # what a process finds when it is spawned,
-        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        self._pool.submit(os.getpid).result()  # which is now
+        options = f"--xla_jf_dump_to={self.dumps} --xla_jf_dump_llo_text=true" if schedule else ""
+        super().__init__("the TPU compiler", ENVIRONMENT | {"LIBTPU_INIT_ARGS": options})
 
     def cost(self, case: Case) -> dict:
         """:func:`compile_cost` in that process. Raises RuntimeError where it dies."""
@@ -94,16 +86,8 @@ class Compiler:
         self.dumps.mkdir()
         return self.call(compile_cost, case, self.target, self.dumps, jax.config.jax_default_matmul_precision)
 
-    def call(self, function: Callable[..., dict], *arguments) -> dict:
-        """``function(*arguments)`` in that process. Raises RuntimeError where it dies."""
-        try:
-            return self._pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            self._start()
-            raise RuntimeError("the TPU compiler ended its process") from None
-
     def close(self):
-        self._pool.shutdown()
+        super().close()
         shutil.rmtree(self.dumps, ignore_errors=True)
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import checks, segments
-from pallas_kernels.linear_scan import associative_scan, reference, tpu, xla
+from pallas_kernels import checks, platforms, segments
+from pallas_kernels.linear_scan import associative_scan, gpu, reference, tpu, xla
 
 
 def _widened(scan: Callable) -> Callable:
@@ -19,12 +19,16 @@ def _widened(scan: Callable) -> Callable:
     return run
 
 
+def _kernel(decay, x, initial_state):
+    return platforms.kernels(tpu, gpu).linear_scan(decay, x, initial_state)
+
+
 # Each of whole rows: (decay, x, initial_state) -> (h, final_state).
 IMPLEMENTATIONS = {
     "reference": _widened(reference.linear_scan),
     "xla": _widened(xla.linear_scan),
     "associative_scan": _widened(associative_scan.linear_scan),
-    "pallas": tpu.linear_scan,
+    "pallas": _kernel,
 }
 
 
@@ -43,9 +47,9 @@ def linear_scan(
     initial_state: [B,D], h before the first real token; zeros where None.
     segment_ids: [B,T] integers. The state starts at zero where the id changes; 0 marks padding, which changes no state and
         whose output is 0. ``initial_state`` belongs to the first real token's segment, the final state to the last one's.
-    implementation: "reference" (token by token), "xla" (blocks side by side), "associative_scan" or "pallas" (a TPU kernel,
-        interpreted on CPU; float32 and bfloat16). None takes the fastest measured for the platform that the program is lowered
-        for: "pallas" on TPU, "xla" elsewhere.
+    implementation: "reference" (token by token), "xla" (blocks side by side), "associative_scan" or "pallas" (a kernel for
+        TPUs, interpreted on CPU, and one for Hopper GPUs; float32 and bfloat16). None takes the fastest for the platform that the
+        program is lowered for: "pallas" on TPU and on Hopper where D is a multiple of 128, "xla" elsewhere.
 
     Returns (h [B,T,D] in x's dtype, final_state [B,D] in float32). Sums run in float32, in float64 where an input is float64.
     Differentiable in decay, x and initial_state. Raises ValueError for shapes, dtypes or names that do not fit.
@@ -59,7 +63,7 @@ def linear_scan(
     checks.check_segment_ids(operator, segment_ids)
     if sizes["T"] == 0:
         raise ValueError(f"{operator}: x has shape {x.shape}, needs T >= 1")
-    kernel = "pallas" if tpu.is_faster(decay, x) else None
+    kernel = "pallas" if platforms.kernels(tpu, gpu).is_faster(decay, x) else None
     scan = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
 
     if initial_state is None:

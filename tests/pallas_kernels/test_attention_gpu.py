@@ -28,7 +28,7 @@ def value_and_gradients(arguments, **options):
 
 def check(arguments, **options):
     """The kernels round where the XLA form does: to bfloat16, the weights and the gradients of the scores."""
-    with hopper.interpreted():
+    with hopper.kernels():
         output = value_and_gradients(arguments, implementation="pallas", **options)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
     wanted = value_and_gradients(wide, implementation="reference", **options)
@@ -60,7 +60,7 @@ def test_rows_of_one_document_on_a_machine_without_cudnn():
 
 def test_a_row_of_padding_is_zero_and_gives_no_gradients():
     arguments = {name: jnp.full_like(x, jnp.nan) for name, x in example(3, 1, 16, 1, 1, 16, 16).items()}
-    with hopper.interpreted():
+    with hopper.kernels():
         output = value_and_gradients(arguments, implementation="pallas", segment_ids=jnp.zeros((1, 16), jnp.int32))
     assert all(not np.any(np.asarray(x, np.float32)) for x in output.values())
 
@@ -82,7 +82,7 @@ def test_what_cudnn_is_asked_for_is_this_operator(window):
 
 def test_what_the_kernels_do_not_take():
     arguments = example(6, 1, 8, 1, 1, 136, 16)
-    with hopper.interpreted():
+    with hopper.kernels():
         with pytest.raises(ValueError, match="q has heads of 136, needs 128 at most"):
             attention(**arguments, implementation="pallas")
         with pytest.raises(ValueError, match="v has dtype float32, needs bfloat16"):

@@ -1,0 +1,28 @@
+"""Seconds a call of work that a device does on its own time, measured alike whatever library drives it."""
+
+import time
+from collections.abc import Callable
+
+SECONDS = 0.4  # about how long calls are repeated for, after the first
+BATCH = 0.02  # seconds of a batch of calls at least, so that starting and awaiting it do not count
+LEAST = 3  # batches
+
+
+def batches(call: Callable[[], object], wait: Callable[[object], object]) -> list[float]:
+    """Seconds a call, of each batch: calls are made one after the other and only the last one's result is awaited.
+
+    The first call, which may compile, and the next, which says how long one takes, are left out.
+    """
+    wait(call())
+    start = time.perf_counter()
+    wait(call())
+    once = time.perf_counter() - start
+    calls = max(1, round(BATCH / once))
+    times: list[float] = []
+    while len(times) < LEAST or sum(times) * calls < SECONDS:
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        wait(result)
+        times.append((time.perf_counter() - start) / calls)
+    return times

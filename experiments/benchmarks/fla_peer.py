@@ -1,0 +1,220 @@
+"""flash-linear-attention's side of a comparison: its Triton operators and models, in a process of their own, with torch.
+
+Nothing but the functions that run there imports torch or fla. Arrays come and go as numpy's, in float32: bfloat16 is exact in it.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from experiments.benchmarks.batches import batches
+
+# float32 arrays by name, and the dtype that each has: what an operator is given.
+Arrays = dict[str, tuple[np.ndarray, str]]
+
+
+def _plain_failures(function: Callable) -> Callable:
+    """A function whose failures are RuntimeErrors, which a process without torch can read too."""
+
+    @functools.wraps(function)
+    def run(*arguments):
+        try:
+            return function(*arguments)
+        except ImportError as error:
+            raise RuntimeError(f"fla, which this is measured beside, is not here ({error}): pip install -e '.[parity]'") from None
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+    return run
+
+
+def has(operator: str, sizes: dict) -> bool:
+    """Whether fla has an operator for a shape."""
+    return (operator, sizes.get("decay")) in OPERATORS
+
+
+def _hgrn(decay, x, initial_state):
+    from fla.ops.hgrn import chunk_hgrn
+
+    return chunk_hgrn(x, decay, initial_state, output_final_state=True)
+
+
+def _retention(q, k, v, log_decay, initial_state):  # whose decays are RetNet's own
+    from fla.ops.retention import chunk_retention
+
+    return chunk_retention(q, k, v, initial_state=initial_state, output_final_state=True)
+
+
+def _simple_gla(q, k, v, log_decay, initial_state):
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return chunk_simple_gla(q, k, v, g=log_decay, initial_state=initial_state, output_final_state=True)
+
+
+def _gla(q, k, v, log_decay, initial_state):
+    from fla.ops.gla import chunk_gla
+
+    return chunk_gla(q, k, v, g=log_decay, initial_state=initial_state, output_final_state=True)
+
+
+def _delta_rule(q, k, v, beta, initial_state):
+    from fla.ops.delta_rule import chunk_delta_rule
+
+    return chunk_delta_rule(q, k, v, beta, initial_state=initial_state, output_final_state=True)
+
+
+def _gated_delta_rule(q, k, v, beta, log_decay, initial_state):
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(q, k, v, g=log_decay, beta=beta, initial_state=initial_state, output_final_state=True)
+
+
+def _kda(q, k, v, beta, log_decay, initial_state):
+    from fla.ops.kda import chunk_kda
+
+    return chunk_kda(q, k, v, g=log_decay, beta=beta, initial_state=initial_state, output_final_state=True)
+
+
+# (operator, decay of its shape) -> of arrays by the names that ours has, those of linear_scan with the decay's logarithm.
+OPERATORS = {
+    ("linear_scan", None): _hgrn,
+    ("gated_linear_attention", "fixed"): _retention,
+    ("gated_linear_attention", "head"): _simple_gla,
+    ("gated_linear_attention", "channel"): _gla,
+    ("gated_delta_rule", "none"): _delta_rule,
+    ("gated_delta_rule", "head"): _gated_delta_rule,
+    ("gated_delta_rule", "channel"): _kda,
+}
+
+
+def _tensor(values: np.ndarray, dtype: str, device: str):
+    import torch
+
+    return torch.tensor(values, dtype=getattr(torch, dtype), device=device)
+
+
+def _prepared(operator: str, inputs: Arrays, device: str) -> dict:
+    """The operator's tensors, each a leaf; a linear decay as its logarithm, which is what fla takes."""
+    logged = {
+        name: (np.log(values), dtype) if (operator, name) == ("linear_scan", "decay") else (values, dtype)
+        for name, (values, dtype) in inputs.items()
+    }
+    return {name: _tensor(values, dtype, device).requires_grad_() for name, (values, dtype) in logged.items()}
+
+
+@_plain_failures
+def outputs(operator: str, decay: str | None, inputs: Arrays, cotangent: Arrays, device: str = "cuda") -> dict[str, np.ndarray]:
+    """Output, final state, and the gradients that fla has, of the output alone: not all of its operators have them of the final state."""
+    import torch
+
+    tensors = _prepared(operator, inputs, device)
+    output, final_state = OPERATORS[operator, decay](**tensors)
+    gradients = torch.autograd.grad(output, list(tensors.values()), _tensor(*cotangent["output"], device), allow_unused=True)
+    found = {"output": output, "final_state": final_state}
+    found |= {f"gradient of {name}": g for name, g in zip(tensors, gradients, strict=True) if g is not None}
+    arrays = {name: a.detach().float().cpu().numpy() for name, a in found.items()}
+    if operator == "linear_scan":
+        arrays["gradient of decay"] /= inputs["decay"][0]
+    return arrays
+
+
+@_plain_failures
+def time_operator(operator: str, decay: str | None, inputs: Arrays, sizes: dict, pass_name: str, device: str = "cuda") -> dict:
+    """Of a row: seconds a call at ``sizes``, whose rows and tokens repeat those of ``inputs``, and the memory that one takes at most."""
+    import torch
+
+    def repeated(name, values):
+        if "state" in name:
+            return np.resize(values, (sizes["B"], *values.shape[1:]))
+        if values.ndim < 3:  # a fixed decay, [H]
+            return values
+        return np.resize(values[:1], (1, sizes["T"], *values.shape[2:])).repeat(sizes["B"], 0)
+
+    tensors = _prepared(operator, {name: (repeated(name, values), dtype) for name, (values, dtype) in inputs.items()}, device)
+    run = functools.partial(OPERATORS[operator, decay], **tensors)
+    leaves = [t for name, t in tensors.items() if not (decay == "fixed" and name == "log_decay")]
+    cotangent = torch.randn_like(run()[0])
+
+    def forward():
+        with torch.no_grad():
+            return run()
+
+    def forward_backward():
+        return torch.autograd.grad(run()[0], leaves, cotangent, allow_unused=True)
+
+    call = {"forward": forward, "forward_backward": forward_backward}[pass_name]
+    times = batches(call, lambda _: _wait(device))
+    return {"seconds": times, "peak_bytes": _peak(call, device)} | versions(device)
+
+
+def _wait(device: str):
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak(call: Callable, device: str) -> int | None:
+    """Bytes that a call allocates at most, its results among them; None on a CPU."""
+    import torch
+
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = call()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
+def versions(device: str) -> dict:
+    """What a row's numbers depend on beside the case."""
+    import importlib.metadata
+
+    import torch
+
+    names = ("torch", "triton", "flash-linear-attention", "transformers")
+    found = {distribution.metadata["Name"]: distribution.version for distribution in importlib.metadata.distributions()}
+    kind = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return {"peer_device": kind, "peer_versions": {name: found[name] for name in names if name in found}}
+
+
+@_plain_failures
+def time_step(options: dict, B: int, T: int, device: str = "cuda") -> dict:
+    """Of a row: seconds of a training step of fla's model of a config.json, with torch.compile, in bfloat16 with float32 parameters."""
+    import fla.models  # noqa: F401 (which makes its models known to transformers)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    options = dict(options)
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    model = AutoModelForCausalLM.from_config(config).to(device=device, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda")
+    compiled = torch.compile(model)
+    tokens = torch.randint(config.vocab_size, (B, T), device=device)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16):
+            loss = compiled(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    first = float(step())
+    if not math.isfinite(first):
+        raise RuntimeError(f"its first loss is {first}")
+    times = batches(step, lambda _: _wait(device))
+    return {"seconds": times, "loss": first, "peak_bytes": _peak_of_all(device)} | versions(device)
+
+
+def _peak_of_all(device: str) -> int | None:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if device == "cuda" else None

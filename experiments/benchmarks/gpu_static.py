@@ -1,0 +1,260 @@
+"""What a GPU would do, without a GPU: each program compiled ahead of time for one card, its cost read from what was compiled.
+
+A row holds what XLA's program moves through the card's memory, and of each of our kernels what ptxas and the disassembler say: see
+:mod:`.sass`. Of XLA's own kernels only the bytes are known. The times in a row are floors: bytes over the bandwidth and FLOPs over the
+rate of the datasheet, instructions over what all schedulers can issue. How far above them a card is, only a card says.
+
+The compiler is that of JAX's CUDA plugin, which reads what to write down once, when it is loaded, so a process of its own compiles.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import reset_gpu_interpret_mode_state
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode  # public from jax 0.11
+from jax.experimental import topologies
+
+from experiments.benchmarks import hlo, sass
+from experiments.benchmarks.cases import Case, arguments, at_lengths, both_passes, program
+from experiments.benchmarks.correctness import check
+from experiments.benchmarks.process import Process
+from experiments.benchmarks.rows import Suite
+from experiments.benchmarks.tpu_static import NoCompiler
+from pallas_kernels import platforms
+
+PLUGIN = "jax_plugins.xla_cuda13"
+LENGTHS = (2048, 32768)  # that a model's shape is measured at
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A card, by its datasheet (dense rates) and the CUDA programming guide's table of compute capability 9.0.
+
+    flop_per_s: of the matrix units, by dtype (float32's is tf32's).
+    """
+
+    kind: str
+    multiprocessors: int
+    clock_hz: float
+    memory_bytes: int
+    bytes_per_s: float
+    flop_per_s: dict[str, float]
+
+
+TARGETS = {
+    "gpu:h200": Target("NVIDIA H200", 132, 1.98e9, 141 * 10**9, 4.8e12, {"bfloat16": 989e12, "float32": 494e12}),
+    "gpu:h100": Target("NVIDIA H100 80GB HBM3", 132, 1.98e9, 80 * 10**9, 3.35e12, {"bfloat16": 989e12, "float32": 494e12}),
+}
+# Of a multiprocessor of compute capability 9.0.
+REGISTERS, SHARED_BYTES, THREADS, CTAS, SCHEDULERS, WARP = 65536, 233472, 2048, 32, 4, 32
+RESERVED_BYTES = 1024  # of shared memory, in each block
+
+# What XLA has to know of a card that is not there, as text of its GpuTargetConfigProto.
+CONFIG = """
+platform_name: "CUDA"
+device_description_str: "{kind}"
+gpu_device_info {{
+  name: "{kind}" device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
+  core_count: {cores} fpus_per_core: 128 clock_rate_ghz: {clock}
+  memory_bandwidth: {bandwidth} device_memory_size: {memory} l2_cache_size: 52428800
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_core: 233472 shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+}}
+"""
+
+
+def card(target: str) -> jax.sharding.Mesh:
+    """A mesh of one card of a target, in a process that has JAX's CUDA plugin."""
+    it = TARGETS[target]
+    numbers = {"cores": it.multiprocessors, "clock": it.clock_hz / 1e9, "bandwidth": int(it.bytes_per_s), "memory": it.memory_bytes}
+    config = CONFIG.format(kind=it.kind, **numbers)
+    devices = topologies.get_topology_desc(target, "cuda", target_config=config, topology="1x1x1").devices
+    return jax.sharding.Mesh(np.array(devices), ("card",))
+
+
+class Compiler(Process):
+    """A process that compiles for one target and writes down every Mosaic GPU kernel."""
+
+    def __init__(self, target: str):
+        self.target = target
+        self.dumps = Path(tempfile.mkdtemp(prefix="gpu_static_"))
+        tools = cuda_root()
+        wanted = {f"MOSAIC_GPU_DUMP_{name}": "1" for name in ("PTXAS", "PTX", "SASS")}
+        where = {"MOSAIC_GPU_DUMP_TO": str(self.dumps), "CUDA_ROOT": str(tools)}
+        path = f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        super().__init__("the GPU compiler", {"JAX_PLATFORMS": "cpu", "PATH": path} | wanted | where)
+
+    def cost(self, case: Case) -> dict:
+        """:func:`compile_cost` in that process. Raises RuntimeError where it dies."""
+        shutil.rmtree(self.dumps, ignore_errors=True)
+        self.dumps.mkdir()
+        return self.call(compile_cost, case, self.target, self.dumps, jax.config.jax_default_matmul_precision)
+
+    def close(self):
+        super().close()
+        shutil.rmtree(self.dumps, ignore_errors=True)
+
+
+def cuda_root() -> Path:
+    """Where CUDA's assembler is, of the wheels that JAX's plugin comes with. Raises NoCompiler where there are none."""
+    found = importlib.util.find_spec("nvidia")
+    roots = [Path(place) / "cu13" for place in found.submodule_search_locations] if found else []
+    for root in roots:
+        if importlib.util.find_spec(PLUGIN.split(".")[0]) and importlib.util.find_spec(PLUGIN) and (root / "bin" / "ptxas").exists():
+            return root
+    raise NoCompiler("a GPU as target needs JAX's CUDA plugin and CUDA's assembler: pip install -e '.[cuda13]'")
+
+
+def compile_cost(case: Case, target: str, dumps: Path, precision: str | None) -> dict:
+    """Compile a case for a target and read its cost; the compiler writes to ``dumps``."""
+    mesh = card(target)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+        values = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated),
+            jax.eval_shape(lambda: arguments(case)),
+        )
+        start = time.perf_counter()
+        compiled = jax.jit(program(case)).lower(*values).compile()
+        seconds = time.perf_counter() - start
+    row = {"device": mesh.devices.flat[0].device_kind, "compile_s": seconds, "plugin": importlib.metadata.version("jax-cuda13-plugin")}
+    row["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+    return row | cost(compiled.as_text(), sass.kernels(dumps))
+
+
+def cost(text: str, written: list[sass.Kernel]) -> dict:
+    """Of a row: the bytes that a compiled module moves, and its kernels, each with how often it is executed."""
+    module = hlo.Module(text)
+    unknown, calls = 0, {}
+    for execution in module.executions:
+        instruction = module.computations[execution.computation][execution.name]
+        unknown += not execution.known
+        if "mosaic_gpu" in instruction.attributes:
+            name = _name(instruction.attributes, written)
+            calls[name] = calls.get(name, 0) + execution.count
+    found = []
+    for kernel in written:
+        same = sum(other.name == kernel.name for other in written)  # such as one for each direction
+        found.append(dataclasses.asdict(kernel) | {"executions": calls.get(kernel.name, 0) / same, "ctas_per_sm": ctas_per_sm(kernel)})
+    return {
+        "hbm_bytes": sum(execution.count * execution.hbm_bytes for execution in module.executions),
+        "unknown_loops": unknown + sum(kernel.unknown_loops for kernel in written),
+        "kernels": found,
+        "spill_bytes": sum(kernel.spill_bytes for kernel in written),
+    }
+
+
+def _name(attributes: str, written: list[sass.Kernel]) -> str:
+    """Which of the kernels an instruction calls: the scope that it was traced in has its name."""
+    scopes = re.search(r'op_name="([^"]*)"', attributes)[1].split("/")
+    return next((kernel.name for kernel in written if kernel.name in scopes), scopes[-1])
+
+
+def ctas_per_sm(kernel: sass.Kernel) -> int | None:
+    """Blocks of threads that a multiprocessor has room for at once; None where their threads are not known."""
+    if kernel.threads is None:
+        return None
+    warps = math.ceil(kernel.threads / WARP)
+    registers = warps * math.ceil(kernel.registers * WARP / 256) * 256  # a warp is given them by the 256
+    return min(REGISTERS // registers, SHARED_BYTES // (kernel.smem_bytes + RESERVED_BYTES), THREADS // kernel.threads, CTAS)
+
+
+def floors(row: dict, target: Target, dtype: str) -> dict:
+    """Of a row: seconds that it takes at least, by what each of the card's resources does in one, and which of them binds."""
+    issued = stalled = 0.0
+    for kernel in row["kernels"]:
+        if kernel["instructions"] is None or not kernel["ctas"]:
+            continue
+        times = kernel["executions"] * kernel["ctas"] / target.multiprocessors
+        issued += times * kernel["instructions"] * kernel["threads"] / WARP / SCHEDULERS
+        waves = math.ceil(kernel["ctas"] / (target.multiprocessors * max(kernel["ctas_per_sm"], 1)))
+        stalled += kernel["executions"] * waves * kernel["cycles"]
+    seconds = {
+        "hbm": row["hbm_bytes"] / target.bytes_per_s,
+        "flops": row["flops"] / target.flop_per_s[dtype],
+        "issue": issued / target.clock_hz,
+        "stalls": stalled / target.clock_hz,
+    }
+    return {f"{name}_s": value for name, value in seconds.items()} | {"bound": max(seconds, key=seconds.get)}
+
+
+def small(shape):
+    """A shape of the same kernels that the interpreter has done with in seconds: one row, one head, 128 tokens and channels."""
+    least = {"B": 1, "T": 128, "D": 128, "H": 1, "HV": 1}
+    names = [field.name for field in dataclasses.fields(shape)]
+    ratio = getattr(shape, "HV", 1) // getattr(shape, "H", 1)
+    least["HV"] = max(1, ratio)
+    return dataclasses.replace(shape, **{name: min(getattr(shape, name), least[name]) for name in names if name in least})
+
+
+def interpreted_check(case: Case) -> dict:
+    """:func:`.check` at a small shape, our kernels in the interpreter; "unchecked" and why where it does not know all that they do."""
+    with mock.patch.object(platforms, "generation", return_value="hopper"), force_gpu_interpret_mode(InterpretGPUParams()):
+        try:
+            return check(case, small)
+        except Exception as error:  # whatever an interpreter stumbles over; arguments that the operator refuses fail to compile too
+            reset_gpu_interpret_mode_state()
+            return {"unchecked": f"the interpreter of jax {jax.__version__}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+
+
+def measure(case: Case, compiler: Compiler) -> dict:
+    """The row of a case: checked here (kernels interpreted), then compiled for the target."""
+    row = case.work() | interpreted_check(case)
+    if "failure" in row:
+        return row
+    row |= compiler.cost(case)
+    return row | floors(row, TARGETS[compiler.target], case.dtype)
+
+
+def _kernels(row: dict) -> str:
+    """Of each of our kernels the registers, CTAs and how many of these fit a multiprocessor."""
+    names = {kernel["name"]: kernel["name"].removeprefix(row["operator"] + "_") for kernel in row["kernels"]}
+    parts = (f"{names[k['name']]} {k['registers']}r {k['ctas'] or '?'}:{k['ctas_per_sm'] or '?'}" for k in row["kernels"])
+    return ", ".join(parts) or "XLA's"
+
+
+def takes(case: Case) -> bool:
+    """Whether a case can be compiled for a GPU: one of ours only where the operator has a kernel for it."""
+    return case.implementation != "pallas" or importlib.util.find_spec(f"pallas_kernels.{case.operator}.gpu") is not None
+
+
+@contextlib.contextmanager
+def suite(target: str) -> Iterator[Suite]:
+    """The suite of a target, its compiler running meanwhile. Raises NoCompiler where the wheels are not installed."""
+    with contextlib.closing(Compiler(target)) as running:
+        yield Suite(
+            "gpu_static",
+            lambda case: [one for at in at_lengths(case, LENGTHS) if takes(at) for one in both_passes(at)],
+            lambda case: measure(case, running),
+            {
+                "kernels": _kernels,
+                "spilled bytes": lambda row: str(row["spill_bytes"]),
+                "HBM MB": lambda row: f"{row['hbm_bytes'] / 1e6:.1f}{'?' if row['unknown_loops'] else ''}",
+                "us HBM": lambda row: f"{row['hbm_s'] * 1e6:.1f}",
+                "us FLOPs": lambda row: f"{row['flops_s'] * 1e6:.1f}",
+                "us issue": lambda row: f"{row['issue_s'] * 1e6:.1f}",
+                "us stalls": lambda row: f"{row['stalls_s'] * 1e6:.1f}",
+                "bound": lambda row: row["bound"],
+                "temp MiB": lambda row: f"{row['temp_bytes'] / 2**20:.1f}",
+                "compile s": lambda row: f"{row['compile_s']:.1f}",
+                "error": lambda row: "unchecked" if "unchecked" in row else f"{max(row['errors'].values()):.1e}",
+            },
+            about={"target": target, "platform": "gpu"},
+        )

@@ -1,0 +1,120 @@
+"""Whole training steps on one GPU, of 32k tokens: ours, and the same model in flash-linear-attention with torch.compile.
+
+Each is run in a process of its own that ends with it, as a step of either may take all of the card's memory.
+"""
+
+import contextlib
+import dataclasses
+
+import jax
+import numpy as np
+
+from experiments.benchmarks import fla_peer, steps
+from experiments.benchmarks.batches import batches
+from experiments.benchmarks.cases import TOKENS
+from experiments.benchmarks.process import Process
+from experiments.benchmarks.rows import Suite
+from hybrid_jax.config import RunConfig
+from hybrid_jax.hf.options import fla_options
+from hybrid_jax.sharding import make_mesh
+from hybrid_jax.train.advice import implementations_of
+from hybrid_jax.train.feed import batch_shapes, to_mesh
+from hybrid_jax.train.step import compile_step, make_program
+from hybrid_jax.train.throughput import training_flops
+
+FAMILIES = ("hgrn", "hgrn2", "retnet", "gla", "delta_net", "gated_delta_net")
+CONFIGS = ["transformer:340m", *(f"{family}_{ratio}:340m" for ratio in ("pure", "r6", "r3") for family in FAMILIES)]
+WINDOWS = (2048, 8192)
+ALL = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}  # of the card, for JAX
+REMATS = ("operators", "block")  # the first that fits is taken; without any, XLA writes and reads more than it would compute again
+ROOM = 0.95  # of JAX's share, which a step may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A training step of ``config``, :data:`TOKENS` tokens in sequences of ``window``."""
+
+    implementation: str  # "ours" or "fla"
+    config: str  # NAME:SIZE, of experiments/configs
+    window: int
+
+    def __str__(self):
+        return f"step of {self.config} {self.implementation} window {self.window}"
+
+    @property
+    def identity(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def run_config(self, remat: str) -> RunConfig:
+        config = steps.Case(self.config, self.window).run_config(TOKENS // self.window)
+        model = dataclasses.replace(config.model, remat=remat)
+        return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, microbatch=config.train.batch))
+
+
+def select(configs: list[str]) -> list[Case]:
+    """A case for each configuration, window and side. Raises ValueError for a configuration that does not exist."""
+    found = [Case(side, config, window) for config in configs for window in WINDOWS for side in ("ours", "fla")]
+    for case in found:
+        case.run_config(REMATS[0])
+    return found
+
+
+def time_ours(case: Case) -> dict:
+    """Of a row: seconds of a step on the local card, with random tokens and parameters as a run begins with."""
+    for remat in REMATS:
+        config = case.run_config(remat)
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            program = make_program(config, mesh)
+            compiled, held = compile_step(program, batch_shapes(config, mesh))
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
+        if held < ROOM * limit:
+            break
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.model.vocabulary, (config.train.batch, case.window + 1)).astype(np.int32)
+    ones = np.ones(tokens[:, 1:].shape, np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": ones.astype(np.float32), "segment_ids": ones}
+    with jax.set_mesh(mesh):
+        on_card = to_mesh({name: batch[name] for name in batch_shapes(config, mesh)}, mesh)
+        state, first = compiled(program.init(jax.random.key(0)), on_card)
+        loss = float(first.loss)
+        if not np.isfinite(loss):
+            raise RuntimeError(f"its first loss is {loss}")
+
+        def step():
+            nonlocal state
+            state, metrics = compiled(state, on_card)
+            return metrics.loss
+
+        times = batches(step, jax.block_until_ready)
+    names = implementations_of(config.model, compiled.as_text())
+    return {"seconds": times, "loss": loss, "peak_bytes": held, "remat": remat, "implementations": names}
+
+
+def measure(case: Case) -> dict:
+    """The row of a step, run in a process that ends with it."""
+    config = case.run_config(REMATS[0])
+    with contextlib.closing(Process(f"the process of {case}", ALL)) as process:
+        if case.implementation == "ours":
+            row = process.call(time_ours, case)
+        else:
+            row = process.call(fla_peer.time_step, fla_options(config.model), config.train.batch, case.window)
+    seconds = row.pop("seconds")
+    lower, median, upper = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
+    row |= {"tokens": TOKENS, "flops": training_flops(config), "median_s": median, "quartiles_s": [lower, upper], "batches": len(seconds)}
+    return row | {"tokens_per_s": TOKENS / median, "flop_per_s": row["flops"] / median}
+
+
+SUITE = Suite(
+    "gpu_step",
+    lambda case: [case] if isinstance(case, Case) else [],
+    measure,
+    {
+        "ms a step": lambda row: f"{row['median_s'] * 1e3:.1f}",
+        "quartiles": lambda row: " ... ".join(f"{q * 1e3:.1f}" for q in row["quartiles_s"]),
+        "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+        "model TFLOP/s": lambda row: f"{row['flop_per_s'] / 1e12:.0f}",
+        "peak GB": lambda row: "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}",
+        "loss": lambda row: f"{row['loss']:.2f}",
+    },
+)

@@ -1,0 +1,149 @@
+"""--suite=gpu as far as a CPU goes: whole rows of tiny shapes, what is measured and in which order, and a peer that is not there."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmarks import batches, cases, correctness, fla_peer, gpu, gpu_steps, process, rows
+from tests.experiments.test_bench import ROOT
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(batches, "SECONDS", 0.01)
+    monkeypatch.setattr(batches, "BATCH", 0.001)
+    monkeypatch.setattr(gpu, "CHECKED_T", 32)
+    monkeypatch.setattr(gpu, "rates", lambda: {"bytes_per_s": 1e9, "matmul_flop_per_s": 1e10})
+    yield
+    correctness._errors.cache_clear()
+
+
+class Here:
+    """A process that is this one."""
+
+    def call(self, function, *arguments):
+        return function(*arguments)
+
+
+def tiny(implementation="xla", operator="linear_scan"):
+    (case,) = cases.select([operator], ["xla"], ["tiny*"], "bfloat16")[:1]
+    return dataclasses.replace(case, implementation=implementation, pass_name="forward_backward")
+
+
+def test_an_operator_is_checked_and_timed():
+    row = gpu.measure(tiny(), Here())
+    low, high = row["quartiles_s"]
+    assert 0 < low <= row["median_s"] <= high and row["batches"] >= batches.LEAST and "seconds" not in row
+    assert row["checked_shape"] == {"B": 1, "T": 32, "D": 32} and 0 < max(row["errors"].values()) < row["tolerance"]
+    assert row["bandwidth_share"] == pytest.approx(row["bytes"] / row["median_s"] / 1e9)
+    assert row["matmul_share"] == pytest.approx(row["flops"] / row["median_s"] / 1e10)
+    outputs = 2 * 96 * 32 * (2 + 2 + 4) + 2 * 2 * 32 * 4  # h, dx, the gradient of the decay, two states
+    assert row["peak_bytes"] >= outputs
+
+
+def test_a_peer_that_is_not_installed_has_a_row_that_says_so(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    suite = gpu.suite(Here(), until=time.monotonic() + 60)
+    (row,) = rows.run([tiny("fla")], suite, tmp_path / "gpu.jsonl")
+    assert "fla, which this is measured beside, is not here" in row["failure"] and "pip install -e '.[parity]'" in row["failure"]
+    assert (row["operator"], row["implementation"], row["pass"]) == ("linear_scan", "fla", "forward_backward")
+
+
+class Peer:
+    """Answers as fla's process does: with our own outputs, times a constant, and two milliseconds a call."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def call(self, function, operator, decay, inputs, *rest):
+        if function is fla_peer.time_operator:
+            return {"seconds": [0.002] * 3, "peak_bytes": None}
+        assert operator == "linear_scan" and decay is None and inputs["x"][1] == "bfloat16" and inputs["decay"][1] == "float32"
+        case = dataclasses.replace(tiny(), shape=gpu.small(tiny().shape))
+        floating, others, cotangents = cases.arguments(case)
+        cotangents["final_state"] = jnp.zeros_like(cotangents["final_state"])
+        return {name: self.factor * np.asarray(a, np.float32) for name, a in cases.program(case)(floating, others, cotangents).items()}
+
+
+def test_a_peer_is_held_against_our_reference():
+    assert gpu.measure(tiny("fla"), Peer(1.0))["median_s"] == 0.002
+    row = gpu.measure(tiny("fla"), Peer(1.05))
+    assert "median_s" not in row and row["failure"].startswith("not measured, errors above 0.03: ") and "output 5.0e-02" in row["failure"]
+
+
+def test_what_is_measured_and_in_which_order():
+    found = gpu.cases([], [], ["gla_r6:340m"])
+    operators, steps = [c for c in found if isinstance(c, cases.Case)], [c for c in found if isinstance(c, gpu_steps.Case)]
+    assert found == operators + steps
+    assert [c.shape.T for c in operators] == sorted((c.shape.T for c in operators), key=gpu.LENGTHS.index)
+    assert all(c.shape.B * c.shape.T == 32768 and c.dtype == "bfloat16" for c in operators)
+    of_one_length = [c.implementation for c in operators if c.shape.T == gpu.LENGTHS[0]]
+    assert of_one_length.index("xla") == len(of_one_length) - of_one_length.count("xla")  # what is compared with most comes last
+    ours = {c.operator for c in operators if c.implementation == "pallas"}
+    assert "linear_scan" in ours <= set(gpu.OPERATORS)
+    for shape in {(c.shape_name, c.pass_name) for c in operators}:
+        assert {"xla", "fla"} <= {c.implementation for c in operators if (c.shape_name, c.pass_name) == shape}
+    assert [(c.implementation, c.window) for c in steps] == [("ours", 2048), ("fla", 2048), ("ours", 8192), ("fla", 8192)]
+    config = steps[0].run_config("none")
+    assert (config.train.batch, config.train.microbatch, config.data.window, config.model.remat) == (16, 16, 2048, "none")
+    assert len(gpu_steps.select(gpu_steps.CONFIGS)) == 4 * (1 + 3 * 6)
+
+
+def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path, capsys):
+    output, asked = tmp_path / "gpu.jsonl", [tiny(), dataclasses.replace(tiny(), pass_name="forward")]
+    assert not rows.run(asked, gpu.suite(Here(), until=time.monotonic() - 1), output)
+    assert "the time is over: 2 are left" in capsys.readouterr().out
+    assert len(rows.run(asked[:1], gpu.suite(Here(), until=time.monotonic() + 60), output)) == 1
+    (row,) = rows.run(asked, gpu.suite(Here(), until=time.monotonic() + 60), output)
+    assert row["pass"] == "forward"
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(lines) == 2
+    output.write_text("\n".join(json.dumps(line | {"git": "another"}) for line in lines))
+    assert rows.unmeasured(asked, gpu.suite(Here(), 0.0), output) == asked
+
+
+def test_a_step_of_ours(monkeypatch):
+    monkeypatch.setattr(gpu_steps, "TOKENS", 256)
+    monkeypatch.setattr(gpu_steps, "Process", lambda *_: type("Closed", (Here,), {"close": lambda self: None})())
+    row = gpu_steps.measure(gpu_steps.Case("ours", "hgrn_r6:tiny", 128))
+    assert row["tokens_per_s"] == pytest.approx(256 / row["median_s"]) and row["flops"] > 1e8 and row["remat"] == "operators"
+    assert row["loss"] == pytest.approx(np.log(256), abs=1) and row["peak_bytes"] > 1e6
+    assert row["implementations"]["hgrn"] == {"linear_scan": ["xla"]}
+
+
+def test_calls_are_repeated_in_batches(monkeypatch):
+    clock = iter(np.arange(0, 1000, 0.5))
+    monkeypatch.setattr(batches.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(batches, "BATCH", 2.0)  # a call takes half a second by this clock: four a batch
+    monkeypatch.setattr(batches, "SECONDS", 2.0)
+    made, awaited = [], []
+    times = batches.batches(lambda: made.append(0) or len(made), awaited.append)
+    assert times == [0.125] * 4 and len(made) == 2 + 4 * 4 and awaited == [1, 2, 6, 10, 14, 18]
+
+
+def end_process():
+    os._exit(1)
+
+
+def test_a_process_that_ends_is_started_anew():
+    child = process.Process("the compiler", {"EXPERIMENTS_BENCH_TEST": "told"})
+    with pytest.raises(RuntimeError, match="the compiler ended its process"):
+        child.call(end_process)
+    assert child.call(os.getenv, "EXPERIMENTS_BENCH_TEST") == "told"
+    child.close()
+    del os.environ["EXPERIMENTS_BENCH_TEST"]
+
+
+def test_without_a_gpu_the_command_ends_in_one_line():
+    words = [sys.executable, "-m", "experiments.bench", "--suite=gpu"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert (
+        done.returncode == 1 and "--suite=gpu is measured on a GPU, and this machine has cpu; --target=gpu:h200 needs none" in done.stderr
+    )
