@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import platforms
 from pallas_kernels.attention import gpu_kernels
 from pallas_kernels.attention.gpu_kernels import ROWS, STAGES, TILE, WARPGROUPS, numbers, tokens
 from pallas_kernels.attention.reach import Ranges, ranges, ranges_of_whole_rows
@@ -78,8 +79,9 @@ class Plan(NamedTuple):
             plgpu.Barrier(num_arrivals=loads, num_barriers=WARPGROUPS),
         )
         B, _, H, _ = operands[0].shape
-        return plgpu.kernel(
+        return platforms.gpu_call(
             partial(body, self),
+            name=f"attention_{body.__name__}",
             out_type=results,
             grid=(B, H, self.tiles),
             grid_names=("batch", "head", "tile"),
@@ -128,10 +130,10 @@ def _attend_backward(scale, residuals, d_output):
     mean = jnp.einsum("bthv,bthv->bht", output, d_output, preferred_element_type=jnp.float32)
 
     plan = Plan.of(scale, q, k, v, block=TILE if max(K, v.shape[3]) <= 64 else ROWS)  # what fits in registers
-    dq = plan.call(
+    (dq,) = plan.call(
         gpu_kernels.d_queries,
         (q, k, v, d_output, reach.first, reach.last, reach.key, _first_block(reach, plan.block), logsumexp, mean),
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        (jax.ShapeDtypeStruct(q.shape, q.dtype),),
         own=[
             tokens(ROWS, K, WARPGROUPS),
             tokens(ROWS, plan.values, WARPGROUPS),

@@ -1,13 +1,19 @@
 """Attention's kernels for Hopper, interpreted, against the reference in float32; lowered for a card; and what they refuse."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
+from pallas_kernels import platforms
 from pallas_kernels.attention import attention, gpu, reference
 from tests.helpers import random_segment_ids, tree_errors
 from tests.pallas_kernels import hopper
+
+pytestmark = pytest.mark.gpu
 
 
 def example(seed, B, T, H, HK, K, V):
@@ -69,6 +75,19 @@ def test_lowered_for_a_card():
     arguments = example(4, 2, 200, 4, 2, 128, 64)
     ids = jnp.asarray(random_segment_ids(np.random.default_rng(0), 2, 200))
     text = hopper.lowered(lambda arguments: value_and_gradients(arguments, segment_ids=ids), arguments)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
+
+
+def test_lowered_inside_shard_map():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    row, whole = PartitionSpec("data"), example(7, 2, 64, 2, 2, 64, 64)
+
+    def local(arguments, ids):
+        return value_and_gradients(arguments, segment_ids=ids, implementation="pallas")
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(row, row), out_specs=row)
+    with mock.patch.object(platforms, "generation", lambda: "hopper"):
+        text = jax.jit(sharded).trace(whole, jnp.ones((2, 64), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
 
 

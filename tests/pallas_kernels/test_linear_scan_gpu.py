@@ -11,6 +11,8 @@ from tests.helpers import random_segment_ids, tree_errors
 from tests.pallas_kernels import hopper
 from tests.pallas_kernels.test_linear_scan import ROWS, errors, example, value_and_gradients
 
+pytestmark = pytest.mark.gpu
+
 # h is rounded to bfloat16 before the gradient of the decay takes it, and that once more: each by 2^-9 at most.
 BOUND = {jnp.float32: 1e-6, jnp.bfloat16: 2**-8}
 
