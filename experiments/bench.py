@@ -27,7 +27,8 @@ bundles of the compiler's schedule (about a cycle each), the bytes moved, and wh
 rows is drawn beside them. With --suite=step a row is a training step of one of --configs on all chips of a small host: what it holds
 and moves, and which implementations it runs. It needs the TPU compiler, as in pip install -e '.[tpu]'. On a GPU: each kernel's registers,
 spills, shared memory and instructions, the bytes moved, and which of these binds, the models' shapes at 32k tokens, in rows of 2,048 and
-of 32,768. It needs JAX's CUDA wheels, as in pip install -e '.[cuda13]', and to count instructions nvidia-cuda-nvdisasm.
+of 32,768; with --suite=step a row is a training step of one of --configs on one card, 32k tokens. It needs JAX's CUDA wheels, as in
+pip install -e '.[cuda13]', and to count instructions nvidia-cuda-nvdisasm.
 """
 
 import contextlib
@@ -37,11 +38,14 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from experiments.benchmarks import cases, correctness, decode, gpu, gpu_static, memory, rows, steps, timing, tpu_static
+from experiments.benchmarks import cases, correctness, decode, gpu, gpu_static, gpu_steps, memory, rows, steps, timing, tpu_static
 
 SUITES = {suite.name: suite for suite in (timing.SUITE, memory.SUITE, decode.SUITE)}
 TARGETS = tpu_static.TARGETS | gpu_static.TARGETS
-TARGET_SUITES = {"tpu": {"operators": tpu_static.suite, "step": steps.suite}, "gpu": {"operators": gpu_static.suite}}
+TARGET_SUITES = {
+    "tpu": {"operators": tpu_static.suite, "step": steps.suite},
+    "gpu": {"operators": gpu_static.suite, "step": gpu_steps.static_suite},
+}
 
 _SUITE = flags.DEFINE_enum("suite", "operators", sorted({*SUITES, "gpu", *TARGET_SUITES["tpu"]}), "What to measure.")
 _TARGETS = flags.DEFINE_list("target", [], f"Chips to compile for in place of measuring here: {', '.join(TARGETS)}.")
@@ -92,7 +96,7 @@ def _suites(stack: contextlib.ExitStack) -> tuple[list[rows.Suite], str]:
     on = TARGET_SUITES[kind] if kind else {*SUITES, "gpu"}
     if _SUITE.value not in on:
         elsewhere = any(_SUITE.value in suites for suites in TARGET_SUITES.values())
-        remedy = "needs a --target of TPUs" if elsewhere else "is measured on the local device: leave out --target"
+        remedy = "needs a --target" if elsewhere else "is measured on the local device: leave out --target"
         raise ValueError(f"--suite={_SUITE.value} {remedy}")
     if targets:
         return [stack.enter_context(on[_SUITE.value](target)) for target in targets], f"{kind}_static"

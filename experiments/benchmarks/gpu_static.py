@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -101,11 +101,11 @@ class Compiler(Process):
         path = f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"
         super().__init__("the GPU compiler", {"JAX_PLATFORMS": "cpu", "PATH": path} | wanted | where)
 
-    def cost(self, case: Case) -> dict:
-        """:func:`compile_cost` in that process. Raises RuntimeError where it dies."""
+    def written(self, function: Callable, case, *arguments) -> dict:
+        """``function(case, target, dumps, *arguments)`` in that process, nothing in dumps before. Raises RuntimeError where it dies."""
         shutil.rmtree(self.dumps, ignore_errors=True)
         self.dumps.mkdir()
-        return self.call(compile_cost, case, self.target, self.dumps, jax.config.jax_default_matmul_precision)
+        return self.call(function, case, self.target, self.dumps, *arguments)
 
     def close(self):
         super().close()
@@ -219,7 +219,7 @@ def measure(case: Case, compiler: Compiler) -> dict:
     row = case.work() | interpreted_check(case)
     if "failure" in row:
         return row
-    row |= compiler.cost(case)
+    row |= compiler.written(compile_cost, case, jax.config.jax_default_matmul_precision)
     return row | floors(row, TARGETS[compiler.target], case.dtype)
 
 

@@ -1,15 +1,19 @@
-"""Whole training steps on one GPU, of 32k tokens: ours, and the same model in flash-linear-attention with torch.compile.
+"""Whole training steps on one GPU, of 32k tokens: ours, and the same model in flash-linear-attention with torch.compile; ours without a
+GPU too, compiled.
 
-Each is run in a process of its own that ends with it, as a step of either may take all of the card's memory.
+Measured, each is run in a process of its own that ends with it, as a step of either may take all of the card's memory.
 """
 
 import contextlib
 import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from experiments.benchmarks import fla_peer, steps
+from experiments.benchmarks import fla_peer, gpu_static, hlo, sass, steps
 from experiments.benchmarks.batches import batches
 from experiments.benchmarks.cases import TOKENS
 from experiments.benchmarks.process import Process
@@ -59,17 +63,23 @@ def select(configs: list[str]) -> list[Case]:
     return found
 
 
-def time_ours(case: Case) -> dict:
-    """Of a row: seconds of a step on the local card, with random tokens and parameters as a run begins with."""
+def compile_fitting(case: Case, device, limit: float):
+    """(configuration, mesh, program, compiled step, bytes that it holds): by the first of REMATS with which these fit ``limit``."""
     for remat in REMATS:
         config = case.run_config(remat)
-        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        mesh = make_mesh(config.mesh, [device])
         with jax.set_mesh(mesh):
             program = make_program(config, mesh)
             compiled, held = compile_step(program, batch_shapes(config, mesh))
-        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
         if held < ROOM * limit:
             break
+    return config, mesh, program, compiled, held
+
+
+def time_ours(case: Case) -> dict:
+    """Of a row: seconds of a step on the local card, with random tokens and parameters as a run begins with."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
+    config, mesh, program, compiled, held = compile_fitting(case, jax.devices()[0], limit)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.model.vocabulary, (config.train.batch, case.window + 1)).astype(np.int32)
     ones = np.ones(tokens[:, 1:].shape, np.int32)
@@ -88,7 +98,7 @@ def time_ours(case: Case) -> dict:
 
         times = batches(step, jax.block_until_ready)
     names = implementations_of(config.model, compiled.as_text())
-    return {"seconds": times, "loss": loss, "peak_bytes": held, "remat": remat, "implementations": names}
+    return {"seconds": times, "loss": loss, "peak_bytes": held, "remat": config.model.remat, "implementations": names}
 
 
 def measure(case: Case) -> dict:
@@ -118,3 +128,43 @@ SUITE = Suite(
         "loss": lambda row: f"{row['loss']:.2f}",
     },
 )
+
+
+def compile_for(case: Case, target: str, dumps: Path) -> dict:
+    """Of a row: what our step holds and moves on a card that is not there, and what became of our kernels in it."""
+    device = gpu_static.card(target).devices.flat[0]
+    start = time.perf_counter()
+    config, _, _, compiled, held = compile_fitting(case, device, gpu_static.TARGETS[target].memory_bytes)
+    seconds, text = time.perf_counter() - start, compiled.as_text()
+    kernels = {kernel.name: {"registers": kernel.registers, "spill_bytes": kernel.spill_bytes} for kernel in sass.kernels(dumps)}
+    return {
+        "device": device.device_kind,
+        "compile_s": seconds,
+        "tokens": TOKENS,
+        "flops": training_flops(config),
+        "held_bytes": held,
+        "hbm_bytes": sum(execution.count * execution.hbm_bytes for execution in hlo.Module(text).executions),
+        "remat": config.model.remat,
+        "implementations": implementations_of(config.model, text),
+        "kernels": kernels,
+    }
+
+
+@contextlib.contextmanager
+def static_suite(target: str) -> Iterator[Suite]:
+    """The steps of a target, compiled for it. Raises NoCompiler where the wheels are not installed."""
+    with contextlib.closing(gpu_static.Compiler(target)) as running:
+        yield Suite(
+            "gpu_step_static",
+            lambda case: [Case("ours", case.config, window) for window in WINDOWS],
+            lambda case: running.written(compile_for, case),
+            {
+                "implementations": steps.implementations,
+                "holds GB": lambda row: f"{row['held_bytes'] / 1e9:.1f}",
+                "HBM GB": lambda row: f"{row['hbm_bytes'] / 1e9:.0f}",
+                "remat": lambda row: row["remat"],
+                "spilled bytes": lambda row: str(sum(kernel["spill_bytes"] for kernel in row["kernels"].values())),
+                "compile s": lambda row: f"{row['compile_s']:.0f}",
+            },
+            about={"target": target, "platform": "gpu"},
+        )

@@ -78,7 +78,8 @@ def compile_for(case: Case, target: str) -> dict:
     }
 
 
-def _implementations(row: dict) -> str:
+def implementations(row: dict) -> str:
+    """Of a table: operators and what runs them."""
     operators = {operator: names for found in row["implementations"].values() for operator, names in found.items()}
     return ", ".join(f"{operator} {'+'.join(names)}" for operator, names in operators.items())
 
@@ -92,7 +93,7 @@ def suite(target: str) -> Iterator[Suite]:
             lambda case: (case,),
             lambda case: running.call(compile_for, case, target),
             {
-                "implementations": _implementations,
+                "implementations": implementations,
                 "a chip holds GB": lambda row: f"{row['held_bytes'] / 1e9:.1f}",
                 "HBM GB": lambda row: f"{row['hbm_bytes'] / 1e9:.1f}",
                 "compile s": lambda row: f"{row['compile_s']:.0f}",

@@ -232,7 +232,8 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
     "words, message",
     [
         (["--target=gpu:h200,tpu:v6e"], "TPUs and GPUs have rows of their own; take one kind at a time"),
-        (["--target=gpu:h200", "--suite=step"], "--suite=step needs a --target of TPUs"),
+        (["--suite=step"], "--suite=step needs a --target"),
+        (["--target=gpu:h200", "--suite=decode"], "--suite=decode is measured on the local device"),
         (["--target=gpu:h300"], "no such chip; choose from tpu:v4"),
     ],
 )
@@ -255,3 +256,17 @@ def test_a_row_of_the_compiler(tmp_path):
     for kernel in ours["kernels"]:
         assert kernel["spill_bytes"] == 0 and kernel["executions"] == 1 and kernel["threads"] == 128 and kernel["ctas_per_sm"] >= 2
     assert 0 < ours["hbm_bytes"] < xlas["hbm_bytes"] and max(ours["errors"].values()) < ours["tolerance"]
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled_with_the_kernels(tmp_path):
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    output = tmp_path / "rows.jsonl"
+    words = ["--target=gpu:h200", "--suite=step", "--configs=hgrn_r6:340m", f"--output={output}"]
+    done = subprocess.run([sys.executable, "-m", "experiments.bench", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for row in map(json.loads, output.read_text().splitlines()):
+        assert row["held_bytes"] < 141e9 and row["tokens"] == 32768
+        assert row["implementations"] == {"hgrn": {"linear_scan": ["pallas"]}, "attention": {"attention": ["pallas"]}}
+        assert {"linear_scan_backward", "attention_d_keys"} <= set(row["kernels"])
+        assert all(kernel["spill_bytes"] == 0 for kernel in row["kernels"].values())
