@@ -2,14 +2,19 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import checks, segments
-from pallas_kernels.gated_delta_rule import associative_scan, reference, tpu, xla
+from pallas_kernels import checks, platforms, segments
+from pallas_kernels.gated_delta_rule import associative_scan, gpu, reference, tpu, xla
+
+
+def _kernel(*arguments):
+    return platforms.kernels(tpu, gpu).gated_delta_rule(*arguments)
+
 
 IMPLEMENTATIONS = {
     "reference": reference.gated_delta_rule,
     "xla": xla.gated_delta_rule,
     "associative_scan": associative_scan.gated_delta_rule,
-    "pallas": tpu.gated_delta_rule,
+    "pallas": _kernel,
 }
 
 
@@ -57,7 +62,7 @@ def gated_delta_rule(
     checks.check_segment_ids(name, segment_ids)
     if sizes["T"] == 0:
         raise ValueError(f"{name}: q has shape {q.shape}, needs at least one token")
-    kernel = "pallas" if tpu.is_faster(q, k, v, beta, log_decay) else None
+    kernel = "pallas" if platforms.kernels(tpu, gpu).is_faster(q, k, v, beta, log_decay) else None
     run = checks.choose(name, IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
 
     dtype = _state_dtype(q, k, v, beta, log_decay, initial_state)

@@ -1,0 +1,176 @@
+"""A walk through the chunks of a sequence, forwards or backwards, by Mosaic GPU: the state in registers, the operands from memory.
+
+The grid is (B, HV, pieces of the sequence, blocks of V). Of a CTA's warpgroups each has COLUMNS columns of the turned state, but for the
+last one, which loads: chunk after chunk, as far ahead as there are buffers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, COLUMNS, PARAMS, Gate, product, tile
+
+
+class Chunk(NamedTuple):
+    """A chunk in shared memory: what a walk reads of it; None where it does not."""
+
+    k: jax.Ref  # [C,K]
+    v: jax.Ref  # [C,COLUMNS of all warpgroups]; going backwards the gradient of o
+    gates: jax.Ref  # [GATES,C]
+    inverse: jax.Ref  # [C,C]
+    q: jax.Ref | None = None
+    scores: jax.Ref | None = None
+
+
+class Place(NamedTuple):
+    """Where a warpgroup is: its row, head, chunk; its tokens and its columns of V; and its own among those of its CTA."""
+
+    b: jax.Array
+    h: jax.Array
+    n: jax.Array
+    tokens: pl.Slice
+    columns: pl.Slice
+    own: pl.Slice
+
+
+def call(plan, step, out_type, buffers, operands, states, backwards=False):
+    """``step(plan, place, chunk, state, own buffers, *result refs)`` for every chunk -> its results.
+
+    operands: by the names of :class:`Chunk`. states: [B,HV,pieces,V,K] float32, before each piece; a last result of their shape is the
+    states after it.
+    """
+    B, HV, N = operands["gates"].shape[:3]
+    V, K = states.shape[3:]
+    width = plan.warpgroups * COLUMNS
+    shapes = dict(k=(CHUNK, K), q=(CHUNK, K), v=(CHUNK, width), inverse=(CHUNK, CHUNK), scores=(CHUNK, CHUNK))
+    stages = [
+        plgpu.SMEM((plan.stages, len(Gate), CHUNK), jnp.float32) if name == "gates" else tile(plan.stages, *shapes[name])
+        for name in operands
+    ]
+    walk = _Walk(plan, tuple(operands), N, backwards, step, len(out_type))
+    return plgpu.kernel(
+        walk.run,
+        out_type=out_type,
+        scratch_types=[
+            stages,
+            buffers,
+            plgpu.Barrier(num_arrivals=len(operands), num_barriers=plan.stages),
+            plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
+        ],
+        grid=(B, HV, states.shape[2], V // width),
+        grid_names=("b", "h", "piece", "columns"),
+        num_threads=plan.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=PARAMS,
+    )(states, *operands.values())
+
+
+class _Walk(NamedTuple):
+    plan: NamedTuple
+    names: tuple[str, ...]
+    N: int
+    backwards: bool
+    step: object
+    results: int
+
+    def run(self, states_ref, *refs):
+        plan = self.plan
+        sources = dict(zip(self.names, refs, strict=False))
+        results, (stages, buffers, loaded, free) = refs[len(self.names) : -4], refs[-4:]
+        b, h, piece, u, w = (jax.lax.axis_index(name) for name in ("b", "h", "piece", "columns", "warpgroup"))
+        width = plan.warpgroups * COLUMNS
+        count = jnp.minimum(plan.chunks, self.N - piece * plan.chunks)
+
+        def place(m):
+            n = piece * plan.chunks + (count - 1 - m if self.backwards else m)
+            own = pl.ds(w * COLUMNS, COLUMNS)
+            return Place(b, h, n, pl.ds(n * CHUNK, CHUNK), pl.ds(u * width + w * COLUMNS, COLUMNS), own)
+
+        @pl.when(w == plan.warpgroups)
+        def _():
+            plgpu.set_max_registers(24, action="decrease")
+
+            @pl.loop(0, count)
+            def _(m):
+                slot = jax.lax.rem(m, plan.stages)
+                pl.when(m >= plan.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                at = place(m)
+                for name, stage in zip(self.names, stages, strict=True):
+                    source = sources[name]
+                    match name:
+                        case "k" | "q":
+                            source = source.at[b, at.tokens, h // plan.groups]
+                        case "v":
+                            source = source.at[b, at.tokens, h, pl.ds(u * width, width)]
+                        case _:
+                            source = source.at[b, h, at.n]
+                    plgpu.copy_gmem_to_smem(source, stage.at[slot], loaded.at[slot])
+
+            @pl.loop(jnp.maximum(count - plan.stages, 0), count)
+            def _(m):
+                plgpu.barrier_wait(free.at[jax.lax.rem(m, plan.stages)])
+
+        @pl.when(w < plan.warpgroups)
+        def _():
+            plgpu.set_max_registers(240 if plan.warpgroups == 2 else 232, action="increase")
+            own = [x.at[w] for x in buffers]
+
+            def step(m, state):
+                slot = jax.lax.rem(m, plan.stages)
+                plgpu.barrier_wait(loaded.at[slot])
+                chunk = Chunk(**{name: stage.at[slot] for name, stage in zip(self.names, stages, strict=True)})
+                state = self.step(plan, place(m), chunk, state, own, *results)
+                plgpu.barrier_arrive(free.at[slot])
+                return state
+
+            columns = place(0).columns
+            before = states_ref.at[b, h, piece, columns]
+            state = [plgpu.load(before, (slice(None), part), layout=plgpu.Layout.WGMMA, optimized=False) for part in parts(before)]
+            state = jax.lax.fori_loop(0, count, step, state)
+            after = results[-1].at[b, h, piece, columns]
+            for x, part in zip(state, parts(after), strict=True):
+                after[:, part] = x
+            plgpu.wait_smem_to_gmem(0)
+
+
+def parts(ref) -> list[pl.Slice]:
+    """The last axis in slices of at most 128: a state's accumulators."""
+    K = ref.shape[-1]
+    return [pl.ds(start, min(K, 128)) for start in range(0, K, 128)]
+
+
+def read(state, *keys):
+    """(x S)^T [COLUMNS,C] float32 for each x [C,K] of ``keys``."""
+
+    # Of a state that nearly fills the registers, a rounded copy of a quarter at a time.
+    width = 64 if len(state) > 1 else state[0].shape[1]
+
+    def run(*sums):
+        for i, x in enumerate(state):
+            for start in range(0, x.shape[1], width):
+                part = x[:, start : start + width].astype(jnp.bfloat16)
+                for total, key in zip(sums, keys, strict=True):
+                    plgpu.wgmma(total, part, key.at[:, pl.ds(i * x.shape[1] + start, width)].T)
+                if len(state) > 1:
+                    plgpu.wgmma_wait(0)
+        return [total[...] for total in sums]
+
+    return pl.run_scoped(run, *[plgpu.ACC((COLUMNS, CHUNK), jnp.float32)] * len(keys))
+
+
+def write(state, ref):
+    """The state to shared memory, in bfloat16."""
+    for x, part in zip(state, parts(ref), strict=True):
+        ref[:, part] = x.astype(jnp.bfloat16)
+
+
+def advance(state, decay, *writes):
+    """decay S^T plus the sum of x y over ``writes``, x [COLUMNS,C] in registers or shared memory, y [C,K]."""
+
+    return [
+        product(*((left, right.at[:, part]) for left, right in writes), start=x * decay)
+        for x, part in zip(state, parts(writes[0][1]), strict=True)
+    ]
