@@ -17,12 +17,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_delta_rule import gpu_backward, gpu_forward, gpu_gradients, gpu_pairs
+from pallas_kernels.gated_delta_rule import gpu_backward, gpu_forward, gpu_gradients, gpu_pairs, gpu_pieces
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, COLUMNS, Gate
 from pallas_kernels.gated_delta_rule.gpu_gradients import Sum
 from pallas_kernels.segments import Segments
 
 KEYS = (64, 128, 256)  # the head sizes K that the kernels take
+WARPGROUPS = 2 * 132  # of walks that an H100 or H200 runs at once: two a multiprocessor
+LEAST = 8  # chunks a piece
 RESET = -1024.0  # the log decay of a new document's first token: exp of it is 0 in float32; sums over a chunk stay exact in sixteenths
 
 
@@ -53,7 +55,7 @@ def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments
         raise ValueError(f"gated_delta_rule: implementation='pallas' needs on this GPU {' and '.join(needs)}; choose 'xla'")
     B, T, HV, V = v.shape
     N = -(-T // CHUNK)
-    plan = Plan(scale, HV // q.shape[2], 2 if V % (2 * COLUMNS) == 0 else 1, stages=2, chunks=N)
+    plan = Plan.of(scale, HV // q.shape[2], B * HV * V // COLUMNS, N, even=V % (2 * COLUMNS) == 0)
 
     log_decay = jnp.zeros_like(beta, jnp.float32) if log_decay is None else log_decay.astype(jnp.float32)
     beta = beta.astype(jnp.float32)
@@ -70,13 +72,26 @@ def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments
 
 
 class Plan(NamedTuple):
-    """scale; groups: value heads to a head of keys; of a walk through the chunks, what a CTA and what a piece of the sequence has."""
+    """scale; groups: value heads to a head of keys; pieces of the sequence, so many chunks each; the warpgroups of a walk's CTA and the
+    chunks that its shared memory holds."""
 
     scale: float
     groups: int
-    warpgroups: int
-    stages: int
+    pieces: int
     chunks: int
+    warpgroups: int
+    stages: int = 2
+
+    @classmethod
+    def of(cls, scale, groups, walks, N, even) -> "Plan":
+        """For so many ``walks`` of a warpgroup through all N chunks; ``even`` where a head has two or four.
+
+        In pieces all chunks are walked through twice more, with half of the work each time: two pieces would gain nothing.
+        """
+        pieces = min(WARPGROUPS // walks, N // LEAST)
+        pieces = pieces if pieces > 2 else 1
+        chunks = -(-N // pieces)
+        return cls(scale, groups, -(-N // chunks), chunks, 2 if even and walks * pieces > WARPGROUPS // 2 else 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -88,16 +103,25 @@ def _run_forward(plan, q, k, v, beta, log_decay, initial_state):
     """beta, log_decay [B,HV,N,C], initial_state [B,HV,V,K] -> o and the final state, and what the backward pass takes."""
     gates = _gates(beta, log_decay)
     scores, inverse = gpu_pairs.with_inverse(plan, q, k, gates)
-    before = initial_state[:, :, None]
+    if plan.pieces == 1:
+        transitions, before = None, initial_state[:, :, None]
+    else:
+        transitions = gpu_forward.transitions(plan, k, gates, inverse, _identities(plan, initial_state))
+        increments = gpu_forward.increments(plan, k, v, gates, inverse, _zeros(plan, initial_state))
+        before = gpu_pieces.starts(transitions, increments, initial_state)
     o, after = gpu_forward.outputs(plan, q, k, v, gates, inverse, scores, before)
-    return (o, after[:, :, -1]), (q, k, v, gates, inverse, before)
+    return (o, after[:, :, -1]), (q, k, v, gates, inverse, transitions, before)
 
 
 def _run_backward(plan, residuals, cotangents):
-    q, k, v, gates, inverse, before = residuals
+    q, k, v, gates, inverse, transitions, before = residuals
     d_o, d_final_state = cotangents
     scores, lower = gpu_pairs.without_inverse(plan, q, k, gates)
-    d_v, d_states, d_before = gpu_backward.states(plan, q, k, gates, inverse, scores, d_o, d_final_state[:, :, None])
+    d_after = d_final_state[:, :, None]
+    if plan.pieces > 1:
+        increments = gpu_backward.increments(plan, q, k, gates, inverse, scores, d_o, _zeros(plan, d_final_state))
+        d_after = gpu_pieces.starts(transitions, increments, d_final_state, backwards=True)
+    d_v, d_states, d_before = gpu_backward.states(plan, q, k, gates, inverse, scores, d_o, d_after)
     states, errors, _ = gpu_forward.states(plan, k, v, gates, inverse, before)
     d_q, d_k, sums = gpu_gradients.call(plan, q, k, gates, scores, lower, states, errors, d_o, d_v, d_states)
     d_q, d_k = (_sum_of_groups(x, plan.groups) for x in (d_q, d_k))
@@ -105,6 +129,18 @@ def _run_backward(plan, residuals, cotangents):
 
 
 _run.defvjp(_run_forward, _run_backward)
+
+
+def _zeros(plan, state):
+    """[B,HV,V,K] -> [B,HV,pieces,V,K]."""
+    B, HV, V, K = state.shape
+    return jnp.zeros_like(state, shape=(B, HV, plan.pieces, V, K))
+
+
+def _identities(plan, state):
+    """[B,HV,V,K] -> [B,HV,pieces,K,K]."""
+    B, HV, _, K = state.shape
+    return jnp.zeros_like(state, shape=(B, HV, plan.pieces, K, K)) + jnp.eye(K)
 
 
 def _gates(beta, log_decay):

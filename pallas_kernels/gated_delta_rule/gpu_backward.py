@@ -31,21 +31,45 @@ def states(plan, q, k, gates, inverse, scores, d_o, d_states):
     return gpu_walk.call(plan, _states, out_type, buffers, operands, d_states, backwards=True)
 
 
+def increments(plan, q, k, gates, inverse, scores, d_o, d_states):
+    """The same -> D S before each piece alone."""
+    buffers = [tile(plan.warpgroups, CHUNK, COLUMNS)]
+    operands = dict(k=k, v=d_o, gates=gates, inverse=inverse, q=q, scores=scores)
+    (before,) = gpu_walk.call(plan, _increments, (jax.ShapeDtypeStruct(d_states.shape, d_states.dtype),), buffers, operands, d_states, backwards=True)
+    return before
+
+
 def _states(plan, at, chunk, d_state, buffers, d_v_ref, d_states_ref, _):
-    d_v, reads, after = buffers
-    d_o = chunk.v.at[:, at.own]
+    reads, d_v, after = buffers
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     gpu_walk.write(d_state, after)
+    d_values = _d_values(plan, at, chunk, d_state, reads)
+    d_v.T[...] = plgpu.layout_cast(d_values.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(d_v, d_v_ref.at[at.b, at.tokens, at.h, at.columns])
+    plgpu.copy_smem_to_gmem(after, d_states_ref.at[at.b, at.h, at.n, at.columns])
+    return _before(chunk, d_state, d_values, reads)
+
+
+def _increments(plan, at, chunk, d_state, buffers, _):
+    (reads,) = buffers
+    d_values = _d_values(plan, at, chunk, d_state, reads)
+    plgpu.commit_smem()
+    return _before(chunk, d_state, d_values, reads)
+
+
+def _d_values(plan, at, chunk, d_state, reads):
+    """(D v)^T [COLUMNS,C]; and D o with its factors, in ``reads``."""
+    d_o = chunk.v.at[:, at.own]
     since_start = column_of(chunk.gates, Gate.SINCE_START, COLUMNS)
     d_output = plgpu.layout_cast(d_o[...], plgpu.Layout.WGMMA).astype(jnp.float32)
     reads[...] = (d_output * (plan.scale * since_start)).astype(jnp.bfloat16)
     (met,) = gpu_walk.read(d_state, chunk.k)
     d_updates = product((d_o.T, chunk.scores), start=met * row_of(chunk.gates, Gate.UNTIL_END))
     d_errors = d_updates * row_of(chunk.gates, Gate.BETA)
-    d_values = product((d_errors.astype(jnp.bfloat16), chunk.inverse))
-    d_v.T[...] = plgpu.layout_cast(d_values.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(d_v, d_v_ref.at[at.b, at.tokens, at.h, at.columns])
-    plgpu.copy_smem_to_gmem(after, d_states_ref.at[at.b, at.h, at.n, at.columns])
+    return product((d_errors.astype(jnp.bfloat16), chunk.inverse))
+
+
+def _before(chunk, d_state, d_values, reads):
     d_met = (d_values * -row_of(chunk.gates, Gate.SINCE_START)).astype(jnp.bfloat16)
     return gpu_walk.advance(d_state, chunk.gates[Gate.SINCE_START, CHUNK - 1], (d_met, chunk.k), (reads.T, chunk.q))

@@ -23,7 +23,7 @@ def outputs(plan, q, k, v, gates, inverse, scores, states):
 
     Returns (o [B,T,HV,V], the states after each piece).
     """
-    out_type = jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(states.shape, states.dtype)
+    out_type = _like(v), _like(states)
     buffers = [tile(plan.warpgroups, CHUNK, COLUMNS)]
     operands = dict(k=k, v=v, gates=gates, inverse=inverse, q=q, scores=scores)
     return gpu_walk.call(plan, _outputs, out_type, buffers, operands, states)
@@ -36,10 +36,27 @@ def states(plan, k, v, gates, inverse, states):
     """
     (B, HV, N), K, V = gates.shape[:3], k.shape[3], v.shape[3]
     kept = [jax.ShapeDtypeStruct((B, HV, N, V, size), v.dtype) for size in (K, CHUNK)]
-    out_type = (*kept, jax.ShapeDtypeStruct(states.shape, states.dtype))
+    out_type = (*kept, _like(states))
     buffers = [tile(plan.warpgroups, COLUMNS, K), tile(plan.warpgroups, COLUMNS, CHUNK)]
     operands = dict(k=k, v=v, gates=gates, inverse=inverse)
     return gpu_walk.call(plan, _states, out_type, buffers, operands, states)
+
+
+def increments(plan, k, v, gates, inverse, states):
+    """The same -> the states after each piece alone."""
+    (after,) = gpu_walk.call(plan, _increments, (_like(states),), [], dict(k=k, v=v, gates=gates, inverse=inverse), states)
+    return after
+
+
+def transitions(plan, k, gates, inverse, states):
+    """The same without values, states [B,HV,pieces,K,K]."""
+    plan = plan._replace(warpgroups=min(plan.warpgroups, k.shape[3] // COLUMNS))
+    (after,) = gpu_walk.call(plan, _increments, (_like(states),), [], dict(k=k, gates=gates, inverse=inverse), states)
+    return after
+
+
+def _like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _outputs(plan, at, chunk, state, buffers, o_ref, _):
@@ -70,10 +87,16 @@ def _states(plan, at, chunk, state, buffers, states_ref, errors_ref, _):
     return _next(chunk, state, errors * row_of(chunk.gates, Gate.BETA))
 
 
+def _increments(plan, at, chunk, state, buffers, _):
+    (met,) = gpu_walk.read(state, chunk.k)
+    return _next(chunk, state, _errors(chunk, at, met) * row_of(chunk.gates, Gate.BETA))
+
+
 def _errors(chunk, at, met):
     """e^T [COLUMNS,C] of (k S)^T."""
     met = (met * -row_of(chunk.gates, Gate.SINCE_START)).astype(jnp.bfloat16)
-    return product((chunk.v.at[:, at.own].T, chunk.inverse.T), (met, chunk.inverse.T))
+    of_values = [] if chunk.v is None else [(chunk.v.at[:, at.own].T, chunk.inverse.T)]
+    return product(*of_values, (met, chunk.inverse.T))
 
 
 def _next(chunk, state, updates):

@@ -18,9 +18,9 @@ class Chunk(NamedTuple):
     """A chunk in shared memory: what a walk reads of it; None where it does not."""
 
     k: jax.Ref  # [C,K]
-    v: jax.Ref  # [C,COLUMNS of all warpgroups]; going backwards the gradient of o
     gates: jax.Ref  # [GATES,C]
     inverse: jax.Ref  # [C,C]
+    v: jax.Ref | None = None  # [C,COLUMNS of all warpgroups]; going backwards the gradient of o
     q: jax.Ref | None = None
     scores: jax.Ref | None = None
 
