@@ -82,6 +82,10 @@ class Plan(NamedTuple):
     warpgroups: int
     stages: int = 2
 
+    def keeping(self, K: int) -> "Plan":
+        """For a walk that writes the states down: of 256 keys, registers and shared memory hold one warpgroup's."""
+        return self._replace(warpgroups=1) if K > 128 else self
+
     @classmethod
     def of(cls, scale, groups, walks, N, even) -> "Plan":
         """For so many ``walks`` of a warpgroup through all N chunks; ``even`` where a head has two or four.
@@ -149,7 +153,7 @@ def _gates(beta, log_decay):
     upper = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
     coarse, fine = (jnp.einsum("bhnt,ti->bhni", x, upper, precision=jax.lax.Precision.HIGHEST) for x in (coarse, log_decay - coarse))
     until_end = jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
-    return jnp.stack([coarse, fine, beta, jnp.exp(coarse + fine), until_end], axis=3)
+    return jnp.stack([beta, jnp.exp(coarse + fine), until_end, coarse, fine], axis=3)
 
 
 def _d_gates(gates, sums):

@@ -26,6 +26,7 @@ def states(plan, q, k, gates, inverse, scores, d_o, d_states):
         jax.ShapeDtypeStruct((B, HV, N, V, K), d_o.dtype),
         jax.ShapeDtypeStruct(d_states.shape, d_states.dtype),
     )
+    plan = plan.keeping(K)
     buffers = [tile(plan.warpgroups, CHUNK, COLUMNS)] * 2 + [tile(plan.warpgroups, COLUMNS, K)]
     operands = dict(k=k, v=d_o, gates=gates, inverse=inverse, q=q, scores=scores)
     return gpu_walk.call(plan, _states, out_type, buffers, operands, d_states, backwards=True)
@@ -35,7 +36,8 @@ def increments(plan, q, k, gates, inverse, scores, d_o, d_states):
     """The same -> D S before each piece alone."""
     buffers = [tile(plan.warpgroups, CHUNK, COLUMNS)]
     operands = dict(k=k, v=d_o, gates=gates, inverse=inverse, q=q, scores=scores)
-    (before,) = gpu_walk.call(plan, _increments, (jax.ShapeDtypeStruct(d_states.shape, d_states.dtype),), buffers, operands, d_states, backwards=True)
+    out_type = jax.ShapeDtypeStruct(d_states.shape, d_states.dtype)
+    (before,) = gpu_walk.call(plan, _increments, (out_type,), buffers, operands, d_states, backwards=True)
     return before
 
 

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHUNK = 64
+WALKED = 3  # of the rows of :class:`Gate`, those that a walk through the chunks takes
 COLUMNS = 64  # columns of a state that a warpgroup has
 PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
@@ -15,11 +16,11 @@ PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.Lowerin
 class Gate(IntEnum):
     """Rows of a chunk's gates [GATES,C] float32; c_i are the running sums of its log decays, in two parts."""
 
-    COARSE = 0
-    FINE = 1
-    BETA = 2
-    SINCE_START = 3  # exp(c_i)
-    UNTIL_END = 4  # exp(c_C - c_i)
+    BETA = 0
+    SINCE_START = 1  # exp(c_i)
+    UNTIL_END = 2  # exp(c_C - c_i)
+    COARSE = 3
+    FINE = 4
 
 
 def tile(*shape: int) -> plgpu.SMEM:

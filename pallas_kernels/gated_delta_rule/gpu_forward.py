@@ -9,7 +9,6 @@ all of them turned too: so every left operand with a factor a token (S, exp(c) k
 registers, and q, k, v, X and P go from memory to the tensor cores as they are.
 """
 
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -37,6 +36,7 @@ def states(plan, k, v, gates, inverse, states):
     (B, HV, N), K, V = gates.shape[:3], k.shape[3], v.shape[3]
     kept = [jax.ShapeDtypeStruct((B, HV, N, V, size), v.dtype) for size in (K, CHUNK)]
     out_type = (*kept, _like(states))
+    plan = plan.keeping(K)
     buffers = [tile(plan.warpgroups, COLUMNS, K), tile(plan.warpgroups, COLUMNS, CHUNK)]
     operands = dict(k=k, v=v, gates=gates, inverse=inverse)
     return gpu_walk.call(plan, _states, out_type, buffers, operands, states)

@@ -6,7 +6,7 @@ With E_ij = exp(c_i - c_j), c the running sums of the log decays, a chunk of C t
 
 The inverse is by doubling: with those of the diagonal blocks of size s in X, and A_s what lies between two of them, X - X A_s X has those
 of size 2 s. No power of A is formed: those grow and cancel where keys repeat. Its products take bfloat16 operands, and leave an error
-that one step of Newton's, X + X (I - (I + A) X) with A in two parts, squares: to less than X's own rounding to bfloat16.
+that one step of Newton's, X + (I - X (I + A)) X with A in two parts, squares: to less than X's own rounding to bfloat16.
 """
 
 from functools import partial
@@ -39,7 +39,7 @@ def _call(plan, last, q, k, gates):
             *[tile(CHUNK, q.shape[3])] * 2,
             plgpu.SMEM((len(Gate), CHUNK), jnp.float32),
             *[tile(CHUNK, CHUNK)] * 2,
-            [tile(CHUNK, CHUNK)] * (last is _inverse),
+            [tile(CHUNK, CHUNK)] * (2 if last is _inverse else 0),
             plgpu.Barrier(num_arrivals=3),
         ],
         grid=(B, HV, N),
@@ -68,13 +68,12 @@ def _kernel(plan, last, q_ref, k_ref, gates_ref, scores_ref, last_ref, q, k, gat
 
 
 def _inverse(lower, gates, inverse, scratch):
-    """X in float32. ``inverse`` and ``scratch`` are for right operands."""
+    """X in float32; ``inverse`` and ``scratch`` are for right operands."""
     i, j = squares()
-    (below,) = scratch
+    A_high, A_rest = scratch
     A = lower * row_of(gates, Gate.BETA)
     high = A.astype(jnp.bfloat16)
-    rest = (A - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    below[...] = high
+    A_high[...], A_rest[...] = high, (A - high.astype(jnp.float32)).astype(jnp.bfloat16)
     identity = jnp.where(i == j, 1.0, 0.0)
     X = identity - jnp.where(i // 2 == j // 2, A, 0.0)
     size = 2
@@ -83,15 +82,13 @@ def _inverse(lower, gates, inverse, scratch):
         left = X.astype(jnp.bfloat16)
         inverse[...] = left
         plgpu.commit_smem()
-        between_blocks = jnp.where(joined, product((left, below)), 0.0)
-        X = X - product((between_blocks.astype(jnp.bfloat16), inverse))
+        below = jnp.where(joined, product((left, A_high)), 0.0)
+        X = X - product((below.astype(jnp.bfloat16), inverse))
         size *= 2
 
     left = X.astype(jnp.bfloat16)
     X = left.astype(jnp.float32)
     inverse[...] = left
     plgpu.commit_smem()
-    error = identity - X - product((high, inverse), (rest, inverse))
-    below[...] = error.astype(jnp.bfloat16)
-    plgpu.commit_smem()
-    return product((left, below), start=X)
+    error = identity - X - product((left, A_high), (left, A_rest))
+    return product((error.astype(jnp.bfloat16), inverse), start=X)

@@ -1,4 +1,4 @@
-"""The states before each piece of a sequence, by Mosaic GPU: where batch and heads leave multiprocessors idle, pieces are walked side by side.
+"""The states before each piece of a sequence, by Mosaic GPU: pieces are walked side by side where the batch leaves multiprocessors idle.
 
 The state after a piece is M S + Z: M, the piece's transition, is the state it comes to from the identity without values, and Z the one from
 zero. The gradients go through the pieces from the last to the first, by M^T. Here 2 K V FLOPs and 4 K V bytes a piece and key are too few

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, COLUMNS, PARAMS, Gate, product, tile
+from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, COLUMNS, PARAMS, WALKED, product, tile
 
 
 class Chunk(NamedTuple):
     """A chunk in shared memory: what a walk reads of it; None where it does not."""
 
     k: jax.Ref  # [C,K]
-    gates: jax.Ref  # [GATES,C]
+    gates: jax.Ref  # [WALKED,C]
     inverse: jax.Ref  # [C,C]
     v: jax.Ref | None = None  # [C,COLUMNS of all warpgroups]; going backwards the gradient of o
     q: jax.Ref | None = None
@@ -47,8 +47,7 @@ def call(plan, step, out_type, buffers, operands, states, backwards=False):
     width = plan.warpgroups * COLUMNS
     shapes = dict(k=(CHUNK, K), q=(CHUNK, K), v=(CHUNK, width), inverse=(CHUNK, CHUNK), scores=(CHUNK, CHUNK))
     stages = [
-        plgpu.SMEM((plan.stages, len(Gate), CHUNK), jnp.float32) if name == "gates" else tile(plan.stages, *shapes[name])
-        for name in operands
+        plgpu.SMEM((plan.stages, WALKED, CHUNK), jnp.float32) if name == "gates" else tile(plan.stages, *shapes[name]) for name in operands
     ]
     walk = _Walk(plan, tuple(operands), N, backwards, step, len(out_type))
     return plgpu.kernel(
@@ -91,7 +90,8 @@ class _Walk(NamedTuple):
 
         @pl.when(w == plan.warpgroups)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
+            if plan.warpgroups == 2:
+                plgpu.set_max_registers(24, action="decrease")
 
             @pl.loop(0, count)
             def _(m):
@@ -105,6 +105,8 @@ class _Walk(NamedTuple):
                             source = source.at[b, at.tokens, h // plan.groups]
                         case "v":
                             source = source.at[b, at.tokens, h, pl.ds(u * width, width)]
+                        case "gates":
+                            source = source.at[b, h, at.n, pl.ds(0, WALKED)]
                         case _:
                             source = source.at[b, h, at.n]
                     plgpu.copy_gmem_to_smem(source, stage.at[slot], loaded.at[slot])
@@ -115,7 +117,8 @@ class _Walk(NamedTuple):
 
         @pl.when(w < plan.warpgroups)
         def _():
-            plgpu.set_max_registers(240 if plan.warpgroups == 2 else 232, action="increase")
+            if plan.warpgroups == 2:
+                plgpu.set_max_registers(240, action="increase")
             own = [x.at[w] for x in buffers]
 
             def step(m, state):
@@ -163,7 +166,8 @@ def read(state, *keys):
 
 def write(state, ref):
     """The state to shared memory, in bfloat16."""
-    for x, part in zip(state, parts(ref), strict=True):
+    # Behind a barrier, or the compiler keeps a whole rounded copy of the state for the products too.
+    for x, part in zip(jax.lax.optimization_barrier(state), parts(ref), strict=True):
         ref[:, part] = x.astype(jnp.bfloat16)
 
 

@@ -51,6 +51,16 @@ def test_matches_the_reference(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [Case(250, "head", "weak", B=1, H=1, HV=1, K=64, V=64), Case(300, "head", documents=True, B=1, H=1, HV=1, K=256, V=64)]
+)
+def test_in_pieces(monkeypatch, case):
+    monkeypatch.setattr(gpu, "LEAST", 1)
+    found = errors(case)
+    assert max(found.values()) < 1e-2, found
+
+
+@pytest.mark.slow
 def test_one_key_over_and_over():
     """The worst that can happen to the inverse, with beta up to 2; what the gradients of v and beta leave after it cancels is small."""
     found = errors(Case(200, "none", B=1, H=1, HV=1, K=64, V=64, keys="same"))
