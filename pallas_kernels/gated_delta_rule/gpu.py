@@ -127,7 +127,7 @@ def _run_backward(plan, residuals, cotangents):
         d_after = gpu_pieces.starts(transitions, increments, d_final_state, backwards=True)
     d_v, d_states, d_before = gpu_backward.states(plan, q, k, gates, inverse, scores, d_o, d_after)
     states, errors, _ = gpu_forward.states(plan, k, v, gates, inverse, before)
-    d_q, d_k, sums = gpu_gradients.call(plan, q, k, gates, scores, lower, states, errors, d_o, d_v, d_states)
+    d_q, d_k, sums = gpu_gradients.gradients(plan, q, k, gates, scores, lower, states, errors, d_o, d_v, d_states)
     d_q, d_k = (_sum_of_groups(x, plan.groups) for x in (d_q, d_k))
     return d_q, d_k, d_v, *_d_gates(gates, sums), d_before[:, :, 0]
 

@@ -29,7 +29,7 @@ def states(plan, q, k, gates, inverse, scores, d_o, d_states):
     plan = plan.keeping(K)
     buffers = [tile(plan.warpgroups, CHUNK, COLUMNS)] * 2 + [tile(plan.warpgroups, COLUMNS, K)]
     operands = dict(k=k, v=d_o, gates=gates, inverse=inverse, q=q, scores=scores)
-    return gpu_walk.call(plan, _states, out_type, buffers, operands, d_states, backwards=True)
+    return gpu_walk.walk(plan, "backward", _states, out_type, buffers, operands, d_states, backwards=True)
 
 
 def increments(plan, q, k, gates, inverse, scores, d_o, d_states):
@@ -37,7 +37,7 @@ def increments(plan, q, k, gates, inverse, scores, d_o, d_states):
     buffers = [tile(plan.warpgroups, CHUNK, COLUMNS)]
     operands = dict(k=k, v=d_o, gates=gates, inverse=inverse, q=q, scores=scores)
     out_type = jax.ShapeDtypeStruct(d_states.shape, d_states.dtype)
-    (before,) = gpu_walk.call(plan, _increments, (out_type,), buffers, operands, d_states, backwards=True)
+    (before,) = gpu_walk.walk(plan, "backward_increments", _increments, (out_type,), buffers, operands, d_states, backwards=True)
     return before
 
 

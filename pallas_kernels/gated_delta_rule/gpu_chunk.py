@@ -13,6 +13,16 @@ COLUMNS = 64  # columns of a state that a warpgroup has
 PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
+def call(body, *operands, name: str, **keywords):
+    """``plgpu.kernel(body, **keywords)(*operands)``, called gated_delta_rule_``name`` in profiles.
+
+    The results vary over the axes of a mesh that the operands vary over, as ``shard_map`` wants to know.
+    """
+    results = plgpu.kernel(body, compiler_params=PARAMS, kernel_name=f"gated_delta_rule_{name}", **keywords)(*operands)
+    axes = tuple(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands)))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), results) if axes else results
+
+
 class Gate(IntEnum):
     """Rows of a chunk's gates [GATES,C] float32; c_i are the running sums of its log decays, in two parts."""
 
@@ -62,4 +72,5 @@ def product(*operands, start: jax.Array | None = None) -> jax.Array:
             plgpu.wgmma(total, x, y)
         return total[...]
 
-    return pl.run_scoped(run, plgpu.ACC((operands[0][0].shape[0], operands[0][1].shape[1]), jnp.float32))
+    shape = (operands[0][0].shape[0], operands[0][1].shape[1]) if start is None else start.shape
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))

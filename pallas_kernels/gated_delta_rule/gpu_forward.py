@@ -25,7 +25,7 @@ def outputs(plan, q, k, v, gates, inverse, scores, states):
     out_type = _like(v), _like(states)
     buffers = [tile(plan.warpgroups, CHUNK, COLUMNS)]
     operands = dict(k=k, v=v, gates=gates, inverse=inverse, q=q, scores=scores)
-    return gpu_walk.call(plan, _outputs, out_type, buffers, operands, states)
+    return gpu_walk.walk(plan, "outputs", _outputs, out_type, buffers, operands, states)
 
 
 def states(plan, k, v, gates, inverse, states):
@@ -39,19 +39,19 @@ def states(plan, k, v, gates, inverse, states):
     plan = plan.keeping(K)
     buffers = [tile(plan.warpgroups, COLUMNS, K), tile(plan.warpgroups, COLUMNS, CHUNK)]
     operands = dict(k=k, v=v, gates=gates, inverse=inverse)
-    return gpu_walk.call(plan, _states, out_type, buffers, operands, states)
+    return gpu_walk.walk(plan, "states", _states, out_type, buffers, operands, states)
 
 
 def increments(plan, k, v, gates, inverse, states):
     """The same -> the states after each piece alone."""
-    (after,) = gpu_walk.call(plan, _increments, (_like(states),), [], dict(k=k, v=v, gates=gates, inverse=inverse), states)
+    (after,) = gpu_walk.walk(plan, "increments", _increments, (_like(states),), [], dict(k=k, v=v, gates=gates, inverse=inverse), states)
     return after
 
 
 def transitions(plan, k, gates, inverse, states):
     """The same without values, states [B,HV,pieces,K,K]."""
     plan = plan._replace(warpgroups=min(plan.warpgroups, k.shape[3] // COLUMNS))
-    (after,) = gpu_walk.call(plan, _increments, (_like(states),), [], dict(k=k, gates=gates, inverse=inverse), states)
+    (after,) = gpu_walk.walk(plan, "transitions", _increments, (_like(states),), [], dict(k=k, gates=gates, inverse=inverse), states)
     return after
 
 

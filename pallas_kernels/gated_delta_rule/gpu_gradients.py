@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, PARAMS, Gate, between, column_of, product, row_of, squares, tile
+from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, Gate, between, call, column_of, product, row_of, squares, tile
 
 PART = 64  # channels of the keys, and columns of the values at a time
 
@@ -32,13 +32,15 @@ class Sum(IntEnum):
     STATE = 5  # sums of S * D S', whatever the token
 
 
-def call(plan, q, k, gates, scores, lower, states, errors, d_o, d_v, d_states):
+def gradients(plan, q, k, gates, scores, lower, states, errors, d_o, d_v, d_states):
     """Arrays as the other kernels have them -> D q, D k [B,T,HV,K], sums [B,HV,N,K/PART,SUMS,C]."""
     (B, HV, N), (T, K), V = gates.shape[:3], (q.shape[1], q.shape[3]), d_o.shape[3]
     d_keys = jax.ShapeDtypeStruct((B, T, HV, K), q.dtype)
     square = tile(CHUNK, PART)
-    return plgpu.kernel(
+    return call(
         partial(_kernel, plan, V // PART),
+        *(q, k, scores, lower, gates, states, errors, d_o, d_v, d_states),
+        name="gradients",
         out_type=(d_keys, d_keys, jax.ShapeDtypeStruct((B, HV, N, K // PART, len(Sum), CHUNK), jnp.float32)),
         scratch_types=[
             [square] * 4,
@@ -50,8 +52,7 @@ def call(plan, q, k, gates, scores, lower, states, errors, d_o, d_v, d_states):
         ],
         grid=(B, HV, N, K // PART),
         grid_names=("b", "h", "n", "part"),
-        compiler_params=PARAMS,
-    )(q, k, scores, lower, gates, states, errors, d_o, d_v, d_states)
+    )
 
 
 def _kernel(plan, blocks, *refs):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, PARAMS, Gate, between, product, row_of, squares, tile
+from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, Gate, between, call, product, row_of, squares, tile
 
 
 def with_inverse(plan, q, k, gates):
@@ -32,8 +32,12 @@ def without_inverse(plan, q, k, gates):
 def _call(plan, last, q, k, gates):
     B, HV, N = gates.shape[:3]
     pairs = jax.ShapeDtypeStruct((B, HV, N, CHUNK, CHUNK), jnp.bfloat16)
-    return plgpu.kernel(
+    return call(
         partial(_kernel, plan, last),
+        q,
+        k,
+        gates,
+        name="pairs",
         out_type=(pairs, pairs),
         scratch_types=[
             *[tile(CHUNK, q.shape[3])] * 2,
@@ -44,8 +48,7 @@ def _call(plan, last, q, k, gates):
         ],
         grid=(B, HV, N),
         grid_names=("b", "h", "n"),
-        compiler_params=PARAMS,
-    )(q, k, gates)
+    )
 
 
 def _kernel(plan, last, q_ref, k_ref, gates_ref, scores_ref, last_ref, q, k, gates, scores, result, scratch, loaded):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_delta_rule.gpu_chunk import COLUMNS, PARAMS, product, tile
-from pallas_kernels.gated_delta_rule.gpu_walk import parts
+from pallas_kernels.gated_delta_rule.gpu_chunk import COLUMNS, call, product, tile
+from pallas_kernels.gated_delta_rule.gpu_walk import load, parts
 
 
 def starts(transitions, increments, start, backwards=False):
@@ -27,23 +27,21 @@ def starts(transitions, increments, start, backwards=False):
     low = (transitions - high.astype(jnp.float32)).astype(jnp.bfloat16)
     width = min(K, 128)
     shape = (width, K) if backwards else (K, width)
-    return plgpu.kernel(
+    return call(
         partial(_kernel, backwards),
+        *(high, low, increments, start),
+        name="pieces",
         out_type=jax.ShapeDtypeStruct(increments.shape, jnp.float32),
         scratch_types=[tile(*shape), tile(*shape), plgpu.Barrier(num_arrivals=2)],
         grid=(B, HV, V // COLUMNS),
         grid_names=("b", "h", "columns"),
-        compiler_params=PARAMS,
-    )(high, low, increments, start)
+    )
 
 
 def _kernel(backwards, high_ref, low_ref, increments_ref, start_ref, result_ref, high, low, loaded):
     b, h, u = (jax.lax.axis_index(name) for name in ("b", "h", "columns"))
     P = result_ref.shape[2]
     columns = pl.ds(u * COLUMNS, COLUMNS)
-
-    def load(ref):
-        return [plgpu.load(ref, (slice(None), part), layout=plgpu.Layout.WGMMA, optimized=False) for part in parts(ref)]
 
     def store(p, state):
         ref = result_ref.at[b, h, p, columns]

@@ -4,6 +4,8 @@ The grid is (B, HV, pieces of the sequence, blocks of V). Of a CTA's warpgroups 
 last one, which loads: chunk after chunk, as far ahead as there are buffers.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, COLUMNS, PARAMS, WALKED, product, tile
+from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, COLUMNS, WALKED, call, product, tile
 
 
 class Chunk(NamedTuple):
@@ -36,7 +38,7 @@ class Place(NamedTuple):
     own: pl.Slice
 
 
-def call(plan, step, out_type, buffers, operands, states, backwards=False):
+def walk(plan, name, step, out_type, buffers, operands, states, backwards=False):
     """``step(plan, place, chunk, state, own buffers, *result refs)`` for every chunk -> its results.
 
     operands: by the names of :class:`Chunk`. states: [B,HV,pieces,V,K] float32, before each piece; a last result of their shape is the
@@ -49,9 +51,11 @@ def call(plan, step, out_type, buffers, operands, states, backwards=False):
     stages = [
         plgpu.SMEM((plan.stages, WALKED, CHUNK), jnp.float32) if name == "gates" else tile(plan.stages, *shapes[name]) for name in operands
     ]
-    walk = _Walk(plan, tuple(operands), N, backwards, step, len(out_type))
-    return plgpu.kernel(
-        walk.run,
+    return call(
+        _Walk(plan, tuple(operands), N, backwards, step).run,
+        states,
+        *operands.values(),
+        name=name,
         out_type=out_type,
         scratch_types=[
             stages,
@@ -63,8 +67,7 @@ def call(plan, step, out_type, buffers, operands, states, backwards=False):
         grid_names=("b", "h", "piece", "columns"),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
-        compiler_params=PARAMS,
-    )(states, *operands.values())
+    )
 
 
 class _Walk(NamedTuple):
@@ -72,8 +75,7 @@ class _Walk(NamedTuple):
     names: tuple[str, ...]
     N: int
     backwards: bool
-    step: object
-    results: int
+    step: Callable
 
     def run(self, states_ref, *refs):
         plan = self.plan
@@ -131,8 +133,7 @@ class _Walk(NamedTuple):
 
             columns = place(0).columns
             before = states_ref.at[b, h, piece, columns]
-            state = [plgpu.load(before, (slice(None), part), layout=plgpu.Layout.WGMMA, optimized=False) for part in parts(before)]
-            state = jax.lax.fori_loop(0, count, step, state)
+            state = jax.lax.fori_loop(0, count, step, load(before))
             after = results[-1].at[b, h, piece, columns]
             for x, part in zip(state, parts(after), strict=True):
                 after[:, part] = x
@@ -143,6 +144,12 @@ def parts(ref) -> list[pl.Slice]:
     """The last axis in slices of at most 128: a state's accumulators."""
     K = ref.shape[-1]
     return [pl.ds(start, min(K, 128)) for start in range(0, K, 128)]
+
+
+def load(ref) -> list[jax.Array]:
+    """A state from memory, in accumulators from the start: inside ``shard_map`` other arrays are of another type."""
+    read = partial(plgpu.load, layout=plgpu.Layout.WGMMA, optimized=False)
+    return [product(start=read(ref, (slice(None), part))) for part in parts(ref)]
 
 
 def read(state, *keys):

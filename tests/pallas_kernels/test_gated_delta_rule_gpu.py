@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import platforms
 from pallas_kernels.gated_delta_rule import gated_delta_rule, gpu
@@ -80,6 +81,15 @@ def test_chosen_where_it_is_lowered_for_hopper(axes, gpu_kernels):
         return jnp.sum(output.astype(jnp.float32)) + jnp.sum(state)
 
     assert ("mosaic_gpu" in hopper.lowered(jax.grad(loss), arguments_of(axes))) == gpu_kernels
+
+
+def test_lowered_inside_of_shard_map_and_checkpoint():
+    def loss(arguments):
+        output, state = jax.checkpoint(lambda arguments: gated_delta_rule(**arguments))(arguments)
+        return jnp.sum(output.astype(jnp.float32)) + jnp.sum(state)
+
+    mapped = jax.shard_map(jax.grad(loss), in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
+    assert "mosaic_gpu" in hopper.lowered(mapped, arguments_of("head", K=256))
 
 
 @pytest.mark.parametrize(
