@@ -95,7 +95,8 @@ class Plan(NamedTuple):
         pieces = min(WARPGROUPS // walks, N // LEAST)
         pieces = pieces if pieces > 2 else 1
         chunks = -(-N // pieces)
-        return cls(scale, groups, -(-N // chunks), chunks, 2 if even and walks * pieces > WARPGROUPS // 2 else 1)
+        pieces = -(-N // chunks)
+        return cls(scale, groups, pieces, chunks, warpgroups=2 if even and walks * pieces > WARPGROUPS // 2 else 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

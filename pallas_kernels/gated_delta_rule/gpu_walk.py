@@ -71,6 +71,8 @@ def walk(plan, name, step, out_type, buffers, operands, states, backwards=False)
 
 
 class _Walk(NamedTuple):
+    """A kernel; names: of the operands that come chunk by chunk."""
+
     plan: NamedTuple
     names: tuple[str, ...]
     N: int
@@ -78,66 +80,65 @@ class _Walk(NamedTuple):
     step: Callable
 
     def run(self, states_ref, *refs):
-        plan = self.plan
-        sources = dict(zip(self.names, refs, strict=False))
-        results, (stages, buffers, loaded, free) = refs[len(self.names) : -4], refs[-4:]
-        b, h, piece, u, w = (jax.lax.axis_index(name) for name in ("b", "h", "piece", "columns", "warpgroup"))
-        width = plan.warpgroups * COLUMNS
-        count = jnp.minimum(plan.chunks, self.N - piece * plan.chunks)
+        sources, refs = refs[: len(self.names)], refs[len(self.names) :]
+        *results, stages, buffers, loaded, free = refs
+        w = jax.lax.axis_index("warpgroup")
+        pl.when(w == self.plan.warpgroups)(lambda: self._load(sources, stages, loaded, free))
+        pl.when(w < self.plan.warpgroups)(lambda: self._compute(states_ref, results, stages, [x.at[w] for x in buffers], loaded, free))
 
-        def place(m):
-            n = piece * plan.chunks + (count - 1 - m if self.backwards else m)
-            own = pl.ds(w * COLUMNS, COLUMNS)
-            return Place(b, h, n, pl.ds(n * CHUNK, CHUNK), pl.ds(u * width + w * COLUMNS, COLUMNS), own)
+    def _place(self, m) -> Place:
+        """Of the m-th chunk of the walk."""
+        b, h, u, w = (jax.lax.axis_index(name) for name in ("b", "h", "columns", "warpgroup"))
+        first, count = self._chunks()
+        n = first + (count - 1 - m if self.backwards else m)
+        start = u * self.plan.warpgroups * COLUMNS
+        return Place(b, h, n, pl.ds(n * CHUNK, CHUNK), pl.ds(start + w * COLUMNS, COLUMNS), pl.ds(w * COLUMNS, COLUMNS))
 
-        @pl.when(w == plan.warpgroups)
-        def _():
-            if plan.warpgroups == 2:
-                plgpu.set_max_registers(24, action="decrease")
+    def _chunks(self):
+        """The first chunk of the piece, and how many it has."""
+        first = jax.lax.axis_index("piece") * self.plan.chunks
+        return first, jnp.minimum(self.plan.chunks, self.N - first)
 
-            @pl.loop(0, count)
-            def _(m):
-                slot = jax.lax.rem(m, plan.stages)
-                pl.when(m >= plan.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                at = place(m)
-                for name, stage in zip(self.names, stages, strict=True):
-                    source = sources[name]
-                    match name:
-                        case "k" | "q":
-                            source = source.at[b, at.tokens, h // plan.groups]
-                        case "v":
-                            source = source.at[b, at.tokens, h, pl.ds(u * width, width)]
-                        case "gates":
-                            source = source.at[b, h, at.n, pl.ds(0, WALKED)]
-                        case _:
-                            source = source.at[b, h, at.n]
-                    plgpu.copy_gmem_to_smem(source, stage.at[slot], loaded.at[slot])
+    def _load(self, sources, stages, loaded, free):
+        plan, (_, count), u = self.plan, self._chunks(), jax.lax.axis_index("columns")
+        if plan.warpgroups == 2:
+            plgpu.set_max_registers(24, action="decrease")
 
-            @pl.loop(jnp.maximum(count - plan.stages, 0), count)
-            def _(m):
-                plgpu.barrier_wait(free.at[jax.lax.rem(m, plan.stages)])
+        @pl.loop(0, count)
+        def _(m):
+            at, slot = self._place(m), jax.lax.rem(m, plan.stages)
+            keys = at.b, at.tokens, at.h // plan.groups
+            values = at.b, at.tokens, at.h, pl.ds(u * plan.warpgroups * COLUMNS, plan.warpgroups * COLUMNS)
+            gates = at.b, at.h, at.n, pl.ds(0, WALKED)
+            where = dict(k=keys, q=keys, v=values, gates=gates)
+            pl.when(m >= plan.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+            for name, source, stage in zip(self.names, sources, stages, strict=True):
+                source = source.at[where.get(name, (at.b, at.h, at.n))]
+                plgpu.copy_gmem_to_smem(source, stage.at[slot], loaded.at[slot])
 
-        @pl.when(w < plan.warpgroups)
-        def _():
-            if plan.warpgroups == 2:
-                plgpu.set_max_registers(240, action="increase")
-            own = [x.at[w] for x in buffers]
+        @pl.loop(jnp.maximum(count - plan.stages, 0), count)
+        def _(m):
+            plgpu.barrier_wait(free.at[jax.lax.rem(m, plan.stages)])
 
-            def step(m, state):
-                slot = jax.lax.rem(m, plan.stages)
-                plgpu.barrier_wait(loaded.at[slot])
-                chunk = Chunk(**{name: stage.at[slot] for name, stage in zip(self.names, stages, strict=True)})
-                state = self.step(plan, place(m), chunk, state, own, *results)
-                plgpu.barrier_arrive(free.at[slot])
-                return state
+    def _compute(self, states_ref, results, stages, buffers, loaded, free):
+        plan, (_, count), piece = self.plan, self._chunks(), jax.lax.axis_index("piece")
+        if plan.warpgroups == 2:
+            plgpu.set_max_registers(240, action="increase")
 
-            columns = place(0).columns
-            before = states_ref.at[b, h, piece, columns]
-            state = jax.lax.fori_loop(0, count, step, load(before))
-            after = results[-1].at[b, h, piece, columns]
-            for x, part in zip(state, parts(after), strict=True):
-                after[:, part] = x
-            plgpu.wait_smem_to_gmem(0)
+        def step(m, state):
+            slot = jax.lax.rem(m, plan.stages)
+            plgpu.barrier_wait(loaded.at[slot])
+            chunk = Chunk(**{name: stage.at[slot] for name, stage in zip(self.names, stages, strict=True)})
+            state = self.step(plan, self._place(m), chunk, state, buffers, *results)
+            plgpu.barrier_arrive(free.at[slot])
+            return state
+
+        at = self._place(0)
+        before, after = (ref.at[at.b, at.h, piece, at.columns] for ref in (states_ref, results[-1]))
+        state = jax.lax.fori_loop(0, count, step, load(before))
+        for x, part in zip(state, parts(after), strict=True):
+            after[:, part] = x
+        plgpu.wait_smem_to_gmem(0)
 
 
 def parts(ref) -> list[pl.Slice]:

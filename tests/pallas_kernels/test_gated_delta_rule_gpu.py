@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import platforms
@@ -67,6 +69,14 @@ def test_one_key_over_and_over():
     found = errors(Case(200, "none", B=1, H=1, HV=1, K=64, V=64, keys="same"))
     assert found["['output']"] < 8e-3 and found["['final_state']"] < 8e-3, found
     assert max(found.values()) < 0.08, found
+
+
+@given(walks=st.integers(1, 600), chunks=st.integers(1, 1024))
+def test_pieces_hold_every_chunk_and_fill_the_multiprocessors(walks, chunks):
+    plan = gpu.Plan.of(1.0, 1, walks, chunks, even=True)
+    assert (plan.pieces - 1) * plan.chunks < chunks <= plan.pieces * plan.chunks
+    assert plan.pieces == 1 or plan.chunks >= gpu.LEAST and walks * plan.pieces <= gpu.WARPGROUPS
+    assert (plan.warpgroups == 2) == (walks * plan.pieces > gpu.WARPGROUPS // 2)
 
 
 def arguments_of(axes, K=128, V=128, dtype=jnp.bfloat16):
