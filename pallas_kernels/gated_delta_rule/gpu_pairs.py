@@ -2,11 +2,11 @@
 
 With E_ij = exp(c_i - c_j), c the running sums of the log decays, a chunk of C tokens has
 
-    P_ij = scale * (q_i . k_j) E_ij for j <= i        L_ij = (k_i . k_j) E_ij for j < i        X = (I + L diag(beta))^-1
+    P_ij = scale * (q_i . k_j) E_ij for j <= i        L_ij = (k_i . k_j) E_ij for j < i        X = (I - B)^-1,  B = -L diag(beta)
 
-The inverse is by doubling: with those of the diagonal blocks of size s in X, and A_s what lies between two of them, X - X A_s X has those
-of size 2 s. No power of A is formed: those grow and cancel where keys repeat. Its products take bfloat16 operands, and leave an error
-that one step of Newton's, X + (I - X (I + A)) X with A in two parts, squares: to less than X's own rounding to bfloat16.
+The inverse is by doubling: with those of the diagonal blocks of size s in X, and B_s what lies between two of them, X + X B_s X has those
+of size 2 s. No power of B is formed: those grow and cancel where keys repeat. Its products take bfloat16 operands, and leave an error
+that one step of Newton's, X + (I - X (I - B)) X with B in two parts, squares: to less than X's own rounding to bfloat16.
 """
 
 from functools import partial
@@ -73,25 +73,25 @@ def _kernel(plan, last, q_ref, k_ref, gates_ref, scores_ref, last_ref, q, k, gat
 def _inverse(lower, gates, inverse, scratch):
     """X in float32; ``inverse`` and ``scratch`` are for right operands."""
     i, j = squares()
-    A_high, A_rest = scratch
-    A = lower * row_of(gates, Gate.BETA)
-    high = A.astype(jnp.bfloat16)
-    A_high[...], A_rest[...] = high, (A - high.astype(jnp.float32)).astype(jnp.bfloat16)
     identity = jnp.where(i == j, 1.0, 0.0)
-    X = identity - jnp.where(i // 2 == j // 2, A, 0.0)
+    high, rest = scratch
+    B = lower * -row_of(gates, Gate.BETA)
+    rounded = B.astype(jnp.bfloat16)
+    high[...], rest[...] = rounded, (B - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
+    X = identity + jnp.where(i // 2 == j // 2, B, 0.0)
     size = 2
     while size < CHUNK:
         joined = (i // (2 * size) == j // (2 * size)) & (i // size != j // size)
         left = X.astype(jnp.bfloat16)
         inverse[...] = left
         plgpu.commit_smem()
-        below = jnp.where(joined, product((left, A_high)), 0.0)
-        X = X - product((below.astype(jnp.bfloat16), inverse))
+        below = jnp.where(joined, product((left, high)), 0.0)
+        X = product((below.astype(jnp.bfloat16), inverse), start=X)
         size *= 2
 
     left = X.astype(jnp.bfloat16)
     X = left.astype(jnp.float32)
     inverse[...] = left
     plgpu.commit_smem()
-    error = identity - X - product((left, A_high), (left, A_rest))
+    error = product((left, high), (left, rest), start=identity - X)
     return product((error.astype(jnp.bfloat16), inverse), start=X)
