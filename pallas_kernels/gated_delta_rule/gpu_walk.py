@@ -182,7 +182,12 @@ def write(state, ref):
 def advance(state, decay, *writes):
     """decay S^T plus the sum of x y over ``writes``, x [COLUMNS,C] in registers or shared memory, y [C,K]."""
 
-    return [
-        product(*((left, right.at[:, part]) for left, right in writes), start=x * decay)
-        for x, part in zip(state, parts(writes[0][1]), strict=True)
-    ]
+    def run(*totals):
+        for total, x in zip(totals, state, strict=True):
+            total[...] = x * decay
+        for x, y in writes:
+            for total, part in zip(totals, parts(y), strict=True):
+                plgpu.wgmma(total, x, y.at[:, part])
+        return [total[...] for total in totals]
+
+    return pl.run_scoped(run, *[plgpu.ACC(x.shape, jnp.float32) for x in state])
