@@ -96,11 +96,22 @@ def _kernel(plan, blocks, *refs):
                 load(block + 1)
         return reads_q[...], reads_k[...], writes[...], pairs_q[...], pairs_k[...], by_state
 
-    *found, by_state = pl.run_scoped(over_values, *[plgpu.ACC((CHUNK, CHUNK), jnp.float32)] * 5)
-    reads_q, reads_k, writes, pairs_q, pairs_k = found
+    *met, sums[Sum.STATE] = pl.run_scoped(over_values, *[plgpu.ACC((CHUNK, CHUNK), jnp.float32)] * 5)
     plgpu.barrier_wait(loaded)
-    sums[Sum.STATE] = by_state
+    d_q, d_k = _of_keys(plan, *met, q, k, scores, lower, gates, sums)
+    for x, buffer, ref in ((d_q, values[0], d_q_ref), (d_k, values[1], d_k_ref)):
+        buffer[...] = x.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer, ref.at[b, tokens, h, channels])
+    plgpu.copy_smem_to_gmem(sums, sums_ref.at[b, h, n, part])
+    plgpu.wait_smem_to_gmem(0)
 
+
+def _of_keys(plan, reads_q, reads_k, writes, pairs_q, pairs_k, q, k, scores, lower, gates, sums):
+    """D q, D k [C,PART] float32, by what the values of the chunk met: D o S^T, D v S^T, e (D S')^T, D o e^T and D v e^T.
+
+    Writes the sums; ``scores`` and ``lower`` are overwritten with operands.
+    """
     i, j = squares()
     pairs_k = jnp.where(i > j, -pairs_k, 0.0)
     by_queries = pairs_q * _square(scores)
@@ -122,13 +133,7 @@ def _kernel(plan, blocks, *refs):
     plgpu.commit_smem()
     d_q = product((d_scores, k), start=reads_q)
     writes = writes * column_of(gates, Gate.BETA)
-    d_k = product((scores.T, q), (lower.T, k), (d_lower, k), start=reads_k + writes)
-    for x, buffer, ref in ((d_q, values[0], d_q_ref), (d_k, values[1], d_k_ref)):
-        buffer[...] = x.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer, ref.at[b, tokens, h, channels])
-    plgpu.copy_smem_to_gmem(sums, sums_ref.at[b, h, n, part])
-    plgpu.wait_smem_to_gmem(0)
+    return d_q, product((scores.T, q), (lower.T, k), (d_lower, k), start=reads_k + writes)
 
 
 def _square(ref) -> jax.Array:
