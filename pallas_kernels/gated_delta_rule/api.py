@@ -2,14 +2,19 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import checks, segments
-from pallas_kernels.gated_delta_rule import associative_scan, reference, tpu, xla
+from pallas_kernels import checks, platforms, segments
+from pallas_kernels.gated_delta_rule import associative_scan, gpu, reference, tpu, xla
+
+
+def _kernel(*arguments):
+    return platforms.kernels(tpu, gpu).gated_delta_rule(*arguments)
+
 
 IMPLEMENTATIONS = {
     "reference": reference.gated_delta_rule,
     "xla": xla.gated_delta_rule,
     "associative_scan": associative_scan.gated_delta_rule,
-    "pallas": tpu.gated_delta_rule,
+    "pallas": _kernel,
 }
 
 
@@ -41,8 +46,9 @@ def gated_delta_rule(
     segment_ids: [B,T] int; the state starts at zero wherever the id changes. 0 marks padding, whatever it holds: it changes no state
         and its output is 0.
     implementation: "reference" (token by token), "xla" (a scan over chunks), "associative_scan" (chunks combined in log2(T) steps) or
-        "pallas" (a TPU kernel, interpreted on CPU; float32 and bfloat16). None takes the fastest measured for the platform that the
-        program is lowered for: "pallas" on TPU where it can, else "xla".
+        "pallas" (a TPU kernel, interpreted on CPU; float32 and bfloat16. Traced for a Hopper GPU, one for it: q, k and v in bfloat16,
+        K of 64, 128 or 256, V a multiple of 64, no decay a channel). None takes the fastest for the platform that the program is
+        lowered for: "pallas" on TPU and Hopper where it can, else "xla".
 
     Returns (output [B,T,HV,V] in v's dtype, final_state [B,HV,K,V] after the last real token): states, gates and sums are in float32,
     in float64 where an argument is. Products of float32 arrays follow ``jax.default_matmul_precision``; those that decide about
@@ -57,7 +63,7 @@ def gated_delta_rule(
     checks.check_segment_ids(name, segment_ids)
     if sizes["T"] == 0:
         raise ValueError(f"{name}: q has shape {q.shape}, needs at least one token")
-    kernel = "pallas" if tpu.is_faster(q, k, v, beta, log_decay) else None
+    kernel = "pallas" if platforms.kernels(tpu, gpu).is_faster(q, k, v, beta, log_decay) else None
     run = checks.choose(name, IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
 
     dtype = _state_dtype(q, k, v, beta, log_decay, initial_state)
