@@ -1,0 +1,80 @@
+"""The states between the chunks, by a Mosaic GPU kernel: of the sequence forwards, and their gradients backwards.
+
+A state of a head is cut into tiles of 64 keys and 64 values. Each is walked through the chunks by a warpgroup of its own, in
+float32 registers; the chunks' tokens arrive by TMA ahead of it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental import pallas as pl
+
+from pallas_kernels.gated_linear_attention.gpu_layout import PARAMS, TILE, TILED, TILED_FLOAT32, over_rows, product
+
+STAGES = 2  # chunks under way
+
+
+def states(x, y, sums, start, *, chunk: int, reverse: bool, scale: float = 1.0, keep: bool = True):
+    """Walks S' = exp(c_C) S + sum_i w_i x_i y_i^T through the chunks of C = ``chunk`` tokens, from the last to the first where ``reverse``.
+
+    x: [B,T,H,K], y: [B,T,HV,V], bfloat16, K and V multiples of 64, T of C; sums: [B,HV,2,T] as :func:`.tpu_decays.running_sums` has
+    them; start: [B,HV,K,V] float32. w_i is exp(c_C - c_i), or where ``reverse`` exp(c_i), times ``scale``.
+
+    Returns (the last S [B,HV,K,V] in float32, S before each step [B,T/C,HV,K,V] in bfloat16 where it is to ``keep``).
+    """
+    (B, T, HV, V), (H, K), N = y.shape, x.shape[2:], x.shape[1] // chunk
+
+    def body(x_ref, y_ref, sums_ref, start_ref, last_ref, *refs):
+        *kept_refs, state_smem, kept_smem, loaded = refs
+        b, h, tile_k, tile_v = (lax.axis_index(name) for name in ("batch", "head", "keys", "values"))
+
+        def step(indices, x_smem, y_smem, sums_smem, state):
+            for ref in kept_refs:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                kept_smem[...] = state.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(kept_smem, ref.at[b, at(indices[0]), *here[1:]])
+            coarse, fine = (sums_smem[part] for part in (0, 1))
+            end_coarse, end_fine = (sums_smem[part, chunk - 1] for part in (0, 1))
+            weights = scale * jnp.exp(coarse + fine if reverse else (end_coarse - coarse) + (end_fine - fine))
+            y_smem[...] = (y_smem[...].astype(jnp.float32) * over_rows(weights, TILE)).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            return jnp.exp(end_coarse + end_fine) * state + product(x_smem.transpose((1, 0)), y_smem)
+
+        def at(n):
+            return N - 1 - n if reverse else n
+
+        here = b, h, pl.ds(tile_k * TILE, TILE), pl.ds(tile_v * TILE, TILE)
+        tokens = None, chunk, None, TILE
+        plgpu.copy_gmem_to_smem(start_ref.at[here], state_smem, loaded)
+        plgpu.barrier_wait(loaded)
+        state_smem[...] = plgpu.emit_pipeline(
+            step,
+            grid=(N,),
+            in_specs=[
+                plgpu.BlockSpec(tokens, lambda n: (b, at(n), h // (HV // H), tile_k), transforms=TILED),
+                plgpu.BlockSpec(tokens, lambda n: (b, at(n), h, tile_v), transforms=TILED),
+                plgpu.BlockSpec((None, None, 2, chunk), lambda n: (b, h, 0, at(n))),
+            ],
+            max_concurrent_steps=min(STAGES, N),
+            init_carry=state_smem[...],
+        )(x_ref, y_ref, sums_ref)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(state_smem, last_ref.at[here])
+        plgpu.wait_smem_to_gmem(0)
+
+    last = jax.ShapeDtypeStruct(start.shape, jnp.float32)
+    kept = jax.ShapeDtypeStruct((B, N, HV, K, V), jnp.bfloat16)
+    return plgpu.kernel(
+        body,
+        out_type=(last, kept) if keep else (last,),
+        scratch_types=[
+            plgpu.SMEM((TILE, TILE), jnp.float32, transforms=TILED_FLOAT32),
+            plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=TILED),
+            plgpu.Barrier(),
+        ],
+        grid=(B, HV, K // TILE, V // TILE),
+        grid_names=("batch", "head", "keys", "values"),
+        compiler_params=PARAMS,
+    )(x, y, sums, start)

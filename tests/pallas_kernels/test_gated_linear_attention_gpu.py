@@ -1,0 +1,60 @@
+"""The Hopper kernels of linear attention with decay, interpreted: against the reference in float64, and their contract."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.gated_linear_attention import gated_linear_attention, gpu, shapes
+from tests.helpers import relative_error
+from tests.pallas_kernels.hopper import interpreted, lowered
+from tests.pallas_kernels.test_gated_linear_attention import Case, documents, errors, example
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(140, "head", documents=True, B=1, H=1, HV=1, K=64, V=64),
+        pytest.param(Case(128, "head", "strong", B=1, H=1, HV=1, K=64, V=64), marks=slow),
+        pytest.param(Case(256, "fixed", "weak", B=1, H=1, HV=2, K=64, V=64), marks=slow),  # grouped values
+        pytest.param(Case(128, "head", "none", B=2, H=1, HV=1, K=192, V=128), marks=slow),  # more slices than are under way
+        pytest.param(Case(300, "head", documents=True, B=2, H=2, HV=2, K=128, V=256), marks=slow),
+    ],
+    ids=str,
+)
+def test_matches_the_reference(case):
+    segment_ids = documents(1, case)
+    arguments = example(1, case, segment_ids)
+    with interpreted():
+        found = errors(arguments, segment_ids, "pallas", jnp.bfloat16, state_dtype=jnp.float32)
+    # Operands of products are rounded to 2^-9 two or three times in a row, and outputs once: no more than in XLA's form.
+    assert max(found.values()) < 8e-3, found
+
+
+@pytest.mark.parametrize("name", ["simple_gla_340m", "retnet_340m", "retnet_1b3"])
+def test_chosen_where_it_is_lowered_for_hopper(name):
+    shape = shapes.SHAPES[name]
+    arguments = jax.eval_shape(lambda: shapes.inputs(shape, jax.random.key(0), jnp.bfloat16))
+
+    def loss(arguments):
+        o, state = gated_linear_attention(**arguments)
+        return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
+
+    # Forward, states and outputs; backward, the gradients of the states and of all else.
+    assert lowered(jax.value_and_grad(loss), arguments).count("@mosaic_gpu_v2") == 4
+
+
+def test_what_the_kernel_does_not_take_is_refused_by_name_and_not_chosen():
+    for case, dtype, message in (
+        (Case(5, "head", K=64, V=64), jnp.float32, "q has dtype float32, needs bfloat16"),
+        (Case(5, "head", K=64, V=48), jnp.bfloat16, "v has shape .*, needs heads whose size is a multiple of 64"),
+        (Case(5, "channel", K=64, V=64), jnp.bfloat16, "log_decay has shape .*, needs one decay a head"),
+    ):
+        given = {name: jnp.asarray(x, dtype) for name, x in example(0, case).items()}
+        assert not gpu.is_faster(*(given[name] for name in ("q", "k", "v", "log_decay")))
+        with interpreted():
+            with pytest.raises(ValueError, match=f"{message} for implementation='pallas' on a Hopper GPU; choose 'xla'"):
+                gated_linear_attention(**given, implementation="pallas")
+            o, _ = gated_linear_attention(**given)
+        assert relative_error(o, gated_linear_attention(**given, implementation="xla")[0]) < 1e-6
