@@ -43,7 +43,7 @@ def gated_linear_attention(
         whose output is 0. ``initial_state`` belongs to the first real token's segment, the final state to the last one's.
     implementation: "reference" (token by token), "xla" (chunked, a loop over chunks), "associative_scan" (all chunks at once) or
         "pallas" (a TPU kernel, interpreted on CPU; float32 and bfloat16; in a program traced for a Hopper GPU, a kernel for that:
-        bfloat16, a decay a head, K and V multiples of 64). None takes the fastest for the platform that the program is lowered
+        bfloat16, K and V multiples of 64). None takes the fastest for the platform that the program is lowered
         for: "pallas" on TPU and Hopper where it can, else "xla".
 
     Returns (o [B,T,HV,V] in v's dtype, final_state [B,HV,K,V] in float32). Decays, sums and states are float32, or float64

@@ -23,11 +23,21 @@ def over_columns(x: jax.Array, rows: int) -> jax.Array:
     return jax.lax.broadcast_in_dim(x, (rows, x.shape[0]), (1,))
 
 
-def product(a, b) -> jax.Array:
-    """a [M,.], in registers or shared memory, times b [.,N] in shared memory, both bfloat16: [M,N] in float32."""
+def product(a, b, *more) -> jax.Array:
+    """a [M,.], in registers or shared memory, times b [.,N] in shared memory, both bfloat16: [M,N] in float32.
+
+    more: further a and b, whose products are added.
+    """
+    pairs = [(a, b), *zip(more[::2], more[1::2], strict=True)]
 
     def multiply(accumulator):
-        plgpu.wgmma(accumulator, a, b)
+        for a, b in pairs:
+            plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def summed(d: jax.Array, x: jax.Array) -> jax.Array:
+    """The gradient by a head of x [B,T,H,K], of those [B,T,HV,K] through each value head that reads it."""
+    return jnp.sum(d.reshape(*x.shape[:3], -1, x.shape[3]), axis=3, dtype=jnp.float32).astype(x.dtype)

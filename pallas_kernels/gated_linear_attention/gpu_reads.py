@@ -90,6 +90,7 @@ def reads(which: tuple[Read, ...], operands: dict[str, jax.Array], sums, *, chun
         num_threads=groups,
         thread_name="group",
         compiler_params=PARAMS,
+        kernel_name="gated_linear_attention_reads",
     )(*(operands[name] for name in names), sums)
 
 

@@ -7,46 +7,58 @@ float32 registers; the chunks' tokens arrive by TMA ahead of it.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_linear_attention.gpu_layout import PARAMS, TILE, TILED, TILED_FLOAT32, over_rows, product
 
 STAGES = 2  # chunks under way
 
 
-def states(x, y, sums, start, *, chunk: int, reverse: bool, scale: float = 1.0, keep: bool = True):
-    """Walks S' = exp(c_C) S + sum_i w_i x_i y_i^T through the chunks of C = ``chunk`` tokens, from the last to the first where ``reverse``.
+def states(x, y, start, *, chunk: int, sums=None, totals=None, reverse: bool = False, scale: float = 1.0):
+    """Walks a state through the chunks of C = ``chunk`` tokens, from the last to the first where ``reverse``.
 
-    x: [B,T,H,K], y: [B,T,HV,V], bfloat16, K and V multiples of 64, T of C; sums: [B,HV,2,T] as :func:`.tpu_decays.running_sums` has
-    them; start: [B,HV,K,V] float32. w_i is exp(c_C - c_i), or where ``reverse`` exp(c_i), times ``scale``.
+    x: [B,T,H,K], y: [B,T,HV,V], bfloat16, K and V multiples of 64, T of C; start: [B,HV,K,V] float32. Of the decays, in float32, either
+    sums: [B,HV,2,T] as :func:`.tpu_decays.running_sums` has them: S' = exp(c_C) S + scale * sum_i w_i x_i y_i^T with w_i = exp(c_C - c_i),
+        or where ``reverse`` exp(c_i);
+    totals: [B,T/C,HV,K], for x that are decayed already: S' = diag(total) S + scale * sum_i x_i y_i^T.
 
-    Returns (the last S [B,HV,K,V] in float32, S before each step [B,T/C,HV,K,V] in bfloat16 where it is to ``keep``).
+    Returns (the last S [B,HV,K,V] in float32, S before each step [B,T/C,HV,K,V] in bfloat16).
     """
-    (B, T, HV, V), (H, K), N = y.shape, x.shape[2:], x.shape[1] // chunk
+    (B, T, HV, V), (H, K) = y.shape, x.shape[2:]
+    N = T // chunk
 
-    def body(x_ref, y_ref, sums_ref, start_ref, last_ref, *refs):
-        *kept_refs, state_smem, kept_smem, loaded = refs
+    def body(x_ref, y_ref, decays_ref, start_ref, last_ref, kept_ref, state_smem, kept_smem, loaded):
         b, h, tile_k, tile_v = (lax.axis_index(name) for name in ("batch", "head", "keys", "values"))
+        here = b, h, pl.ds(tile_k * TILE, TILE), pl.ds(tile_v * TILE, TILE)
 
-        def step(indices, x_smem, y_smem, sums_smem, state):
-            for ref in kept_refs:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                kept_smem[...] = state.astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(kept_smem, ref.at[b, at(indices[0]), *here[1:]])
+        def step(indices, x_smem, y_smem, decays_smem, state):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            kept_smem[...] = state.astype(jnp.bfloat16)
+            if sums is not None:
+                total = _weigh(y_smem, decays_smem)
+            else:
+                total = over_rows(decays_smem[...], TILE)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(kept_smem, kept_ref.at[b, at(indices[0]), *here[1:]])
+            return total * state + scale * product(x_smem.transpose((1, 0)), y_smem)
+
+        def _weigh(y_smem, sums_smem):
+            """Puts the decays until the chunk's end, or since its start, on its tokens; returns the decay of all of it."""
             coarse, fine = (sums_smem[part] for part in (0, 1))
             end_coarse, end_fine = (sums_smem[part, chunk - 1] for part in (0, 1))
-            weights = scale * jnp.exp(coarse + fine if reverse else (end_coarse - coarse) + (end_fine - fine))
+            weights = jnp.exp(coarse + fine if reverse else (end_coarse - coarse) + (end_fine - fine))
             y_smem[...] = (y_smem[...].astype(jnp.float32) * over_rows(weights, TILE)).astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            return jnp.exp(end_coarse + end_fine) * state + product(x_smem.transpose((1, 0)), y_smem)
+            return jnp.exp(end_coarse + end_fine)
 
         def at(n):
             return N - 1 - n if reverse else n
 
-        here = b, h, pl.ds(tile_k * TILE, TILE), pl.ds(tile_v * TILE, TILE)
         tokens = None, chunk, None, TILE
+        if sums is not None:
+            decays = plgpu.BlockSpec((None, None, 2, chunk), lambda n: (b, h, 0, at(n)))
+        else:
+            decays = plgpu.BlockSpec((None, None, None, TILE), lambda n: (b, at(n), h, tile_k))
         plgpu.copy_gmem_to_smem(start_ref.at[here], state_smem, loaded)
         plgpu.barrier_wait(loaded)
         state_smem[...] = plgpu.emit_pipeline(
@@ -55,20 +67,18 @@ def states(x, y, sums, start, *, chunk: int, reverse: bool, scale: float = 1.0, 
             in_specs=[
                 plgpu.BlockSpec(tokens, lambda n: (b, at(n), h // (HV // H), tile_k), transforms=TILED),
                 plgpu.BlockSpec(tokens, lambda n: (b, at(n), h, tile_v), transforms=TILED),
-                plgpu.BlockSpec((None, None, 2, chunk), lambda n: (b, h, 0, at(n))),
+                decays,
             ],
             max_concurrent_steps=min(STAGES, N),
             init_carry=state_smem[...],
-        )(x_ref, y_ref, sums_ref)
+        )(x_ref, y_ref, decays_ref)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(state_smem, last_ref.at[here])
         plgpu.wait_smem_to_gmem(0)
 
-    last = jax.ShapeDtypeStruct(start.shape, jnp.float32)
-    kept = jax.ShapeDtypeStruct((B, N, HV, K, V), jnp.bfloat16)
     return plgpu.kernel(
         body,
-        out_type=(last, kept) if keep else (last,),
+        out_type=(jax.ShapeDtypeStruct(start.shape, jnp.float32), jax.ShapeDtypeStruct((B, N, HV, K, V), jnp.bfloat16)),
         scratch_types=[
             plgpu.SMEM((TILE, TILE), jnp.float32, transforms=TILED_FLOAT32),
             plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=TILED),
@@ -77,4 +87,5 @@ def states(x, y, sums, start, *, chunk: int, reverse: bool, scale: float = 1.0, 
         grid=(B, HV, K // TILE, V // TILE),
         grid_names=("batch", "head", "keys", "values"),
         compiler_params=PARAMS,
-    )(x, y, sums, start)
+        kernel_name="gated_linear_attention_states",
+    )(x, y, totals if sums is None else sums, start)
