@@ -135,7 +135,6 @@ def gradients(q, k, v, log_decay, before, d_o, after, *, scale: float):
     q, k, log_decay: of :func:`decayed`; before: the state before each chunk, after: the gradient of that after it, [B,N,HV,K,V] bfloat16.
     """
     (B, T, HV, K), H, steps = log_decay[0].shape, q.shape[2], v.shape[3] // TILE
-    slots = min(2, steps)
 
     def body(*refs):
         q_ref, k_ref, v_ref, coarse_ref, fine_ref, before_ref, d_o_ref, after_ref, d_q_ref, d_k_ref, d_decay_ref = refs[:11]
@@ -145,33 +144,28 @@ def gradients(q, k, v, log_decay, before, d_o, after, *, scale: float):
         here, shared = (b, tokens, h, columns), (b, tokens, h // (HV // H), columns)
 
         def load(step):
-            slot, values = step % slots, pl.ds(step * TILE, TILE)
+            values = pl.ds(step * TILE, TILE)
             for ref, smem in ((v_ref, v_smem), (d_o_ref, d_o_smem)):
-                plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, values], smem.at[slot], loaded.at[slot])
+                plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, values], smem, loaded)
             for ref, smem in ((before_ref, before_smem), (after_ref, after_smem)):
-                plgpu.copy_gmem_to_smem(ref.at[b, n, h, columns, values], smem.at[slot], loaded.at[slot])
+                plgpu.copy_gmem_to_smem(ref.at[b, n, h, columns, values], smem, loaded)
 
-        for step in range(slots):
-            load(step)
+        load(0)
         for ref, smem, where in (
-            (q_ref, q_smem, shared),
-            (k_ref, k_smem, shared),
-            (coarse_ref, coarse_smem, here),
-            (fine_ref, fine_smem, here),
-        ):
+            (q_ref, q_smem, shared), (k_ref, k_smem, shared), (coarse_ref, coarse_smem, here), (fine_ref, fine_smem, here),
+        ):  # fmt: skip
             plgpu.copy_gmem_to_smem(ref.at[where], smem, rest_loaded)
 
         def contract(d_scores, d_scores_turned, d_reads, d_writes):
             for step in range(steps):
-                slot = step % slots
-                plgpu.barrier_wait(loaded.at[slot])
-                plgpu.wgmma(d_scores, d_o_smem.at[slot], v_smem.at[slot].transpose((1, 0)))
-                plgpu.wgmma(d_scores_turned, v_smem.at[slot], d_o_smem.at[slot].transpose((1, 0)))
-                plgpu.wgmma(d_reads, d_o_smem.at[slot], before_smem.at[slot].transpose((1, 0)))
-                plgpu.wgmma(d_writes, v_smem.at[slot], after_smem.at[slot].transpose((1, 0)))
-                if step + slots < steps:
+                plgpu.barrier_wait(loaded)
+                plgpu.wgmma(d_scores, d_o_smem, v_smem.transpose((1, 0)))
+                plgpu.wgmma(d_scores_turned, v_smem, d_o_smem.transpose((1, 0)))
+                plgpu.wgmma(d_reads, d_o_smem, before_smem.transpose((1, 0)))
+                plgpu.wgmma(d_writes, v_smem, after_smem.transpose((1, 0)))
+                if step + 1 < steps:
                     plgpu.wgmma_wait(0)
-                    load(step + slots)
+                    load(step + 1)
             return d_scores[...], d_scores_turned[...], d_reads[...], d_writes[...]
 
         accumulator = plgpu.ACC((CHUNK, TILE), jnp.float32)
@@ -182,48 +176,49 @@ def gradients(q, k, v, log_decay, before, d_o, after, *, scale: float):
 
         plgpu.barrier_wait(rest_loaded)
         log_decay = coarse_smem, fine_smem
-        d_smem[...] = _decay(j > i, log_decay) * d_writes
+        d_q = scale * _decay(j <= i, log_decay) * d_reads
+        d_k = _decay(j > i, log_decay) * d_writes
+        # Of the log decay of token t: every pair j < t <= i, the reads of the state from t on, and the writes to it before t. Pairs on one
+        # side of t are in both sums of their difference, by the same rounded numbers; a token with itself is in neither.
+        from_t = d_smem
+        from_t[...] = q_smem[...].astype(jnp.float32) * d_q
+        for smem, part in zip((before_smem, after_smem), _parts(k_smem[...].astype(jnp.float32) * d_k), strict=True):
+            smem[...] = part
 
         def level(power, d):
             d_q, d_k = d
             s = jnp.left_shift(1, power)
+            second = (i & s) != 0
             to_middle = _to_middle(log_decay, s)
             met_smem[...] = _met(q_smem, k_smem, to_middle, s)
             plgpu.commit_smem()
-            d_met = to_middle * product(jnp.where(((i ^ j) >= s) & ((i ^ j) < 2 * s), d_scores, 0), met_smem)
-            second = (i & s) != 0
+            d_met = product(jnp.where(((i ^ j) >= s) & ((i ^ j) < 2 * s), d_scores, 0), met_smem)
+            through = met_smem[...].astype(jnp.float32) * d_met
+            from_t[...] += jnp.where(second, through, -through)
+            d_met *= to_middle
             return d_q + jnp.where(second, d_met, 0), d_k + jnp.where(second, 0, d_met)
 
-        d_q = scale * _decay(j <= i, log_decay) * d_reads
-        d_q, d_k = lax.fori_loop(0, LEVELS, level, (d_q, jnp.zeros((CHUNK, TILE))))
-        d_writes = d_smem[...]
-
-        # Of the log decay of token t: every pair j < t <= i, the reads of the state from t on, and the writes to it before t. Pairs on one
-        # side of t are in both sums of their difference; a token with itself is in neither.
-        q, k = q_smem[...].astype(jnp.float32), k_smem[...].astype(jnp.float32)
-        parts = [*_parts(q * d_q - k * d_k), *_parts(k * d_writes)]
-        addends = [smem.at[0] for smem in (v_smem, d_o_smem, before_smem, after_smem)]  # free by now
-        for smem, part in zip(addends, parts, strict=True):
+        d_q, d_k = lax.fori_loop(0, LEVELS, level, (d_q, d_k))
+        for smem, part in zip((v_smem, d_o_smem), _parts(from_t[...]), strict=True):
             smem[...] = part
+        q, k = q_smem[...].astype(jnp.float32), k_smem[...].astype(jnp.float32)
         q_smem[...] = (d_q + over_rows(d_itself, TILE) * k).astype(jnp.bfloat16)
-        k_smem[...] = (d_k + d_writes + over_rows(d_itself, TILE) * q).astype(jnp.bfloat16)
+        k_smem[...] = (d_k + over_rows(d_itself, TILE) * q).astype(jnp.bfloat16)
         plgpu.commit_smem()
         later, earlier = _ones(j >= i), _ones(j < i)
-        d_smem[...] = product(later, addends[0], later, addends[1], earlier, addends[2], earlier, addends[3])
+        d_smem[...] = product(later, v_smem, later, d_o_smem, earlier, before_smem, earlier, after_smem)
         plgpu.commit_smem()
         for smem, ref in ((q_smem, d_q_ref), (k_smem, d_k_ref), (d_smem, d_decay_ref)):
             plgpu.copy_smem_to_gmem(smem, ref.at[here])
         plgpu.wait_smem_to_gmem(0)
 
-    width = plgpu.SMEM((slots, CHUNK, TILE), jnp.bfloat16, transforms=TILED)
     return plgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct((B, T, HV, K), dtype) for dtype in (jnp.bfloat16, jnp.bfloat16, jnp.float32)),
         scratch_types=[
-            *[width] * 4,
-            *[_tile()] * 5,
+            *[_tile()] * 9,
             plgpu.SMEM((CHUNK, TILE), jnp.float32, transforms=TILED_FLOAT32),
-            plgpu.Barrier(num_arrivals=4, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=4),
             plgpu.Barrier(num_arrivals=4),
         ],
         grid=(B, T // CHUNK, HV, K // TILE),

@@ -19,10 +19,12 @@ slow = pytest.mark.slow
         Case(100, "channel", documents=True, B=1, H=1, HV=1, K=64, V=64),
         pytest.param(Case(128, "head", "strong", B=1, H=1, HV=1, K=64, V=64), marks=slow),
         pytest.param(Case(256, "fixed", "weak", B=1, H=1, HV=2, K=64, V=64), marks=slow),  # grouped values
+        pytest.param(Case(512, "head", documents=True, B=1, H=1, HV=1, K=64, V=64), marks=slow),  # states in two pieces
         pytest.param(Case(128, "head", "none", B=2, H=1, HV=1, K=192, V=128), marks=slow),  # more slices than are under way
         pytest.param(Case(300, "head", documents=True, B=2, H=2, HV=2, K=128, V=256), marks=slow),
         pytest.param(Case(128, "channel", "strong", B=1, H=1, HV=1, K=64, V=64), marks=slow),
         pytest.param(Case(128, "channel", "weak", B=1, H=1, HV=2, K=64, V=64), marks=slow),
+        pytest.param(Case(256, "channel", documents=True, B=1, H=1, HV=1, K=64, V=64), marks=slow),  # states in two pieces
         pytest.param(Case(64, "channel", "none", B=2, H=1, HV=1, K=128, V=192), marks=slow),
         pytest.param(Case(200, "channel", documents=True, B=2, H=2, HV=2, K=128, V=256), marks=slow),
     ],
