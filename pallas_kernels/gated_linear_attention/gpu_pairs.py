@@ -46,14 +46,13 @@ def decayed(q, k, log_decay):
             plgpu.barrier_wait(loaded.at[part])
             log_decay = coarse_smem.at[part], fine_smem.at[part]
 
-            def level(power, own):
+            def level(power, scores):
                 s = jnp.left_shift(1, power)
                 met_smem[...] = _met(q_smem.at[part], k_smem.at[part], _to_middle(log_decay, s), s)
                 plgpu.commit_smem()
-                # What larger levels have of other pairs than theirs, those have from a smaller one, or are none.
-                return jnp.where((i ^ j) >= s, product(met_smem, met_smem.transpose((1, 0))), own)
+                return scores + jnp.where(_meet(i, j, s), product(met_smem, met_smem.transpose((1, 0))), 0)
 
-            scores += lax.fori_loop(0, LEVELS, level, jnp.zeros((CHUNK, CHUNK)))
+            scores = lax.fori_loop(0, LEVELS, level, scores)
             q, k = (smem[part].astype(jnp.float32) for smem in (q_smem, k_smem))
             itself += jnp.sum(q * k, axis=1)
             q_smem[part] = (q * _decay(j <= i, log_decay)).astype(jnp.bfloat16)
@@ -192,7 +191,7 @@ def gradients(q, k, v, log_decay, before, d_o, after, *, scale: float):
             to_middle = _to_middle(log_decay, s)
             met_smem[...] = _met(q_smem, k_smem, to_middle, s)
             plgpu.commit_smem()
-            d_met = product(jnp.where(((i ^ j) >= s) & ((i ^ j) < 2 * s), d_scores, 0), met_smem)
+            d_met = product(jnp.where(_meet(i, j, s), d_scores, 0), met_smem)
             through = met_smem[...].astype(jnp.float32) * d_met
             from_t[...] += jnp.where(second, through, -through)
             d_met *= to_middle
@@ -235,6 +234,12 @@ def _tile():
 def _positions():
     """The rows and columns of [C,C]."""
     return tuple(lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
+
+
+def _meet(i, j, s):
+    """Whether two tokens are in the two halves, of s tokens, of one block."""
+    other = (i & -s) ^ s  # where the half that i is not in starts
+    return (j >= other) & (j < other + s)
 
 
 def _decay(over, log_decay):

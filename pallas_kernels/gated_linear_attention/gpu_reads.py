@@ -5,8 +5,8 @@ The output and the three gradients of its operands are one computation, of row v
     out_i = w_i a_i^T state + scale * sum_j (a_i . b_j) exp(-|c_i - c_j|) y_j
 
 over j <= i with w_i = exp(c_i), or backwards in time over j >= i with w_i = exp(c_C - c_i). A warpgroup has 64 rows of the chunk, a CTA
-the chunk and 64 columns of a result; a, b and the state come in slices of 64 of what is summed over, by TMA. CTAs that read the
-same tokens are neighbours in the grid, so that all but one of them find these in the L2 cache.
+the chunk and one or two tiles of 64 columns of a result; a, b and the state come in slices of 64 of what is summed over, by TMA. CTAs
+that read the same tokens are neighbours in the grid, so that all but one of them find these in the L2 cache.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_linear_attention.gpu_layout import PARAMS, TILE, TILED, over_columns, over_rows, product
 
-SLOTS = 2  # slices under way
+SLOTS = 2  # slices under way; no fewer than the tiles of a CTA, whose results pass through them
 
 
 class Read(NamedTuple):
@@ -46,7 +46,9 @@ def reads(which: tuple[Read, ...], operands: dict[str, jax.Array], sums, *, chun
     """
     B, HV, _, T = sums.shape
     names = sorted(operands)
-    blocks = [operands[read.y].shape[3] // TILE for read in which]
+    columns = [operands[read.y].shape[3] // TILE for read in which]
+    tiles = 2 if all(count % 2 == 0 for count in columns) else 1
+    groups = chunk // TILE
 
     def body(*refs):
         given = dict(zip(names, refs, strict=False))
@@ -54,38 +56,40 @@ def reads(which: tuple[Read, ...], operands: dict[str, jax.Array], sums, *, chun
         results = [(next(outputs), next(outputs) if read.itself else None) for read in which]
         scratch, first = list(outputs), 0
         *place, position = (lax.axis_index(name) for name in ("batch", "chunk", "head", "group", "block"))
-        for read, (out_ref, products_ref), count in zip(which, results, blocks, strict=True):
-            block = position - first
+        for read, (out_ref, products_ref), count in zip(which, results, columns, strict=True):
+            tile = tiles * position - first
 
-            @pl.when((block >= 0) & (block < count))
-            def _(read=read, block=block, out_ref=out_ref, products_ref=products_ref):
-                _read(read, given, sums_ref, out_ref, products_ref, (*place, block), scratch, chunk, scale)
+            @pl.when((tile >= 0) & (tile < count))
+            def _(read=read, tile=tile, out_ref=out_ref, products_ref=products_ref):
+                _read(read, given, sums_ref, out_ref, products_ref, (*place, tile), scratch, chunk, scale)
 
             first += count
 
     shapes = []
-    for read, count in zip(which, blocks, strict=True):
+    for read, count in zip(which, columns, strict=True):
         shapes.append(jax.ShapeDtypeStruct((B, T, HV, count * TILE), jnp.bfloat16))
         if read.itself:
             shapes.append(jax.ShapeDtypeStruct((B, HV, count, 2, T), jnp.float32))
-    groups = chunk // TILE
-    tokens = plgpu.SMEM((SLOTS, chunk, TILE), jnp.bfloat16, transforms=TILED)
+
+    def slices(*shape):
+        return plgpu.SMEM((*shape, TILE), jnp.bfloat16, transforms=TILED)
+
     return plgpu.kernel(
         body,
         out_type=shapes,
         scratch_types=[
-            tokens,
-            tokens,
-            plgpu.SMEM((SLOTS, TILE, TILE), jnp.bfloat16, transforms=TILED),
-            plgpu.SMEM((chunk, TILE), jnp.bfloat16, transforms=TILED),
+            slices(SLOTS, chunk),
+            slices(SLOTS, chunk),
+            slices(SLOTS, tiles, TILE),
+            slices(tiles, chunk),
             plgpu.SMEM((2, chunk), jnp.float32),
-            plgpu.SMEM((groups, 2, TILE), jnp.float32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS),
+            plgpu.SMEM((groups, tiles, 2, TILE), jnp.float32),
+            plgpu.Barrier(num_arrivals=2 + tiles, num_barriers=SLOTS),
             plgpu.Barrier(num_arrivals=groups, num_barriers=SLOTS),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=groups),
+            plgpu.Barrier(num_arrivals=1 + tiles),
+            plgpu.Barrier(num_arrivals=tiles, num_barriers=groups),
         ],
-        grid=(B, T // chunk, HV, sum(blocks)),
+        grid=(B, T // chunk, HV, sum(columns) // tiles),
         grid_names=("batch", "chunk", "head", "block"),
         num_threads=groups,
         thread_name="group",
@@ -95,10 +99,11 @@ def reads(which: tuple[Read, ...], operands: dict[str, jax.Array], sums, *, chun
 
 
 def _read(read, operands, sums_ref, out_ref, products_ref, place, scratch, chunk, scale):
-    """A CTA's part of one result: the columns ``block`` of a chunk of a head."""
+    """A CTA's part of one result: a chunk of a head, columns from those of ``tile`` on."""
     a_smem, b_smem, state_smem, y_smem, sums_smem, products_smem, loaded, consumed, rest_loaded, itself_loaded = scratch
-    b, n, h, group, block = place
-    steps, own = operands[read.a].shape[3] // TILE, pl.ds(group * TILE, TILE)
+    b, n, h, group, tile = place
+    steps, tiles, groups = operands[read.a].shape[3] // TILE, y_smem.shape[0], chunk // TILE
+    own = pl.ds(group * TILE, TILE)
 
     def tokens(name, columns, start=0, count=chunk):
         heads = out_ref.shape[2] // operands[name].shape[2]
@@ -106,26 +111,30 @@ def _read(read, operands, sums_ref, out_ref, products_ref, place, scratch, chunk
 
     def load(step):
         slot = step % SLOTS
-        rows, columns = (block, step) if read.transposed else (step, block)
-        state = operands[read.state].at[b, n, h, pl.ds(rows * TILE, TILE), pl.ds(columns * TILE, TILE)]
         plgpu.copy_gmem_to_smem(tokens(read.a, step), a_smem.at[slot], loaded.at[slot])
         plgpu.copy_gmem_to_smem(tokens(read.b, step), b_smem.at[slot], loaded.at[slot])
-        plgpu.copy_gmem_to_smem(state, state_smem.at[slot], loaded.at[slot])
+        for t in range(tiles):
+            rows, columns = (tile + t, step) if read.transposed else (step, tile + t)
+            state = operands[read.state].at[b, n, h, pl.ds(rows * TILE, TILE), pl.ds(columns * TILE, TILE)]
+            plgpu.copy_gmem_to_smem(state, state_smem.at[slot, t], loaded.at[slot])
 
     @pl.when(group == 0)
     def _():
         for step in range(min(steps, SLOTS)):
             load(step)
-        plgpu.copy_gmem_to_smem(tokens(read.y, block), y_smem, rest_loaded)
+        for t in range(tiles):
+            plgpu.copy_gmem_to_smem(tokens(read.y, tile + t), y_smem.at[t], rest_loaded)
         plgpu.copy_gmem_to_smem(sums_ref.at[b, h, :, pl.ds(n * chunk, chunk)], sums_smem, rest_loaded)
 
-    def contract(scores, of_state):
+    def contract(scores, *of_state):
         for step in range(steps):
             slot = step % SLOTS
             plgpu.barrier_wait(loaded.at[slot])
-            plgpu.wgmma(scores, a_smem.at[slot, own], b_smem.at[slot].transpose((1, 0)))
-            state = state_smem.at[slot]
-            plgpu.wgmma(of_state, a_smem.at[slot, own], state.transpose((1, 0)) if read.transposed else state)
+            mine = a_smem.at[slot, own]
+            plgpu.wgmma(scores, mine, b_smem.at[slot].transpose((1, 0)))
+            for t in range(tiles):
+                state = state_smem.at[slot, t]
+                plgpu.wgmma(of_state[t], mine, state.transpose((1, 0)) if read.transposed else state)
             if step + SLOTS < steps:
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(consumed.at[slot])
@@ -135,42 +144,50 @@ def _read(read, operands, sums_ref, out_ref, products_ref, place, scratch, chunk
                     plgpu.barrier_wait(consumed.at[slot])
                     load(step + SLOTS)
 
-        return scores[...], of_state[...]
+        return scores[...], *(x[...] for x in of_state)
 
-    scores, of_state = pl.run_scoped(contract, plgpu.ACC((TILE, chunk), jnp.float32), plgpu.ACC((TILE, TILE), jnp.float32))
+    accumulators = [plgpu.ACC((TILE, width), jnp.float32) for width in (chunk, *[TILE] * tiles)]
+    scores, *of_state = pl.run_scoped(contract, *accumulators)
     # No more is to come into the slices, and their rows of this warpgroup are no other's.
-    mine = a_smem.at[0, own]
+    mine = [a_smem.at[t, own] for t in range(tiles)]
     if read.itself:
-        plgpu.copy_gmem_to_smem(tokens(read.itself, block, group * TILE, TILE), mine, itself_loaded.at[group])
+        for t in range(tiles):
+            plgpu.copy_gmem_to_smem(tokens(read.itself, tile + t, group * TILE, TILE), mine[t], itself_loaded.at[group])
     plgpu.barrier_wait(rest_loaded)
 
-    i, j = (lax.broadcasted_iota(jnp.int32, (TILE, chunk), axis) + offset for axis, offset in ((0, group * TILE), (1, 0)))
-    ahead = j - i if read.reverse else i - j
-    since = [over_rows(sums_smem[part, own], chunk) - over_columns(sums_smem[part], TILE) for part in (0, 1)]
-    log_between = since[0] + since[1]
-    between = jnp.exp(jnp.where(ahead >= 0, -log_between if read.reverse else log_between, -jnp.inf))
-    pairs = scale * scores * between
-    if read.itself:  # a token with itself is apart: there is no decay between them
-        alone = jnp.sum(jnp.where(ahead == 0, pairs, 0), axis=1)
-        pairs = jnp.where(ahead == 0, 0, pairs)
-    of_tokens = product(pairs.astype(jnp.bfloat16), y_smem)
     coarse, fine = (sums_smem[part, own] for part in (0, 1))
+    pairs, alone = [], 0
+    for part in range(groups):
+        columns, own_scores = pl.ds(part * TILE, TILE), scores[:, part * TILE : (part + 1) * TILE]
+        i, j = (lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (0, 1))
+        ahead = i - j + (group - part) * TILE
+        # A token with itself is apart where its gradient is: there is no decay between them.
+        before = (ahead < 0 if read.reverse else ahead > 0) if read.itself else (ahead <= 0 if read.reverse else ahead >= 0)
+        since = [over_rows(x, TILE) - over_columns(sums_smem[k, columns], TILE) for k, x in enumerate((coarse, fine))]
+        log_between = -since[0] - since[1] if read.reverse else since[0] + since[1]
+        pairs.append((scale * own_scores * jnp.exp(jnp.where(before, log_between, -jnp.inf))).astype(jnp.bfloat16))
+        if read.itself:
+            alone += scale * jnp.sum(jnp.where(ahead == 0, own_scores, 0), axis=1)
     if read.reverse:
         weights = jnp.exp((sums_smem[0, chunk - 1] - coarse) + (sums_smem[1, chunk - 1] - fine))
     else:
         weights = scale * jnp.exp(coarse + fine)
-    of_state = over_rows(weights, TILE) * of_state
-    out = of_state + of_tokens
-    if read.itself:
-        plgpu.barrier_wait(itself_loaded.at[group])
-        itself = mine[...].astype(jnp.float32)
-        for part, x in enumerate((of_state, of_tokens)):
-            products_smem[group, part] = jnp.sum(itself * x, axis=1)
-        out += over_rows(alone, TILE) * y_smem[own, :].astype(jnp.float32)
-    mine[...] = out.astype(jnp.bfloat16)
-    plgpu.commit_smem()
+
     here = pl.ds(n * chunk + group * TILE, TILE)
-    plgpu.copy_smem_to_gmem(mine, out_ref.at[b, here, h, pl.ds(block * TILE, TILE)])
-    if read.itself:
-        plgpu.copy_smem_to_gmem(products_smem.at[group], products_ref.at[b, h, block, :, here])
+    for t in range(tiles):
+        of_tokens = product(*(x for part in range(groups) for x in (pairs[part], y_smem.at[t, pl.ds(part * TILE, TILE)])))
+        from_state = over_rows(weights, TILE) * of_state[t]
+        out = from_state + of_tokens
+        if read.itself:
+            if t == 0:
+                plgpu.barrier_wait(itself_loaded.at[group])
+            itself = mine[t][...].astype(jnp.float32)
+            for part, x in enumerate((from_state, of_tokens)):
+                products_smem[group, t, part] = jnp.sum(itself * x, axis=1)
+            out += over_rows(alone, TILE) * y_smem[t, own].astype(jnp.float32)
+        mine[t][...] = out.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(mine[t], out_ref.at[b, here, h, pl.ds((tile + t) * TILE, TILE)])
+        if read.itself:
+            plgpu.copy_smem_to_gmem(products_smem.at[group, t], products_ref.at[b, h, tile + t, :, here])
     plgpu.wait_smem_to_gmem(0)

@@ -21,12 +21,12 @@ slow = pytest.mark.slow
         pytest.param(Case(256, "fixed", "weak", B=1, H=1, HV=2, K=64, V=64), marks=slow),  # grouped values
         pytest.param(Case(512, "head", documents=True, B=1, H=1, HV=1, K=64, V=64), marks=slow),  # states in two pieces
         pytest.param(Case(128, "head", "none", B=2, H=1, HV=1, K=192, V=128), marks=slow),  # more slices than are under way
-        pytest.param(Case(300, "head", documents=True, B=2, H=2, HV=2, K=128, V=256), marks=slow),
+        pytest.param(Case(300, "head", documents=True, B=1, H=1, HV=1, K=128, V=256), marks=slow),
         pytest.param(Case(128, "channel", "strong", B=1, H=1, HV=1, K=64, V=64), marks=slow),
         pytest.param(Case(128, "channel", "weak", B=1, H=1, HV=2, K=64, V=64), marks=slow),
         pytest.param(Case(256, "channel", documents=True, B=1, H=1, HV=1, K=64, V=64), marks=slow),  # states in two pieces
         pytest.param(Case(64, "channel", "none", B=2, H=1, HV=1, K=128, V=192), marks=slow),
-        pytest.param(Case(200, "channel", documents=True, B=2, H=2, HV=2, K=128, V=256), marks=slow),
+        pytest.param(Case(200, "channel", documents=True, B=1, H=1, HV=1, K=128, V=256), marks=slow),
     ],
     ids=str,
 )
@@ -39,7 +39,7 @@ def test_matches_the_reference(case):
     assert max(found.values()) < 8e-3, found
 
 
-@pytest.mark.parametrize("name, kernels", [("simple_gla_340m", 4), ("retnet_1b3", 4), ("hgrn2_340m", 7), ("gla_1b3", 7)])
+@pytest.mark.parametrize("name, kernels", [("simple_gla_340m", 6), ("retnet_1b3", 4), ("hgrn2_340m", 9), ("gla_1b3", 9)])
 def test_chosen_where_it_is_lowered_for_hopper(name, kernels):
     shape = shapes.SHAPES[name]
     arguments = jax.eval_shape(lambda: shapes.inputs(shape, jax.random.key(0), jnp.bfloat16))
@@ -48,6 +48,7 @@ def test_chosen_where_it_is_lowered_for_hopper(name, kernels):
         o, state = gated_linear_attention(**arguments)
         return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
+    # Where there are too few heads, a kernel more for each walk through the states, which is in pieces.
     assert lowered(jax.value_and_grad(loss), arguments).count("@mosaic_gpu_v2") == kernels
 
 
