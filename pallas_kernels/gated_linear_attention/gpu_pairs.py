@@ -18,18 +18,17 @@ CHUNK = TILE
 LEVELS = 6  # at which tokens meet: in the middles of blocks with halves of 1, 2, 4, ..., 32
 
 
-def decayed(q, k, log_decay):
+def decayed(q, k, log_decay, *, pairs: bool):
     """q, k [B,T,H,K] bfloat16 and the two parts of the log decays, each [B,T,HV,K] bfloat16; T a multiple of 64.
 
-    Returns (scores [B,T,HV,64]: q_i . (k_j decayed from j to i), 0 where j > i, j a token of i's chunk;
-    q decayed since the start of its chunk; k decayed until the end of it, both [B,T,HV,K]), all bfloat16.
+    Returns q decayed since the start of its chunk, k decayed until the end of it, both [B,T,HV,K], and where ``pairs`` are asked for
+    the scores [B,T,HV,64]: q_i . (k_j decayed from j to i), 0 where j > i, j a token of i's chunk. All bfloat16.
     """
     (B, T, HV, K), H = log_decay[0].shape, q.shape[2]
     slices = K // TILE
 
-    def body(
-        q_ref, k_ref, coarse_ref, fine_ref, scores_ref, reads_ref, writes_ref, q_smem, k_smem, coarse_smem, fine_smem, met_smem, loaded
-    ):
+    def body(q_ref, k_ref, coarse_ref, fine_ref, reads_ref, writes_ref, *rest):
+        *scores_ref, q_smem, k_smem, coarse_smem, fine_smem, met_smem, loaded = rest
         b, n, h = (lax.axis_index(name) for name in ("batch", "chunk", "head"))
         tokens = pl.ds(n * CHUNK, CHUNK)
         for part in range(slices):
@@ -52,9 +51,9 @@ def decayed(q, k, log_decay):
                 plgpu.commit_smem()
                 return scores + jnp.where(_meet(i, j, s), product(met_smem, met_smem.transpose((1, 0))), 0)
 
-            scores = lax.fori_loop(0, LEVELS, level, scores)
             q, k = (smem[part].astype(jnp.float32) for smem in (q_smem, k_smem))
-            itself += jnp.sum(q * k, axis=1)
+            if pairs:
+                scores, itself = lax.fori_loop(0, LEVELS, level, scores), itself + jnp.sum(q * k, axis=1)
             q_smem[part] = (q * _decay(j <= i, log_decay)).astype(jnp.bfloat16)
             k_smem[part] = (k * _decay(j > i, log_decay)).astype(jnp.bfloat16)
             plgpu.commit_smem()
@@ -63,15 +62,16 @@ def decayed(q, k, log_decay):
             return scores, itself
 
         scores, itself = lax.fori_loop(0, slices, channels, (jnp.zeros((CHUNK, CHUNK)), jnp.zeros((CHUNK,))))
-        met_smem[...] = jnp.where(i == j, over_rows(itself, CHUNK), jnp.where(i > j, scores, 0)).astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(met_smem, scores_ref.at[b, tokens, h])
+        for ref in scores_ref:
+            met_smem[...] = jnp.where(i == j, over_rows(itself, CHUNK), jnp.where(i > j, scores, 0)).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(met_smem, ref.at[b, tokens, h])
         plgpu.wait_smem_to_gmem(0)
 
     width = plgpu.SMEM((slices, CHUNK, TILE), jnp.bfloat16, transforms=TILED)
     return plgpu.kernel(
         body,
-        out_type=tuple(jax.ShapeDtypeStruct((B, T, HV, n), jnp.bfloat16) for n in (CHUNK, K, K)),
+        out_type=tuple(jax.ShapeDtypeStruct((B, T, HV, n), jnp.bfloat16) for n in (K, K, *[CHUNK] * pairs)),
         scratch_types=[*[width] * 4, _tile(), plgpu.Barrier(num_arrivals=4, num_barriers=slices)],
         grid=(B, T // CHUNK, HV),
         grid_names=("batch", "chunk", "head"),

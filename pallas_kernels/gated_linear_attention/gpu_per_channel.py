@@ -13,12 +13,13 @@ from pallas_kernels.gated_linear_attention.tpu_decays import RESET
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs. states: before each chunk, [B,N,HV,K,V] bfloat16."""
+    """What the backward pass needs. scores: as :func:`.gpu_pairs.decayed` has them; states: before each chunk, [B,N,HV,K,V] bfloat16."""
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     log_decay: jax.Array
+    scores: jax.Array
     states: jax.Array
 
 
@@ -30,18 +31,18 @@ def run(scale, q, k, v, log_decay, initial_state):
 
 def _forward(scale, q, k, v, log_decay, initial_state):
     parts, total = _prepared(log_decay)
-    scores, q_read, k_written = decayed(q, k, parts)
+    q_read, k_written, scores = decayed(q, k, parts, pairs=True)
     final_state, before = states(k_written, v, initial_state, totals=total, chunk=CHUNK)
     o = outputs(q_read, scores, v, before, reverse=False, scale=scale)
-    return (o, final_state), Kept(q, k, v, log_decay, before)
+    return (o, final_state), Kept(q, k, v, log_decay, scores, before)
 
 
 def _backward(scale, kept, cotangents):
     d_o, d_final_state = cotangents
     parts, total = _prepared(kept.log_decay)
-    scores, q_read, k_written = decayed(kept.q, kept.k, parts)
+    q_read, k_written = decayed(kept.q, kept.k, parts, pairs=False)
     d_initial_state, after = states(q_read, d_o, d_final_state, totals=total, chunk=CHUNK, reverse=True, scale=scale)
-    d_v = outputs(k_written, scores, d_o, after, reverse=True, scale=scale)
+    d_v = outputs(k_written, kept.scores, d_o, after, reverse=True, scale=scale)
     d_q, d_k, d_log_decay = gradients(kept.q, kept.k, kept.v, parts, kept.states, d_o, after, scale=scale)
     through = total * jnp.einsum("bnhkv,bnhkv->bnhk", kept.states, after, preferred_element_type=jnp.float32)
     d_log_decay += jnp.repeat(through, CHUNK, axis=1)
