@@ -165,9 +165,12 @@ def _read(read, operands, sums_ref, out_ref, products_ref, place, scratch, chunk
         before = (ahead < 0 if read.reverse else ahead > 0) if read.itself else (ahead <= 0 if read.reverse else ahead >= 0)
         since = [over_rows(x, TILE) - over_columns(sums_smem[k, columns], TILE) for k, x in enumerate((coarse, fine))]
         log_between = -since[0] - since[1] if read.reverse else since[0] + since[1]
-        pairs.append((scale * own_scores * jnp.exp(jnp.where(before, log_between, -jnp.inf))).astype(jnp.bfloat16))
         if read.itself:
             alone += scale * jnp.sum(jnp.where(ahead == 0, own_scores, 0), axis=1)
+        own_pairs = (scale * own_scores * jnp.exp(jnp.where(before, log_between, -jnp.inf))).astype(jnp.bfloat16)
+        # One part after the other: both at once would not fit the registers.
+        own_pairs, scores = lax.optimization_barrier((own_pairs, scores))
+        pairs.append(own_pairs)
     if read.reverse:
         weights = jnp.exp((sums_smem[0, chunk - 1] - coarse) + (sums_smem[1, chunk - 1] - fine))
     else:
