@@ -13,6 +13,18 @@ TILED_FLOAT32 = (plgpu.TilingTransform((8, TILE // 2)), plgpu.SwizzleTransform(1
 PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
+def kernel(body, **keywords):
+    """``plgpu.kernel``, keywords as there; inside ``shard_map`` its results vary over the axes of the mesh that the operands vary over."""
+
+    def run(*operands):
+        varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
+        results = plgpu.kernel(body, compiler_params=PARAMS, **keywords)(*operands)
+        missing = [tuple(varying - jax.typeof(x).manual_axis_type.varying) for x in results]
+        return [jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(results, missing, strict=True)]
+
+    return run
+
+
 def over_rows(x: jax.Array, columns: int) -> jax.Array:
     """[M] -> [M,columns]."""
     return jax.lax.broadcast_in_dim(x, (x.shape[0], columns), (0,))

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_linear_attention.gpu_layout import PARAMS, TILE, TILED, TILED_FLOAT32, over_rows, product
+from pallas_kernels.gated_linear_attention.gpu_layout import TILE, TILED, TILED_FLOAT32, kernel, over_rows, product
 
 CHUNK = TILE
 LEVELS = 6  # at which tokens meet: in the middles of blocks with halves of 1, 2, 4, ..., 32
@@ -69,13 +69,12 @@ def decayed(q, k, log_decay, *, pairs: bool):
         plgpu.wait_smem_to_gmem(0)
 
     width = plgpu.SMEM((slices, CHUNK, TILE), jnp.bfloat16, transforms=TILED)
-    return plgpu.kernel(
+    return kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct((B, T, HV, n), jnp.bfloat16) for n in (K, K, *[CHUNK] * pairs)),
         scratch_types=[*[width] * 4, _tile(), plgpu.Barrier(num_arrivals=4, num_barriers=slices)],
         grid=(B, T // CHUNK, HV),
         grid_names=("batch", "chunk", "head"),
-        compiler_params=PARAMS,
         kernel_name="gated_linear_attention_decayed",
     )(q, k, *log_decay)
 
@@ -115,17 +114,16 @@ def outputs(a, pairs, y, state, *, reverse: bool, scale: float):
         plgpu.wait_smem_to_gmem(0)
 
     width = plgpu.SMEM((steps, CHUNK, TILE), jnp.bfloat16, transforms=TILED)
-    return plgpu.kernel(
+    return kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(y.shape, jnp.bfloat16),
+        out_type=(jax.ShapeDtypeStruct(y.shape, jnp.bfloat16),),
         scratch_types=[
             width, width, _tile(), _tile(), plgpu.Barrier(num_arrivals=2, num_barriers=steps), plgpu.Barrier(num_arrivals=2)
         ],
         grid=(B, T // CHUNK, HV, V // TILE),
         grid_names=("batch", "chunk", "head", "block"),
-        compiler_params=PARAMS,
         kernel_name="gated_linear_attention_outputs",
-    )(a, pairs, y, state)  # fmt: skip
+    )(a, pairs, y, state)[0]  # fmt: skip
 
 
 def gradients(q, k, v, log_decay, before, d_o, after, *, scale: float):
@@ -211,7 +209,7 @@ def gradients(q, k, v, log_decay, before, d_o, after, *, scale: float):
             plgpu.copy_smem_to_gmem(smem, ref.at[here])
         plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct((B, T, HV, K), dtype) for dtype in (jnp.bfloat16, jnp.bfloat16, jnp.float32)),
         scratch_types=[
@@ -222,7 +220,6 @@ def gradients(q, k, v, log_decay, before, d_o, after, *, scale: float):
         ],
         grid=(B, T // CHUNK, HV, K // TILE),
         grid_names=("batch", "chunk", "head", "block"),
-        compiler_params=PARAMS,
         kernel_name="gated_linear_attention_gradients",
     )(q, k, v, *log_decay, before, d_o, after)
 

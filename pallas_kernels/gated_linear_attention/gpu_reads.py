@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_linear_attention.gpu_layout import PARAMS, TILE, TILED, over_columns, over_rows, product
+from pallas_kernels.gated_linear_attention.gpu_layout import TILE, TILED, kernel, over_columns, over_rows, product
 
 SLOTS = 2  # slices under way; no fewer than the tiles of a CTA, whose results pass through them
 
@@ -74,7 +74,7 @@ def reads(which: tuple[Read, ...], operands: dict[str, jax.Array], sums, *, chun
     def slices(*shape):
         return plgpu.SMEM((*shape, TILE), jnp.bfloat16, transforms=TILED)
 
-    return plgpu.kernel(
+    return kernel(
         body,
         out_type=shapes,
         scratch_types=[
@@ -93,7 +93,6 @@ def reads(which: tuple[Read, ...], operands: dict[str, jax.Array], sums, *, chun
         grid_names=("batch", "chunk", "head", "block"),
         num_threads=groups,
         thread_name="group",
-        compiler_params=PARAMS,
         kernel_name="gated_linear_attention_reads",
     )(*(operands[name] for name in names), sums)
 

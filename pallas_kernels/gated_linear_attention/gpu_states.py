@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_linear_attention.gpu_layout import PARAMS, TILE, TILED, TILED_FLOAT32, over_rows, product
+from pallas_kernels.gated_linear_attention.gpu_layout import TILE, TILED, TILED_FLOAT32, kernel, over_rows, product
 
 STAGES = 2  # chunks under way
 
@@ -115,7 +115,7 @@ def _walk(x, y, start, sums, totals, chunk, reverse, scale, keep=True):
         plgpu.wait_smem_to_gmem(0)
 
     last, kept = jax.ShapeDtypeStruct(start.shape, jnp.float32), jax.ShapeDtypeStruct((B, N, HV, K, V), jnp.bfloat16)
-    return plgpu.kernel(
+    return kernel(
         body,
         out_type=(last, kept) if keep else (last,),
         scratch_types=[
@@ -125,6 +125,5 @@ def _walk(x, y, start, sums, totals, chunk, reverse, scale, keep=True):
         ],
         grid=(B, HV, K // TILE, V // TILE),
         grid_names=("batch", "head", "keys", "values"),
-        compiler_params=PARAMS,
         kernel_name="gated_linear_attention_states",
     )(x, y, totals if sums is None else sums, start)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 from pallas_kernels.gated_linear_attention import gated_linear_attention, gpu, shapes
 from tests.helpers import relative_error
@@ -50,6 +51,20 @@ def test_chosen_where_it_is_lowered_for_hopper(name, kernels):
 
     # Where there are too few heads, a kernel more for each walk through the states, which is in pieces.
     assert lowered(jax.value_and_grad(loss), arguments).count("@mosaic_gpu_v2") == kernels
+
+
+@pytest.mark.parametrize("axes", ["head", "channel"])
+def test_inside_shard_map_vmap_and_checkpoint(axes):
+    case = Case(64, axes, B=2, H=1, HV=2, K=64, V=64)
+    arguments = {name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for name, x in example(0, case).items()}
+
+    def loss(arguments):
+        return jnp.sum(gated_linear_attention(**arguments)[0].astype(jnp.float32) ** 2)
+
+    gradient, rows = jax.grad(jax.checkpoint(loss)), PartitionSpec("x")
+    several = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), arguments)
+    assert "@mosaic_gpu_v2" in lowered(lambda x: jax.shard_map(gradient, in_specs=rows, out_specs=rows)(x), arguments)
+    assert "@mosaic_gpu_v2" in lowered(jax.vmap(gradient), several)
 
 
 def test_what_the_kernel_does_not_take_is_refused_by_name_and_not_chosen():
