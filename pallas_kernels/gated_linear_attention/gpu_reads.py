@@ -154,27 +154,7 @@ def _read(read, operands, sums_ref, out_ref, products_ref, place, scratch, chunk
             plgpu.copy_gmem_to_smem(tokens(read.itself, tile + t, group * TILE, TILE), mine[t], itself_loaded.at[group])
     plgpu.barrier_wait(rest_loaded)
 
-    coarse, fine = (sums_smem[part, own] for part in (0, 1))
-    pairs, alone = [], 0
-    for part in range(groups):
-        columns, own_scores = pl.ds(part * TILE, TILE), scores[:, part * TILE : (part + 1) * TILE]
-        i, j = (lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (0, 1))
-        ahead = i - j + (group - part) * TILE
-        # A token with itself is apart where its gradient is: there is no decay between them.
-        before = (ahead < 0 if read.reverse else ahead > 0) if read.itself else (ahead <= 0 if read.reverse else ahead >= 0)
-        since = [over_rows(x, TILE) - over_columns(sums_smem[k, columns], TILE) for k, x in enumerate((coarse, fine))]
-        log_between = -since[0] - since[1] if read.reverse else since[0] + since[1]
-        if read.itself:
-            alone += scale * jnp.sum(jnp.where(ahead == 0, own_scores, 0), axis=1)
-        own_pairs = (scale * own_scores * jnp.exp(jnp.where(before, log_between, -jnp.inf))).astype(jnp.bfloat16)
-        # One part after the other: both at once would not fit the registers.
-        own_pairs, scores = lax.optimization_barrier((own_pairs, scores))
-        pairs.append(own_pairs)
-    if read.reverse:
-        weights = jnp.exp((sums_smem[0, chunk - 1] - coarse) + (sums_smem[1, chunk - 1] - fine))
-    else:
-        weights = scale * jnp.exp(coarse + fine)
-
+    pairs, alone, weights = _weighted(read, scores, sums_smem, group, scale)
     here = pl.ds(n * chunk + group * TILE, TILE)
     for t in range(tiles):
         of_tokens = product(*(x for part in range(groups) for x in (pairs[part], y_smem.at[t, pl.ds(part * TILE, TILE)])))
@@ -193,3 +173,29 @@ def _read(read, operands, sums_ref, out_ref, products_ref, place, scratch, chunk
         if read.itself:
             plgpu.copy_smem_to_gmem(products_smem.at[group, t], products_ref.at[b, h, tile + t, :, here])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _weighted(read, scores, sums_smem, group, scale):
+    """Of a warpgroup's ``scores`` [64,C]: of pairs with their decays, in parts [64,64] of bfloat16; what is apart [64]; and w [64]."""
+    chunk = sums_smem.shape[1]
+    coarse, fine = (sums_smem[part, pl.ds(group * TILE, TILE)] for part in (0, 1))
+    pairs, alone = [], 0
+    for part in range(chunk // TILE):
+        columns, own_scores = pl.ds(part * TILE, TILE), scores[:, part * TILE : (part + 1) * TILE]
+        i, j = (lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis) for axis in (0, 1))
+        ahead = i - j + (group - part) * TILE
+        # A token with itself is apart where its gradient is: there is no decay between them.
+        before = (ahead < 0 if read.reverse else ahead > 0) if read.itself else (ahead <= 0 if read.reverse else ahead >= 0)
+        since = [over_rows(x, TILE) - over_columns(sums_smem[k, columns], TILE) for k, x in enumerate((coarse, fine))]
+        log_between = -since[0] - since[1] if read.reverse else since[0] + since[1]
+        if read.itself:
+            alone += scale * jnp.sum(jnp.where(ahead == 0, own_scores, 0), axis=1)
+        own_pairs = (scale * own_scores * jnp.exp(jnp.where(before, log_between, -jnp.inf))).astype(jnp.bfloat16)
+        # One part after the other: both at once would not fit the registers.
+        own_pairs, scores = lax.optimization_barrier((own_pairs, scores))
+        pairs.append(own_pairs)
+    if read.reverse:
+        weights = jnp.exp((sums_smem[0, chunk - 1] - coarse) + (sums_smem[1, chunk - 1] - fine))
+    else:
+        weights = scale * jnp.exp(coarse + fine)
+    return pairs, alone, weights

@@ -36,8 +36,8 @@ def test_matches_the_reference(case):
     arguments = example(1, case, segment_ids)
     with interpreted():
         found = errors(arguments, segment_ids, "pallas", jnp.bfloat16, state_dtype=jnp.float32)
-    # Operands of products are rounded to 2^-9 two or three times in a row, and outputs once: no more than in XLA's form.
-    assert max(found.values()) < 8e-3, found
+    # Operands of products are rounded to 2^-9 two or three times in a row, and outputs once; in the form for XLA only outputs are, to 2e-3.
+    assert max(found.values()) < 4e-3, found
 
 
 @pytest.mark.parametrize("name, kernels", [("simple_gla_340m", 6), ("retnet_1b3", 4), ("hgrn2_340m", 9), ("gla_1b3", 9)])
