@@ -2,14 +2,19 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import checks, segments
-from pallas_kernels.gated_linear_attention import associative_scan, reference, tpu, xla
+from pallas_kernels import checks, platforms, segments
+from pallas_kernels.gated_linear_attention import associative_scan, gpu, reference, tpu, xla
+
+
+def _kernel(*arguments):
+    return platforms.kernels(tpu, gpu).gated_linear_attention(*arguments)
+
 
 IMPLEMENTATIONS = {
     "reference": reference.gated_linear_attention,
     "xla": xla.gated_linear_attention,
     "associative_scan": associative_scan.gated_linear_attention,
-    "pallas": tpu.gated_linear_attention,
+    "pallas": _kernel,
 }
 
 
@@ -37,15 +42,16 @@ def gated_linear_attention(
     segment_ids: [B,T] integers. The state starts at zero where the id changes; 0 marks padding, which changes no state and
         whose output is 0. ``initial_state`` belongs to the first real token's segment, the final state to the last one's.
     implementation: "reference" (token by token), "xla" (chunked, a loop over chunks), "associative_scan" (all chunks at once) or
-        "pallas" (a TPU kernel, interpreted on CPU; float32 and bfloat16). None takes the fastest measured for
-        the platform that the program is lowered for: "pallas" on TPU where it can, else "xla".
+        "pallas" (a TPU kernel, interpreted on CPU; float32 and bfloat16; in a program traced for a Hopper GPU, a kernel for that:
+        bfloat16, K and V multiples of 64). None takes the fastest for the platform that the program is lowered
+        for: "pallas" on TPU and Hopper where it can, else "xla".
 
     Returns (o [B,T,HV,V] in v's dtype, final_state [B,HV,K,V] in float32). Decays, sums and states are float32, or float64
     where an input is float64; matrix products follow ``jax.default_matmul_precision``. Exact for any decay: no quotient of
     decays is ever formed. Differentiable in every float argument. Raises ValueError for shapes, dtypes or names that do not fit.
     """
     operator = "gated_linear_attention"
-    kernel = "pallas" if tpu.is_faster(q, k, v, log_decay) else None
+    kernel = "pallas" if platforms.kernels(tpu, gpu).is_faster(q, k, v, log_decay) else None
     run = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
     axes = _decay_axes(operator, log_decay, {4: "B T HV K", 3: "B T HV", 1: "HV"})
     sizes = checks.bind_shapes(

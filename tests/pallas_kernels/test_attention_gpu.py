@@ -44,9 +44,16 @@ def check(arguments, **options):
         assert error <= 1.5 * narrow[name], (name, errors, narrow)
 
 
-def test_documents_padding_and_shared_keys():
-    ids = np.repeat([[0, 1, 2, 0, 3]], [5, 60, 90, 5, 40], axis=1)
-    check(example(0, 1, 200, 2, 1, 64, 16), segment_ids=jnp.asarray(ids))
+IDS = jnp.asarray(np.repeat([[0, 1, 2, 0, 3]], [5, 60, 90, 5, 40], axis=1))
+
+
+def test_documents_and_padding():
+    check(example(0, 1, 200, 1, 1, 64, 16), segment_ids=IDS)
+
+
+@pytest.mark.slow
+def test_shared_keys():
+    check(example(0, 1, 200, 4, 2, 64, 64), segment_ids=IDS)
 
 
 @pytest.mark.slow
