@@ -138,6 +138,14 @@ def check_tasks(job: Job, tasks: int) -> None:
         raise ConfigError(f"all {tasks} tasks would do the same: say which part each does, such as '--shard={{task}}/{{tasks}}'")
 
 
+# Bash: wait for ``$job``, whatever signals come meanwhile; its status is in ``code``.
+WAIT = """\
+while wait "$job"; kill -0 "$job" 2>/dev/null; do :; done  # a signal ends wait before the command ends
+wait "$job"  # says again how it ended
+code=$?
+"""
+
+
 def script(line: str, before: str = "", after: str = "") -> str:
     """A bash script that runs ``line`` and exits as it does, but with 143 where the machine asked it to stop.
 
@@ -148,9 +156,6 @@ def script(line: str, before: str = "", after: str = "") -> str:
 trap 'stopped=1; kill -TERM "$job" 2>/dev/null' TERM
 {line} &
 job=$!
-wait "$job"
-code=$?
-while kill -0 "$job" 2>/dev/null; do wait "$job"; code=$?; done  # a signal ends wait before the command ends
-if [[ $stopped && $code = 0 ]]; then code=143; fi
+{WAIT}if [[ $stopped && $code = 0 ]]; then code=143; fi
 {after}exit "$code"
 """

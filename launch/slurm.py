@@ -70,10 +70,7 @@ stopped=
 trap 'stopped=1; echo "time is nearly over: saving, then queued again"; scancel --signal=TERM {itself}' USR1
 srun --kill-on-bad-exit=1{cpus} {line} &
 job=$!
-wait "$job"
-code=$?
-while kill -0 "$job" 2>/dev/null; do wait "$job"; code=$?; done  # a signal ends wait before the command ends
-if [[ $stopped ]]; then scontrol requeue {itself}; fi
+{job.WAIT}if [[ $stopped ]]; then scontrol requeue {itself}; fi
 exit "$code"
 """
     )

@@ -61,7 +61,8 @@ class Cluster:
         (folder / "cluster").mkdir()
         commands = {
             "srun": 'while [[ $1 == --* ]]; do shift; done\n"$@" & echo $! > "$FOLDER/child"; wait $!',
-            "scancel": '[[ $1 == --signal=TERM && $2 == "$ITSELF" ]] && kill -TERM "$(cat "$FOLDER/child")"',
+            # Slow, so that the process has ended before the batch script waits for it again.
+            "scancel": '[[ $1 == --signal=TERM && $2 == "$ITSELF" ]] && kill -TERM "$(cat "$FOLDER/child")"; sleep 0.5',
             "scontrol": 'echo "$@" > "$FOLDER/scontrol"',
         }
         for name, text in commands.items():
