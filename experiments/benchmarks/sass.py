@@ -76,7 +76,8 @@ def _kernel(path: Path) -> Kernel:
 
 def resources(text: str) -> dict[str, int]:
     """Of ptxas's report: registers of a thread, bytes of its stack and those spilled there and read back."""
-    return {name: sum(map(int, pattern.findall(text))) for name, pattern in _PTXAS.items()}
+    report = "".join(line for line in text.splitlines(keepends=True) if "warning" not in line)  # which says the same of spills again
+    return {name: sum(map(int, pattern.findall(report))) for name, pattern in _PTXAS.items()}
 
 
 def launch(text: str) -> dict[str, int | None]:

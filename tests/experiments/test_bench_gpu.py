@@ -54,7 +54,10 @@ SASS = """\
 
 
 def test_what_ptxas_reports():
-    assert sass.resources(PTXAS) == {"registers": 40, "stack_bytes": 16, "spill_bytes": 20}
+    facts = {"registers": 40, "stack_bytes": 16, "spill_bytes": 20}
+    assert sass.resources(PTXAS) == facts
+    warning = "ptxas warning : Registers are spilled to local memory in function 'body', 8 bytes spill stores, 12 bytes spill loads\n"
+    assert sass.resources(warning + PTXAS) == facts
 
 
 def test_how_a_kernel_is_launched():
