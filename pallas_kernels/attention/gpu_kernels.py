@@ -46,11 +46,7 @@ def of_queries(plan, q, k, v, first, last, key, first_block, output, logsumexp, 
     """own: q, first, last, output, logsumexp; streamed: k, v, key."""
     b, tile, h, kv_head = _program(plan, heavy_last=True)
     begin = first_block[b, tile]
-    end = (tile + 1) * (TILE // plan.block)
-
-    def load(step, slot, loaded):
-        at = pl.ds((begin + step) * plan.block, plan.block)
-        _copy((k.at[b, at, kv_head], v.at[b, at, kv_head], key.at[b, at]), (ref.at[slot] for ref in streamed), loaded)
+    load = partial(_load_keys, plan, (k, v, key), streamed, b, kv_head, begin)
 
     def compute(wg, each_block):
         rows = pl.ds(tile * TILE + wg * ROWS, ROWS)
@@ -83,18 +79,14 @@ def of_queries(plan, q, k, v, first, last, key, first_block, output, logsumexp, 
         plgpu.copy_smem_to_gmem(lse_smem, logsumexp.at[b, h, rows])
         plgpu.wait_smem_to_gmem(0)
 
-    _stream(end - begin, load, compute, barriers)
+    _stream((tile + 1) * (TILE // plan.block) - begin, load, compute, barriers)
 
 
 def d_queries(plan, q, k, v, d_output, first, last, key, first_block, logsumexp, mean, dq, own, streamed, barriers):
     """own: q, d_output, first, last, logsumexp, mean; streamed: k, v, key."""
     b, tile, h, kv_head = _program(plan, heavy_last=True)
     begin = first_block[b, tile]
-    end = (tile + 1) * (TILE // plan.block)
-
-    def load(step, slot, loaded):
-        at = pl.ds((begin + step) * plan.block, plan.block)
-        _copy((k.at[b, at, kv_head], v.at[b, at, kv_head], key.at[b, at]), (ref.at[slot] for ref in streamed), loaded)
+    load = partial(_load_keys, plan, (k, v, key), streamed, b, kv_head, begin)
 
     def compute(wg, each_block):
         rows = pl.ds(tile * TILE + wg * ROWS, ROWS)
@@ -120,7 +112,7 @@ def d_queries(plan, q, k, v, d_output, first, last, key, first_block, logsumexp,
         plgpu.copy_smem_to_gmem(q_smem, dq.at[b, rows, h])
         plgpu.wait_smem_to_gmem(0)
 
-    _stream(end - begin, load, compute, barriers)
+    _stream((tile + 1) * (TILE // plan.block) - begin, load, compute, barriers)
 
 
 def d_keys(plan, q, k, v, d_output, first, last, key, end_block, logsumexp, mean, dk, dv, own, streamed, barriers):
@@ -207,6 +199,13 @@ def _stream(steps, load: Callable, compute: Callable, barriers) -> None:
             @pl.when(i < steps)
             def _():
                 load(i, slot, loaded.at[slot])
+
+
+def _load_keys(plan, arrays, streamed, b, head, begin, step, slot, loaded):
+    """The ``step``-th block of keys from block ``begin`` on: of k and v [B,T,HK,...] and key [B,T]."""
+    k, v, key = arrays
+    at = pl.ds((begin + step) * plan.block, plan.block)
+    _copy((k.at[b, at, head], v.at[b, at, head], key.at[b, at]), (ref.at[slot] for ref in streamed), loaded)
 
 
 def _of_queries(arrays, b, rows, h):

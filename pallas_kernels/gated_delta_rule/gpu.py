@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from pallas_kernels.gated_delta_rule import gpu_backward, gpu_forward, gpu_gradients, gpu_pairs, gpu_pieces
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, COLUMNS, Gate
 from pallas_kernels.gated_delta_rule.gpu_gradients import Sum
+from pallas_kernels.gated_linear_attention.tpu_decays import RESET
 from pallas_kernels.segments import Segments
 
 KEYS = (64, 128, 256)  # the head sizes K that the kernels take
 WARPGROUPS = 2 * 132  # of walks that an H100 or H200 runs at once: two a multiprocessor
 LEAST = 8  # chunks a piece
-RESET = -1024.0  # the log decay of a new document's first token: exp of it is 0 in float32; sums over a chunk stay exact in sixteenths
 
 
 def is_faster(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None) -> bool:
