@@ -19,8 +19,9 @@ outputs and gradients is not measured: its row holds the errors, and the exit st
 --suite=decode measures whole models, with random parameters: the prompt read in chunks, then token by token as experiments.generate
 does. It takes --configs, --contexts and --batch in place of the operators' flags, and draws decode_<platform>.png beside its rows.
 
---suite=gpu, on a GPU, measures recurrences and training steps at the sizes of the study's models, 32k tokens at once, bfloat16, beside
-flash-linear-attention's where that is installed (pip install -e '.[parity]'). It stops after about eight minutes; given again it goes on.
+--suite=gpu, on a GPU, measures operators and training steps at the sizes of the study's models, 32k tokens at once, bfloat16, beside
+flash-linear-attention's where that is installed (pip install -e '.[parity]'). What is wanted most comes first, the recurrences and
+attention at 2,048 tokens and the steps of 340M hybrids at 6:1. It stops after about eight minutes; given again it goes on.
 
 With --target, nothing is timed: each program is compiled ahead of time for one chip, and a row holds what it costs there. On a TPU: the
 bundles of the compiler's schedule (about a cycle each), the bytes moved, and which of the two takes longer; a picture of the target's

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 SECONDS = 0.4  # about how long calls are repeated for, after the first
 BATCH = 0.02  # seconds of a batch of calls at least, so that starting and awaiting it do not count
 LEAST = 3  # batches
@@ -26,3 +28,9 @@ def batches(call: Callable[[], object], wait: Callable[[object], object]) -> lis
         wait(result)
         times.append((time.perf_counter() - start) / calls)
     return times
+
+
+def summary(seconds: list[float]) -> dict:
+    """Of a row: what :func:`batches` gave, as a median and quartiles."""
+    lower, median, upper = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
+    return {"median_s": median, "quartiles_s": [lower, upper], "batches": len(seconds)}

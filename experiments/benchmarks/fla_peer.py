@@ -77,7 +77,31 @@ def _kda(q, k, v, beta, log_decay, initial_state):
     return chunk_kda(q, k, v, g=log_decay, beta=beta, initial_state=initial_state, output_final_state=True)
 
 
-# (operator, decay of its shape) -> of arrays by the names that ours has, those of linear_scan with the decay's logarithm.
+def _attention(q, k, v, documents):
+    from fla.ops.attn import parallel_attn
+
+    if documents == 1:
+        return parallel_attn(q, k, v), None
+    B, T = q.shape[:2]
+    packed = (x.reshape(1, B * T, *x.shape[2:]) for x in (q, k, v))
+    return parallel_attn(*packed, cu_seqlens=_starts_there(B, T, documents, q.device)).reshape(B, T, q.shape[2], v.shape[3]), None
+
+
+def starts(B: int, T: int, documents: int) -> list[int]:
+    """Where each document starts in B rows one after the other, as :mod:`pallas_kernels.attention.shapes` packs them, and where all end."""
+    within = [-(-T * number // documents) for number in range(documents)]
+    return [row * T + start for row in range(B) for start in within] + [B * T]
+
+
+@functools.cache  # fla keeps what it derives of the lengths by the tensor that holds them
+def _starts_there(B: int, T: int, documents: int, device):
+    import torch
+
+    return torch.tensor(starts(B, T, documents), dtype=torch.long, device=device)
+
+
+# (operator, decay of its shape) -> of arrays by the names that ours has, those of linear_scan with the decay's logarithm: the output and
+# the final state, if there is one.
 OPERATORS = {
     ("linear_scan", None): _hgrn,
     ("gated_linear_attention", "fixed"): _retention,
@@ -86,7 +110,14 @@ OPERATORS = {
     ("gated_delta_rule", "none"): _delta_rule,
     ("gated_delta_rule", "head"): _gated_delta_rule,
     ("gated_delta_rule", "channel"): _kda,
+    ("attention", None): _attention,
 }
+
+
+def _operator(name: str, sizes: dict) -> Callable:
+    """fla's for a shape of these sizes, a function of tensors by name."""
+    packed = {"documents": sizes["documents"]} if "documents" in sizes else {}
+    return functools.partial(OPERATORS[name, sizes.get("decay")], **packed)
 
 
 def _tensor(values: np.ndarray, dtype: str, device: str):
@@ -105,23 +136,25 @@ def _prepared(operator: str, inputs: Arrays, device: str) -> dict:
 
 
 @_plain_failures
-def outputs(operator: str, decay: str | None, inputs: Arrays, cotangent: Arrays, device: str = "cuda") -> dict[str, np.ndarray]:
-    """Output, final state, and the gradients that fla has, of the output alone: not all of its operators have them of the final state."""
+def outputs(operator: str, sizes: dict, inputs: Arrays, cotangent: Arrays, device: str = "cuda") -> dict[str, np.ndarray]:
+    """Output, final state if there is one, and the gradients that fla has, of the output alone: not all of its operators have them of the
+    final state.
+    """
     import torch
 
     tensors = _prepared(operator, inputs, device)
-    output, final_state = OPERATORS[operator, decay](**tensors)
+    output, final_state = _operator(operator, sizes)(**tensors)
     gradients = torch.autograd.grad(output, list(tensors.values()), _tensor(*cotangent["output"], device), allow_unused=True)
     found = {"output": output, "final_state": final_state}
-    found |= {f"gradient of {name}": g for name, g in zip(tensors, gradients, strict=True) if g is not None}
-    arrays = {name: a.detach().float().cpu().numpy() for name, a in found.items()}
+    found |= {f"gradient of {name}": g for name, g in zip(tensors, gradients, strict=True)}
+    arrays = {name: a.detach().float().cpu().numpy() for name, a in found.items() if a is not None}
     if operator == "linear_scan":
         arrays["gradient of decay"] /= inputs["decay"][0]
     return arrays
 
 
 @_plain_failures
-def time_operator(operator: str, decay: str | None, inputs: Arrays, sizes: dict, pass_name: str, device: str = "cuda") -> dict:
+def time_operator(operator: str, sizes: dict, inputs: Arrays, pass_name: str, device: str = "cuda") -> dict:
     """Of a row: seconds a call at ``sizes``, whose rows and tokens repeat those of ``inputs``, and the memory that one takes at most."""
     import torch
 
@@ -133,8 +166,8 @@ def time_operator(operator: str, decay: str | None, inputs: Arrays, sizes: dict,
         return np.resize(values[:1], (1, sizes["T"], *values.shape[2:])).repeat(sizes["B"], 0)
 
     tensors = _prepared(operator, {name: (repeated(name, values), dtype) for name, (values, dtype) in inputs.items()}, device)
-    run = functools.partial(OPERATORS[operator, decay], **tensors)
-    leaves = [t for name, t in tensors.items() if not (decay == "fixed" and name == "log_decay")]
+    run = functools.partial(_operator(operator, sizes), **tensors)
+    leaves = [t for name, t in tensors.items() if not (sizes.get("decay") == "fixed" and name == "log_decay")]
     cotangent = torch.randn_like(run()[0])
 
     def forward():

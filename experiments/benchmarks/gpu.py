@@ -1,4 +1,5 @@
-"""On a GPU: every recurrence at the shapes of the study's models, our kernels and XLA's form beside flash-linear-attention's Triton.
+"""On a GPU: every recurrence, and attention, at the shapes of the study's models: our kernels and XLA's form beside
+flash-linear-attention's Triton.
 
 Rows are of 32k tokens in bfloat16, forward and forward + backward, from sequences of 2,048 tokens to one of 32,768. What is timed is
 checked first, fla's operators too. torch and fla run in a process of their own on the same card, which JAX leaves memory to.
@@ -9,22 +10,23 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import correctness, fla_peer, gpu_steps
-from experiments.benchmarks.batches import batches
+from experiments.benchmarks.batches import batches, summary
 from experiments.benchmarks.cases import Case, arguments, at_lengths, both_passes, program, select
 from experiments.benchmarks.gpu_static import takes
 from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
 from experiments.benchmarks.timing import compile_case
 
-OPERATORS = ("linear_scan", "gated_linear_attention", "gated_delta_rule")
+OPERATORS = ("linear_scan", "gated_linear_attention", "gated_delta_rule", "attention")
 LENGTHS = (2048, 8192, 32768, 4096, 16384)  # most wanted first: what there is no time for is measured by the next call
+XLA_LENGTHS = (2048, 32768)  # of XLA's form, which takes long to compile and is compared with least
 SECONDS = 450.0  # after which no further row is begun
 CHECKED_T = 1024
 DTYPE = "bfloat16"
@@ -35,9 +37,21 @@ def cases(operators: list[str], shapes: list[str], configs: list[str]) -> list:
     """Operators' cases, then whole steps. Raises ValueError for names that do not exist."""
     one_each = select(operators or list(OPERATORS), ["xla", "pallas"], shapes or ["*340m", "*1b3"], DTYPE)
     peers = [dataclasses.replace(c, implementation="fla") for c in one_each if c.implementation == "xla" and _peer(c)]
-    found = [case for one in [*filter(takes, one_each), *peers] for at in at_lengths(one, LENGTHS) for case in both_passes(at)]
+    found = [
+        case
+        for one in [*filter(takes, one_each), *peers]
+        for at in at_lengths(one, XLA_LENGTHS if one.implementation == "xla" else LENGTHS)
+        for case in both_passes(at)
+    ]
     found.sort(key=lambda case: (case.shape.T not in LENGTHS or LENGTHS.index(case.shape.T), case.implementation == "xla", case.shape_name))
     return [*found, *gpu_steps.select(configs or gpu_steps.CONFIGS)]
+
+
+def wanted_first(case: Case | gpu_steps.Case) -> bool:
+    """Whether a case is of what the study trained: sequences of 2,048 tokens; 340M steps of the Transformer and of hybrids at 6:1."""
+    if isinstance(case, Case):
+        return case.shape.T == LENGTHS[0] and case.implementation != "xla"
+    return case.window == LENGTHS[0] and case.config.endswith(("transformer:340m", "_r6:340m"))
 
 
 def _peer(case: Case) -> bool:
@@ -69,11 +83,9 @@ def measure(case: Case, peer: Process) -> dict:
     row |= _measure_peer(case, peer) if case.implementation == "fla" else _measure_ours(case)
     if "failure" in row:
         return row
-    seconds = row.pop("seconds")
-    lower, median, upper = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
-    row |= {"median_s": median, "quartiles_s": [lower, upper], "batches": len(seconds)}
-    row["bandwidth_share"] = row["bytes"] / median / row["card"]["bytes_per_s"]
-    row["matmul_share"] = row["flops"] / median / row["card"]["matmul_flop_per_s"]
+    row |= summary(row.pop("seconds"))
+    row["bandwidth_share"] = row["bytes"] / row["median_s"] / row["card"]["bytes_per_s"]
+    row["matmul_share"] = row["flops"] / row["median_s"] / row["card"]["matmul_flop_per_s"]
     return row
 
 
@@ -88,20 +100,29 @@ def _measure_ours(case: Case) -> dict:
 
 
 def _measure_peer(case: Case, peer: Process) -> dict:
-    """fla's operator, held against our reference; its gradients are those of the output alone."""
-    checked = small(case.shape)
-    reference = dataclasses.replace(case, implementation="reference", shape_name="", shape=checked, pass_name="forward_backward")
-    floating, others, cotangents = arguments(reference)
-    exact = jax.tree.map(lambda a: a.astype(jnp.float32), (floating, cotangents | {"final_state": 0 * cotangents["final_state"]}))
-    expected = jax.jit(program(reference))(exact[0], others, exact[1])
-    decay = getattr(case.shape, "decay", None)
-    given = {name: (np.asarray(exact[0][name]), str(a.dtype)) for name, a in floating.items()}
-    cotangent = {"output": (np.asarray(exact[1]["output"]), str(cotangents["output"].dtype))}
-    found = peer.call(fla_peer.outputs, case.operator, decay, given, cotangent)
-    row = correctness.verdict({name: correctness.relative_error(a, expected[name]) for name, a in found.items()}, case.dtype, checked)
+    """fla's operator, held against our reference."""
+    reference = dataclasses.replace(case, implementation="reference", shape_name="", shape=small(case.shape), pass_name="forward_backward")
+    row = correctness.verdict(_peer_errors(reference, peer), case.dtype, reference.shape)
     if "failure" in row:
         return row
-    return row | peer.call(fla_peer.time_operator, case.operator, decay, given, dataclasses.asdict(case.shape), case.pass_name)
+    given = _given(arguments(reference)[0])
+    return row | peer.call(fla_peer.time_operator, case.operator, dataclasses.asdict(case.shape), given, case.pass_name)
+
+
+@functools.cache
+def _peer_errors(reference: Case, peer: Process) -> dict[str, float]:
+    """The relative errors of fla's outputs, and of the gradients of its output: not all of its operators have them of the final state."""
+    floating, others, cotangents = arguments(reference)
+    output = {name: a if name == "output" else jnp.zeros_like(a) for name, a in cotangents.items()}
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), (floating, output))
+    expected = jax.jit(program(reference))(exact[0], others, exact[1])
+    cotangent = _given({"output": cotangents["output"]})
+    found = peer.call(fla_peer.outputs, reference.operator, dataclasses.asdict(reference.shape), _given(floating), cotangent)
+    return {name: correctness.relative_error(a, expected[name]) for name, a in found.items()}
+
+
+def _given(arrays: dict[str, jax.Array]) -> fla_peer.Arrays:
+    return {name: (np.asarray(a, np.float32), str(a.dtype)) for name, a in arrays.items()}
 
 
 @contextlib.contextmanager
@@ -116,14 +137,23 @@ def suites() -> Iterator[list[Suite]]:
         raise ValueError(f"--suite=gpu is measured on a GPU, and this machine has {device.device_kind}; --target=gpu:h200 needs none")
     until = time.monotonic() + SECONDS
     with contextlib.closing(Process("fla's process", SHARED)) as peer:
-        yield [suite(peer, until), gpu_steps.SUITE._replace(until=until)]
+        yield rounds(peer, until)
 
 
-def suite(peer: Process, until: float) -> Suite:
-    """The operators' suite, no row of which is begun after ``until``, by ``time.monotonic``."""
+def rounds(peer: Process, until: float) -> list[Suite]:
+    """Operators and steps that are wanted first, then the others'."""
+    return [
+        one
+        for wanted in (wanted_first, lambda case: not wanted_first(case))
+        for one in (suite(peer, wanted, until), gpu_steps.suite(wanted, until))
+    ]
+
+
+def suite(peer: Process, wanted: Callable[[Case], bool], until: float) -> Suite:
+    """The suite of the operators' cases that are ``wanted``, no row of which is begun after ``until``, by ``time.monotonic``."""
     return Suite(
         "gpu",
-        lambda case: [case] if isinstance(case, Case) else [],
+        lambda case: [case] if isinstance(case, Case) and wanted(case) else [],
         lambda case: measure(case, peer),
         {
             "median ms": lambda row: f"{row['median_s'] * 1e3:.3f}",

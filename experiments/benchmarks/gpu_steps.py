@@ -7,14 +7,14 @@ Measured, each is run in a process of its own that ends with it, as a step of ei
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from experiments.benchmarks import fla_peer, gpu_static, hlo, sass, steps
-from experiments.benchmarks.batches import batches
+from experiments.benchmarks.batches import batches, summary
 from experiments.benchmarks.cases import TOKENS
 from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
@@ -24,10 +24,15 @@ from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train.advice import implementations_of
 from hybrid_jax.train.feed import batch_shapes, to_mesh
 from hybrid_jax.train.step import compile_step, make_program
-from hybrid_jax.train.throughput import training_flops
+from hybrid_jax.train.throughput import peak_flops, training_flops
 
 FAMILIES = ("hgrn", "hgrn2", "retnet", "gla", "delta_net", "gated_delta_net")
-CONFIGS = ["transformer:340m", *(f"{family}_{ratio}:340m" for ratio in ("pure", "r6", "r3") for family in FAMILIES)]
+CONFIGS = [
+    "transformer:340m",
+    *(f"{family}_{ratio}:340m" for ratio in ("pure", "r6", "r3") for family in FAMILIES),
+    "transformer:1b3",
+    *(f"{family}_r6:1b3" for family in FAMILIES),
+]
 WINDOWS = (2048, 8192)
 ALL = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}  # of the card, for JAX
 REMATS = ("operators", "block")  # the first that fits is taken; without any, XLA writes and reads more than it would compute again
@@ -109,25 +114,28 @@ def measure(case: Case) -> dict:
             row = process.call(time_ours, case)
         else:
             row = process.call(fla_peer.time_step, fla_options(config.model), config.train.batch, case.window)
-    seconds = row.pop("seconds")
-    lower, median, upper = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
-    row |= {"tokens": TOKENS, "flops": training_flops(config), "median_s": median, "quartiles_s": [lower, upper], "batches": len(seconds)}
-    return row | {"tokens_per_s": TOKENS / median, "flop_per_s": row["flops"] / median}
+    row |= {"tokens": TOKENS, "flops": training_flops(config)} | summary(row.pop("seconds"))
+    flop_per_s = row["flops"] / row["median_s"]
+    return row | {"tokens_per_s": TOKENS / row["median_s"], "flop_per_s": flop_per_s, "mfu": flop_per_s / peak_flops()[0]}
 
 
-SUITE = Suite(
-    "gpu_step",
-    lambda case: [case] if isinstance(case, Case) else [],
-    measure,
-    {
-        "ms a step": lambda row: f"{row['median_s'] * 1e3:.1f}",
-        "quartiles": lambda row: " ... ".join(f"{q * 1e3:.1f}" for q in row["quartiles_s"]),
-        "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
-        "model TFLOP/s": lambda row: f"{row['flop_per_s'] / 1e12:.0f}",
-        "peak GB": lambda row: "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}",
-        "loss": lambda row: f"{row['loss']:.2f}",
-    },
-)
+def suite(wanted: Callable[[Case], bool], until: float) -> Suite:
+    """The suite of the steps that are ``wanted``, none begun after ``until``, by ``time.monotonic``."""
+    return Suite(
+        "gpu_step",
+        lambda case: [case] if isinstance(case, Case) and wanted(case) else [],
+        measure,
+        {
+            "ms a step": lambda row: f"{row['median_s'] * 1e3:.1f}",
+            "quartiles": lambda row: " ... ".join(f"{q * 1e3:.1f}" for q in row["quartiles_s"]),
+            "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+            "model TFLOP/s": lambda row: f"{row['flop_per_s'] / 1e12:.0f}",
+            "MFU": lambda row: f"{row['mfu']:.1%}",
+            "peak GB": lambda row: "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}",
+            "loss": lambda row: f"{row['loss']:.2f}",
+        },
+        until=until,
+    )
 
 
 def compile_for(case: Case, target: str, dumps: Path) -> dict:

@@ -89,7 +89,7 @@ def append(row: dict, output: Path) -> dict:
 
 
 def table(suite: Suite, cases: list[Case], rows: list[dict]) -> Table:
-    identity = [name for name in cases[0].identity if name != "sizes"] if cases else []
+    identity = [name for name in cases[0].identity if name != "sizes"]
     table = Table(*identity, *suite.columns)
     for row in rows:
         cells = ["failed"] if "failure" in row else [text(row) for text in suite.columns.values()]
@@ -109,6 +109,8 @@ def run(cases: list[Case], suite: Suite, output: Path) -> list[dict]:
     """Measure the cases one after the other, a line printed and a row appended for each."""
     if suite.until is not None:
         cases = unmeasured(cases, suite, output)
+    if not cases:
+        return []
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a log has no width to fit

