@@ -26,15 +26,9 @@ from pallas_kernels import checks, platforms
 from pallas_kernels.gated_delta_rule import tpu_backward, tpu_forward, tpu_per_channel
 from pallas_kernels.gated_delta_rule.tpu_gates import HEADS
 from pallas_kernels.gated_linear_attention import tpu_layout
-from pallas_kernels.gated_linear_attention.tpu import Blocking
+from pallas_kernels.gated_linear_attention.tpu_blocking import blocking
 from pallas_kernels.gated_linear_attention.tpu_decays import RESET, running_sums
 from pallas_kernels.segments import Segments
-
-# Within the VMEM of all generations; those tuned, for bfloat16, within that of their own.
-DEFAULT = Blocking(tokens=128, heads=4, state_bytes=2**18)
-LARGER = Blocking(tokens=128, heads=8, state_bytes=2**19)
-TUNED = {"v5e": LARGER, "v5p": LARGER, "tpu7x": LARGER, "v6e": LARGER}
-TUNED_PER_CHANNEL = {"tpu7x": LARGER, "v6e": LARGER}
 
 
 def is_faster(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None) -> bool:
@@ -54,10 +48,9 @@ def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments
     B, T, HV, V = v.shape
     K, dtype = q.shape[3], v.dtype
     per_channel = log_decay.ndim == 4
-    tuned = TUNED_PER_CHANNEL if per_channel else TUNED
-    blocking = tuned.get(platforms.generation(), DEFAULT) if dtype == jnp.bfloat16 else DEFAULT
-    heads = blocking.heads_a_step(B, HV, K * V * dtype.itemsize)
-    plan = Plan(scale, blocking.tokens, heads, per_channel)
+    tuned = blocking(dtype)
+    heads = tuned.heads_a_step(B, HV, K * V * dtype.itemsize)
+    plan = Plan(scale, tuned.tokens, heads, tuned.compiler_params, per_channel)
 
     beta, log_decay = beta.astype(jnp.float32), log_decay.astype(jnp.float32)
     q, k = (jnp.repeat(x.astype(dtype), HV // q.shape[2], axis=2) for x in (q, k))
@@ -74,11 +67,12 @@ def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments
 
 
 class Plan(NamedTuple):
-    """scale; tokens: C; heads: G, that a step of the grid takes; per_channel: the kind of decay."""
+    """scale; tokens: C; heads: G, that a step of the grid takes; compiler_params; per_channel: the kind of decay."""
 
     scale: float
     tokens: int
     heads: int
+    compiler_params: pltpu.CompilerParams
     per_channel: bool
 
     def turned(self, state):
@@ -159,9 +153,6 @@ class _Blocks(NamedTuple):
         )
 
 
-_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-
-
 def _forward_call(plan, q, k, v, gates, initial_state, keep: bool):
     """(o [B,T,HV V], the final state [B,HV,K,V]) and, if asked to keep them for the backward pass, in v's dtype,
     the states before each chunk [B,N,HV,K,V], e [B,T,HV V], X [B,N,HV,C,C] and, for decays a channel, the scores [B,N,HV,2C,C]."""
@@ -179,7 +170,7 @@ def _forward_call(plan, q, k, v, gates, initial_state, keep: bool):
         out_specs=[blocks.values, blocks.state, *blocks.kept[: len(kept)]],
         out_shape=out_shape,
         scratch_shapes=[pltpu.VMEM((plan.heads, *state_shape), jnp.float32)],
-        compiler_params=_PARAMS,
+        compiler_params=plan.compiler_params,
         cost_estimate=tpu_layout.cost(plan.tokens, HV, (q, k, v, *out_shape), products=(6, 3)),
     )(q, k, v, *gates, initial_state)
 
@@ -200,6 +191,6 @@ def _backward_call(plan, q, k, v, gates, kept, d_o, d_final_state):
         out_specs=[blocks.keys, blocks.keys, blocks.values, *blocks.d_gates, blocks.state],
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, *d_gates, d_final_state)),
         scratch_shapes=[pltpu.VMEM((plan.heads, *state_shape), jnp.float32)],
-        compiler_params=_PARAMS,
+        compiler_params=plan.compiler_params,
         cost_estimate=tpu_layout.cost(plan.tokens, HV, (q, k, v, q, k, v, v, *d_gates, *kept), products=(11, 6)),
     )(q, k, v, *gates, *kept, d_o, d_final_state)

@@ -23,31 +23,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import checks, platforms
 from pallas_kernels.gated_linear_attention import tpu_layout, tpu_per_channel, tpu_per_head
+from pallas_kernels.gated_linear_attention.tpu_blocking import blocking
 from pallas_kernels.gated_linear_attention.tpu_decays import RESET
 from pallas_kernels.segments import Segments
-
-
-class Blocking(NamedTuple):
-    """tokens: C, of a chunk. heads: the most that a step of the grid takes. state_bytes: the most that their states take as operands.
-
-    vmem_bytes: the most that a kernel may take, where that is more than the compiler allows by itself.
-    """
-
-    tokens: int
-    heads: int
-    state_bytes: int
-    vmem_bytes: int | None = None
-
-    def heads_a_step(self, B: int, heads: int, state_bytes: int) -> int:
-        """The largest number that divides ``heads``, is within the limits for states of ``state_bytes`` a head, and leaves no core idle."""
-        most = min(self.heads, max(1, self.state_bytes // state_bytes), max(1, B * heads // platforms.cores()))
-        return next(n for n in range(most, 0, -1) if heads % n == 0)
-
-
-# Within the VMEM of all generations; those tuned, for bfloat16, within that of their own.
-DEFAULT = Blocking(tokens=128, heads=4, state_bytes=2**18)
-LARGER = Blocking(tokens=128, heads=8, state_bytes=2**19)
-TUNED = {"v5e": LARGER, "v5p": LARGER, "tpu7x": LARGER, "v6e": LARGER._replace(state_bytes=2**21, vmem_bytes=48 * 2**20)}
 
 
 def is_faster(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array) -> bool:
@@ -63,9 +41,9 @@ def gated_linear_attention(q, k, v, log_decay, initial_state, segments: Segments
     checks.check_kernel_dtypes("gated_linear_attention", q=q, k=k, v=v, log_decay=log_decay)
     B, T, HV, V = v.shape
     K, dtype = q.shape[3], v.dtype
-    blocking = TUNED.get(platforms.generation(), DEFAULT) if dtype == jnp.bfloat16 else DEFAULT
-    heads = blocking.heads_a_step(B, HV, K * V * dtype.itemsize)
-    plan = Plan(scale, blocking.tokens, heads, tpu_per_channel if log_decay.ndim == 4 else tpu_per_head, blocking.vmem_bytes)
+    tuned = blocking(dtype)
+    heads = tuned.heads_a_step(B, HV, K * V * dtype.itemsize)
+    plan = Plan(scale, tuned.tokens, heads, tuned.compiler_params, tpu_per_channel if log_decay.ndim == 4 else tpu_per_head)
 
     log_decay = log_decay.astype(jnp.float32)
     if log_decay.ndim == 1:
@@ -88,18 +66,13 @@ def _oriented(plan, state):
 
 
 class Plan(NamedTuple):
-    """scale; tokens: C; heads: G, that a step of the grid takes; kernels: the module of the kind of decay; vmem_bytes: as in Blocking."""
+    """scale; tokens: C; heads: G, that a step of the grid takes; compiler_params; kernels: the module of the kind of decay."""
 
     scale: float
     tokens: int
     heads: int
+    compiler_params: pltpu.CompilerParams
     kernels: ModuleType
-    vmem_bytes: int | None
-
-    @property
-    def compiler_params(self) -> pltpu.CompilerParams:
-        order = ("parallel", "parallel", "arbitrary")
-        return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=self.vmem_bytes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
