@@ -177,6 +177,7 @@ def _stream(steps, load: Callable, compute: Callable, barriers) -> None:
                 slot = lax.rem(i, jnp.int32(STAGES))
                 plgpu.barrier_wait(loaded.at[slot])
                 carry = body(*accumulators, slot) if carry is None else body(slot, carry)
+                plgpu.commit_smem()  # what was read here comes before what TMA, another proxy, writes there next
                 plgpu.barrier_arrive(consumed.at[slot])
                 return carry
 
