@@ -1,0 +1,26 @@
+"""The tables of rows in docs/ are those that the rows give."""
+
+import json
+import re
+
+import pytest
+
+from experiments.benchmarks import tables
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda path: path.name)
+def test_pages_have_the_tables_of_the_rows(page):
+    text = page.read_text()
+    assert re.findall(r"<!-- table (\w+) -->", text)
+    assert tables.written(text) == text, "run python -m experiments.benchmarks.tables"
+
+
+def test_the_newest_row_of_a_case_counts_and_failures_do_not(tmp_path, monkeypatch):
+    case = {"suite": "tpu_step", "config": "gla_r6:340m", "target": "tpu:v6e"}
+    rows = [case | {"held_bytes": 1e9}, case | {"held_bytes": 2e9}, case | {"failure": "no"}, case | {"suite": "other", "held_bytes": 3e9}]
+    (tmp_path / "experiments/results").mkdir(parents=True)
+    (tmp_path / "experiments/results/tpu_static.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    page = "Before\n\n<!-- table tpu_steps -->\n| old |\n<!-- end -->\nafter\n"
+    table = "|  | v4 | v5e | v5p | v6e | tpu7x |\n|---|---|---|---|---|---|\n| `gla_r6:340m` |  |  |  | 2.0 |  |\n"
+    assert tables.written(page) == page.replace("| old |\n", table)
