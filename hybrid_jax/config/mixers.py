@@ -1,0 +1,157 @@
+"""The token mixers: one dataclass each, its fields the choices of the layers in flash-linear-attention; the defaults are the study's."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hybrid_jax.config.errors import divides, need
+
+FeatureMap = Literal["relu", "sigmoid", "logsigmoid", "silu", "sqrelu", "gelu"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal softmax attention with rotary positions (head width D / heads)."""
+
+    heads: int = 16
+    kv_heads: int | None = None  # None: as many as heads
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None  # None: the whole past
+
+    def check(self, width: int) -> None:
+        divides(self.heads, width, f"attention heads={self.heads} must divide model.width={width}")
+        need(width // self.heads % 2 == 0, f"attention head width {width // self.heads} must be even for rotary positions")
+        divides(self.kv_heads or self.heads, self.heads, f"attention kv_heads={self.kv_heads} must divide heads={self.heads}")
+        need(self.window is None or self.window >= 1, f"attention window={self.window} must be at least 1 (None: no limit)")
+
+
+@dataclass(frozen=True)
+class HGRN:
+    """Gated vector recurrence with a learned lower bound on its forget gate."""
+
+    expand_ratio: int = 1
+    conv_width: int = 0  # 0: no short convolution
+    lower_bound: bool = True  # False: the forget gate may close entirely in every layer
+    norm_scale: bool = True  # a learned scale in the output norm
+
+    def check(self, width: int) -> None:
+        need(self.expand_ratio >= 1, f"hgrn expand_ratio={self.expand_ratio} must be at least 1")
+        need(self.conv_width != 1 and self.conv_width >= 0, f"hgrn conv_width={self.conv_width} must be 0 (none) or at least 2")
+
+
+@dataclass(frozen=True)
+class HGRN2:
+    """Outer-product state with a forget gate a channel and k = 1 - gate; ``expand_ratio`` is the key width of a head."""
+
+    expand_ratio: int = 128
+    conv_width: int = 0
+    lower_bound: bool = True
+    norm_scale: bool = True
+
+    def check(self, width: int) -> None:
+        divides(self.expand_ratio, width, f"hgrn2 expand_ratio={self.expand_ratio} must divide model.width={width}")
+        need(self.conv_width != 1 and self.conv_width >= 0, f"hgrn2 conv_width={self.conv_width} must be 0 (none) or at least 2")
+
+
+@dataclass(frozen=True)
+class RetNet:
+    """Outer-product state with a fixed decay a head."""
+
+    heads: int = 8
+    kv_heads: int | None = None
+    expand_k: float = 1.0
+    expand_v: float = 2.0
+    output_gate: bool = True
+    feature_map: FeatureMap | None = None  # of queries and keys, before they are rotated
+    norm_scale: bool = True
+
+    def check(self, width: int) -> None:
+        _check_expanded_heads("retnet", self, width)
+        key_width = int(width * self.expand_k) // self.heads
+        need(key_width % 2 == 0, f"retnet key width {key_width} a head must be even for rotary positions")
+
+
+@dataclass(frozen=True)
+class GLA:
+    """Outer-product state with a learned decay a key channel."""
+
+    heads: int = 4
+    kv_heads: int | None = None
+    expand_k: float = 0.5
+    expand_v: float = 1.0
+    output_gate: bool = True
+    conv_width: int = 0
+    log_decay_min: float | None = None  # fla's clamp_min
+    feature_map: FeatureMap | None = None  # of queries and keys
+    norm_scale: bool = True
+
+    def check(self, width: int) -> None:
+        _check_expanded_heads("gla", self, width)
+        need(self.conv_width != 1 and self.conv_width >= 0, f"gla conv_width={self.conv_width} must be 0 (none) or at least 2")
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Delta rule without decay."""
+
+    heads: int = 8
+    expand_k: float = 1.0
+    expand_v: float = 1.0
+    conv_width: int = 4
+    beta: bool = True  # False: beta = 1
+    output_gate: bool = False
+    qk_activation: Literal["silu", "relu", "elu", "identity"] = "silu"
+    qk_norm: Literal["l2", "sum"] = "l2"
+    negative_eigenvalues: bool = False  # beta in (0, 2)
+
+    def check(self, width: int) -> None:
+        _check_expanded_heads("delta_net", self, width)
+        need(self.conv_width != 1 and self.conv_width >= 0, f"delta_net conv_width={self.conv_width} must be 0 (none) or at least 2")
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """Delta rule with a decay a head."""
+
+    heads: int = 4
+    value_heads: int | None = None  # None: as many as heads
+    head_width: int = 256
+    expand_v: float = 1.0
+    conv_width: int = 4
+    output_gate: bool = True
+    gate_activation: Literal["silu", "sigmoid"] = "silu"  # of the output gate
+    negative_eigenvalues: bool = False
+    # "intended": A ~ U(0, 16), dt ~ log U(1e-3, 1e-1). "zero": A_log = dt_bias = 0, what the study's runs probably had.
+    decay_init: Literal["intended", "zero"] = "intended"
+
+    def check(self, width: int) -> None:
+        values = self.value_heads or self.heads
+        divides(self.heads, values, f"gated_delta_net heads={self.heads} must divide value_heads={values}")
+        need(self.head_width >= 1, f"gated_delta_net head_width={self.head_width} must be at least 1")
+        value_width = self.head_width * self.expand_v
+        need(value_width == int(value_width) >= 1, f"gated_delta_net expand_v={self.expand_v} gives a value width of {value_width}")
+        need(self.conv_width != 1 and self.conv_width >= 0, f"gated_delta_net conv_width={self.conv_width} must be 0 (none) or at least 2")
+
+
+def _check_expanded_heads(name: str, mixer: "RetNet | GLA | DeltaNet", width: int) -> None:
+    divides(getattr(mixer, "kv_heads", None) or mixer.heads, mixer.heads, f"{name} kv_heads must divide heads={mixer.heads}")
+    for expand in ("expand_k", "expand_v"):
+        total = width * getattr(mixer, expand)
+        need(
+            mixer.heads >= 1 and total == int(total) and int(total) % mixer.heads == 0 and total > 0,
+            f"{name} heads={mixer.heads} must divide width * {expand} = {width} * {getattr(mixer, expand)} = {total:g}",
+        )
+
+
+Mixer = HGRN | HGRN2 | RetNet | GLA | DeltaNet | GatedDeltaNet | Attention
+MIXERS: dict[str, type] = {
+    "hgrn": HGRN,
+    "hgrn2": HGRN2,
+    "retnet": RetNet,
+    "gla": GLA,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "attention": Attention,
+}
+NAMES: dict[type, str] = {cls: name for name, cls in MIXERS.items()}

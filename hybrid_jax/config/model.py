@@ -1,0 +1,63 @@
+"""What a model is: its blocks, and which of their mixers are full attention."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hybrid_jax import layout
+from hybrid_jax.config.errors import ConfigError, need
+from hybrid_jax.config.mixers import GLA, NAMES, Attention, Mixer
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A stack of ``layers`` blocks, most with ``mixer``, those the layout names with full ``attention``."""
+
+    mixer: Mixer = field(default_factory=GLA)
+    attention: Attention = field(default_factory=Attention)
+    layers: int = 24
+    width: int = 1024  # D
+    # Which layers are full attention: a ratio in one of its two readings, or an explicit list of 0-based layers.
+    ratio: int | None = None  # None: every layer is `mixer`
+    ratio_reading: Literal["every", "after"] = "every"  # "every r-th layer", or "r of the mixer, then one"
+    attention_layers: tuple[int, ...] = ()
+    vocabulary: int = 32000
+    mlp_ratio: float = 4.0
+    mlp_width: int | None = None  # None: 256 * ceil(D * mlp_ratio * 2/3 / 256)
+    tied: bool = False  # one matrix for embedding and output
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of compute; parameters are float32
+    # What backward computes again: "none" nothing, "operators" all but the projections' outputs, "block" all of a block.
+    remat: Literal["none", "operators", "block"] = "block"
+
+    def __post_init__(self):
+        for name in ("layers", "width", "vocabulary"):
+            need(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
+        need(self.mlp_width is None or self.mlp_width >= 1, f"model.mlp_width={self.mlp_width} must be at least 1")
+        self.mixer.check(self.width)
+        if self.ratio is not None and self.attention_layers:
+            raise ConfigError("model.ratio and model.attention_layers are two ways to say one thing: give one of them")
+        if isinstance(self.mixer, Attention):
+            need(self.ratio is None and not self.attention_layers, "model.mixer is attention already: leave ratio and attention_layers out")
+        try:
+            kinds = self.layer_kinds
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from None
+        if "attention" in kinds:
+            self.full_attention.check(self.width)
+
+    @property
+    def full_attention(self) -> Attention:
+        """The attention of the full-attention layers (of a Transformer: its mixer)."""
+        return self.mixer if isinstance(self.mixer, Attention) else self.attention
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The mixer's name, layer by layer: "attention" at full-attention layers."""
+        full = self.attention_layers or layout.attention_layers(self.layers, self.ratio, self.ratio_reading)
+        return layout.layer_kinds(self.layers, full, NAMES[type(self.mixer)])
+
+    @property
+    def mlp_hidden(self) -> int:
+        """F, the width inside the MLP."""
+        return self.mlp_width or 256 * -(-int(self.width * self.mlp_ratio * 2 / 3) // 256)

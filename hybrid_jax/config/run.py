@@ -1,0 +1,136 @@
+"""What a run is: a model, its data, how it is trained, evaluated, kept, and over which devices."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hybrid_jax.config.errors import need
+from hybrid_jax.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class MQARConfig:
+    """Multi-query associative recall mixed into the training batches, and measured at every evaluation.
+
+    Rows take turns among the kinds of problems, ``pairs[i]`` in ``length[i]`` tokens: small ones teach how, large ones how much.
+    """
+
+    share: float = 0.0  # of the rows of a batch; 0: none
+    pairs: tuple[int, ...] = (4,)
+    length: tuple[int, ...] = (64,)  # tokens of one problem; a window holds as many as fit
+    alphabet: int = 32  # distinct keys, and as many values
+    examples: int = 64  # problems of each kind in the evaluation
+
+    def __post_init__(self):
+        need(0 <= self.share < 1, f"data.mqar.share={self.share} must be in [0, 1)")
+        for name in ("pairs", "length", "alphabet", "examples"):
+            values = getattr(self, name)
+            need(min(values if isinstance(values, tuple) else [values], default=0) >= 1, f"data.mqar.{name}={values} must be at least 1")
+        need(
+            len(self.pairs) == len(self.length),
+            f"data.mqar.pairs={self.pairs} and data.mqar.length={self.length} must be as many, a length for each number of pairs",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "stdlib"  # the text of Python's own standard library, or the folder or URL of a token store
+    window: int = 4096  # T
+    packing: Literal["windows", "documents"] = "windows"
+    mqar: MQARConfig = field(default_factory=MQARConfig)
+
+    def __post_init__(self):
+        need(self.window >= 2, f"data.window={self.window} must be at least 2 tokens")
+        need(
+            self.mqar.share == 0 or max(self.mqar.length) <= self.window,
+            f"data.mqar.length={self.mqar.length} must fit in data.window={self.window}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "muon", "schedule_free"] = "adamw"
+    learning_rate: float = 3e-4  # the peak
+    final_fraction: float = 0.1  # of the peak, at the last step
+    warmup_steps: int = 1024
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        need(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
+        need(0 <= self.final_fraction <= 1, f"optimizer.final_fraction={self.final_fraction} must be in [0, 1]")
+        need(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
+        need(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 40000
+    batch: int = 128  # sequences a step, over all devices
+    microbatch: int = 4  # sequences a device (of the data and fsdp axes) holds at once; the rest is accumulated
+    seed: int = 42
+    log_every: int = 10
+    bad_steps: int = 10  # stop after so many steps in a row with a gradient that is not finite
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "microbatch", "log_every", "bad_steps"):
+            need(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int | None = None  # steps; None: only at the end
+    tokens: int = 2**20  # of held-out text at most
+    batch: int = 8  # sequences
+
+    def __post_init__(self):
+        need(self.every is None or self.every >= 1, f"evaluation.every={self.every} must be at least 1 (None: only at the end)")
+        need(self.tokens >= 1 and self.batch >= 1, "evaluation.tokens and evaluation.batch must be at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000  # steps; the last step is always saved
+    keep: int = 3  # newest checkpoints kept
+
+    def __post_init__(self):
+        need(self.every >= 1 and self.keep >= 1, "checkpoint.every and checkpoint.keep must be at least 1")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1, at one axis at most: all that remain."""
+
+    data: int = 1
+    fsdp: int = -1
+    seq: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        need(all(size == -1 or size >= 1 for size in sizes), f"mesh sizes {sizes} must be at least 1, or -1 for the rest")
+        need(sizes.count(-1) <= 1, f"mesh sizes {sizes}: only one axis can be -1")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = True
+    wandb_project: str | None = None  # None: no Weights & Biases
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that makes a training run what it is."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    platform: Literal["any", "cpu", "gpu", "tpu"] = "any"  # refuse to start on another one
