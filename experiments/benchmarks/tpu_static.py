@@ -147,10 +147,12 @@ def cost(text: str, dumps: Path) -> dict:
         unknown += kernel.unknown_loops + (not execution.known)
         for unit, used in kernel.use.items():
             use[unit] += execution.count * used
-        parts.append((execution.count * kernel.bundles, execution.name, execution.count))
+        facts = {"name": execution.name, "executions": execution.count, "bundles": execution.count * kernel.bundles}
+        parts.append(facts | {"vmem_bytes": kernel.vmem_bytes})
     total["use"] = {unit: used / max(total["bundles"], 1) for unit, used in use.items()}
     total["unknown_loops"] = unknown
-    total["kernels"] = [{"name": n, "executions": c, "bundles": b} for b, n, c in sorted(parts, reverse=True) if 100 * b > total["bundles"]]
+    parts.sort(key=lambda part: part["bundles"], reverse=True)
+    total["kernels"] = [part for part in parts if 100 * part["bundles"] > total["bundles"]]
     return total
 
 
