@@ -18,11 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_delta_rule import gpu_pairs
+from pallas_kernels.gated_delta_rule import gpu_pairs, gpu_per_channel_gradients
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, product, tile
 from pallas_kernels.gated_delta_rule.gpu_walk import Keys
-from pallas_kernels.gated_linear_attention.gpu_decays import LEVELS, decay_over, meet, ones, parts, positions, prepared, to_middle
-from pallas_kernels.gated_linear_attention.gpu_layout import TILED_FLOAT32, kernel, over_columns, over_rows
+from pallas_kernels.gated_linear_attention.gpu_decays import LEVELS, decay_over, meet, positions, prepared, to_middle
+from pallas_kernels.gated_linear_attention.gpu_layout import kernel, over_columns, over_rows
 
 PART = 64  # channels at a time
 
@@ -41,8 +41,8 @@ class Kept(NamedTuple):
         return Keys(k, q, written=written, total=self.total), (self.scores,)
 
     def gradients(self, plan, q, k, pairs, *walked):
-        """D q, D k [B,T,HV,K], D beta, D log_decay, by what the walks found: see :func:`gradients`."""
-        d_q, d_k, d_beta, d_log_decay = gradients(plan, q, k, *self[:3], *walked)
+        """D q, D k [B,T,HV,K], D beta, D log_decay, by what the walks found: see :mod:`.gpu_per_channel_gradients`."""
+        d_q, d_k, d_beta, d_log_decay = gpu_per_channel_gradients.gradients(plan, q, k, *self[:3], *walked)
         return d_q, d_k, jnp.sum(d_beta, axis=3), d_log_decay
 
 
