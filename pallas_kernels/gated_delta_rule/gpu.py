@@ -1,4 +1,4 @@
-"""The gated delta rule as Mosaic GPU kernels for Hopper, forward and backward, for decays a head or none.
+"""The gated delta rule as Mosaic GPU kernels for Hopper, forward and backward, for decays a channel, a head, or none.
 
 A chunk of C = 64 tokens that starts from the state S is, with c_i the sum of the log decays up to and with token i and
 E_ij = exp(c_i - c_j),
@@ -6,9 +6,10 @@ E_ij = exp(c_i - c_j),
     e = X (v - exp(c) k S)        X = (I + A)^-1        A_ij = (k_i . k_j) E_ij beta_j for j < i
     o_i = scale * (sum_{j<=i} (q_i . k_j) E_ij beta_j e_j + exp(c_i) q_i S)        S' = exp(c_C) S + sum_j exp(c_C - c_j) beta_j k_j e_j^T
 
-as in :mod:`.tpu`, by kernels that take all chunks at once (:mod:`.gpu_pairs`, :mod:`.gpu_gradients`) and such that walk through them with
-the state in registers (:mod:`.gpu_forward`, :mod:`.gpu_backward`). For the backward pass forward keeps X; states and e are computed again.
-Decays are those of :mod:`pallas_kernels.gated_linear_attention.tpu`: sums in two parts, and RESET at a document's start.
+as in :mod:`.tpu`, by kernels that walk through the chunks with the state in registers (:mod:`.gpu_forward`, :mod:`.gpu_backward`) and such
+that take all chunks at once, before the walks and after them: for decays a head those of :mod:`.gpu_per_head`; where c_i has a part a
+channel, exp(c_i - c_j) stands inside of the products over channels, and :mod:`.gpu_per_channel` has them. For the backward pass forward
+keeps X; states and e are computed again. A new document is a log decay of RESET at its first token.
 """
 
 from functools import partial

@@ -4,7 +4,8 @@ With D the gradients and all else as in :mod:`.gpu_forward`,
 
     D e = beta (P^T D o + exp(c_C - c) k D S')        D v = X^T D e        D S = exp(c_C) D S' + (scale exp(c) q)^T D o - (exp(c) k)^T D v
 
-turned as there. D o with its factors a token is not the result of a product: it is rounded once more and lies in shared memory.
+turned as there. D o with its factors a token is not the result of a product: it is rounded once more and lies in shared memory. Where q
+has these factors in it, for decays a channel, D o is an operand as it is.
 """
 
 import jax

@@ -6,7 +6,8 @@ A warpgroup has COLUMNS columns of a head's state [K,V], turned, in the accumula
     e = X v - X (exp(c) k S)        o = scale exp(c) q S + P beta e      S' = exp(c_C) S + (exp(c_C - c) k)^T beta e
 
 all of them turned too: so every left operand with a factor a token (S, exp(c) k S, e) is the result of the product before it and stays in
-registers, and q, k, v, X and P go from memory to the tensor cores as they are.
+registers, and q, k, v, X and P go from memory to the tensor cores as they are. That is for decays a head or none; where they are one a
+channel, q, k and P come with all factors in them (:class:`.gpu_walk.Keys`), and the state's own decay is a row.
 """
 
 import jax

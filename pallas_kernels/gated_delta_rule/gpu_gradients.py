@@ -1,4 +1,4 @@
-"""The gradients of q, k and the gates by those of the states, by Mosaic GPU: all chunks, and PART channels of the keys, at once.
+"""The gradients of q, k and decays a head by those of the states, by Mosaic GPU: all chunks, and PART channels of the keys, at once.
 
 With P, L, X and e as in :mod:`.gpu_pairs` and :mod:`.gpu_forward`, F = E diag(beta) and D the gradients,
 

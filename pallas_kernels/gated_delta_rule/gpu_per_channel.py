@@ -1,13 +1,12 @@
-"""What the walks of the gated delta rule on Hopper take for decays a channel, and what their results are to q, k and the gates, by Mosaic GPU.
+"""The gated delta rule on Hopper with a decay a channel: what the walks take, by Mosaic GPU, all chunks at once. See :mod:`.gpu`.
 
-With c_i the running sum of the log decays, now [K], the walks of :mod:`.gpu_forward` and :mod:`.gpu_backward` take arrays that have all
-factors in them,
+The running sums c_i of the log decays are [K] here, and E_ij = exp(c_i - c_j). The walks take arrays that have all factors in them:
 
-    k~_i = exp(c_i) k_i        q~_i = scale exp(c_i) q_i        k^_i = beta_i exp(c_C - c_i) k_i        P_ij = scale beta_j sum_k q_ik E_ijk k_jk
+    k~_i = exp(c_i) k_i        q~_i = scale exp(c_i) q_i        k^_i = beta_i exp(c_C - c_i) k_i        P_ij = scale beta_j q_i . E_ij k_j
 
-and X = (I + A)^-1 with A_ij = beta_j sum_k k_ik E_ijk k_jk for j < i. Pairs meet in the middles of blocks, and sums of log decays are products,
-as :mod:`pallas_kernels.gated_linear_attention.gpu_decays` has it; queries and keys meet keys there, through the same decays. Forward keeps
-P and X: what there is of each token alone is computed again.
+and X = (I + A)^-1 with A_ij = beta_j k_i . E_ij k_j for j < i. Pairs meet in the middles of blocks, and sums of log decays are products, as
+:mod:`pallas_kernels.gated_linear_attention.gpu_decays` has it: queries and keys meet keys there, through the same decays. Forward keeps P
+and X for the backward pass; what is of each token alone is computed again.
 """
 
 from typing import NamedTuple
@@ -79,11 +78,11 @@ def decayed(plan, q, k, beta, log_decay, *, pairs: bool):
             q, k = q_smem.at[part], k_smem.at[part]
             if pairs:
                 carry = _pairs(q, k, log_decay, squares[0], carry)
-            since_start, until_end = decay_over(j <= i, log_decay), decay_over(j > i, log_decay)
             key = _float32(k)
-            coarse_smem[part] = (key * since_start).astype(jnp.bfloat16)
+            k[...] = (key * decay_over(j > i, log_decay) * over_rows(beta_smem[...], PART)).astype(jnp.bfloat16)
+            since_start = decay_over(j <= i, log_decay)
             q[...] = (_float32(q) * (plan.scale * since_start)).astype(jnp.bfloat16)
-            k[...] = (key * until_end * over_rows(beta_smem[...], PART)).astype(jnp.bfloat16)
+            coarse_smem[part] = (key * since_start).astype(jnp.bfloat16)
             plgpu.commit_smem()
             for ref, smem in ((reads_k_ref, coarse_smem), (reads_q_ref, q_smem), (writes_ref, k_smem)):
                 plgpu.copy_smem_to_gmem(smem.at[part], ref.at[b, tokens, h, pl.ds(part * PART, PART)])
@@ -122,7 +121,7 @@ def decayed(plan, q, k, beta, log_decay, *, pairs: bool):
 
 
 def _pairs(q, k, log_decay, met, sums):
-    """Adds to the scores of queries and of keys [C,C], and to those of queries with their own token's key [C], what PART channels are to them."""
+    """Adds to the scores of queries and of keys [C,C], and of queries with their own token's key [C], the part of PART channels."""
     i, j = positions()
 
     def level(power, sums):

@@ -1,4 +1,4 @@
-"""The gradients of q, k, beta and decays a channel by those of the states, by Mosaic GPU: all chunks, and PART channels of the keys, at once.
+"""The gradients of q, k, beta and decays a channel by those of the states, by Mosaic GPU: all chunks, and PART channels, at once.
 
 With D the gradients, and all else as in :mod:`.gpu_per_channel`, those of the arrays that the walks take are
 
@@ -103,7 +103,7 @@ def _of_keys(scale, met, keys, beta, buffers, writes, from_t):
         buffer[...] = part
 
     def level(power, d):
-        d_q, d_reader, d_key = d
+        *d_readers, d_key = d
         s = jnp.left_shift(1, power)
         second, across = (i & s) != 0, meet(i, j, s)
         decay = to_middle(log_decay, s)
@@ -111,12 +111,15 @@ def _of_keys(scale, met, keys, beta, buffers, writes, from_t):
         met_k[...] = key.astype(jnp.bfloat16)
         met_q[...] = jnp.where(second, _float32(q_smem) * decay, key).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        by_q = product((jnp.where(across, d_scores[...], 0), met_q))
-        by_k = product((jnp.where(across, d_lower[...], 0), met_k))
-        through = _float32(met_q) * by_q + _float32(met_k) * by_k
-        from_t[...] += jnp.where(second, through, -through)
-        by_q, by_k = by_q * decay, by_k * decay
-        return d_q + jnp.where(second, by_q, 0), d_reader + jnp.where(second, by_k, 0), d_key + jnp.where(second, 0, by_q + by_k)
+        readers = []
+        for d_reader, d_pairs, met in zip(d_readers, (d_scores, d_lower), (met_q, met_k), strict=True):
+            d_met = product((jnp.where(across, d_pairs[...], 0), met))
+            through = _float32(met) * d_met
+            from_t[...] += jnp.where(second, through, -through)
+            d_met *= decay
+            readers.append(d_reader + jnp.where(second, d_met, 0))
+            d_key += jnp.where(second, 0, d_met)
+        return *readers, d_key
 
     d_q, d_reader, d_key = lax.fori_loop(0, LEVELS, level, (d_q, d_reader, d_key))
     q, k, across = _float32(q_smem), _float32(k_smem), over_rows(beta[...], PART)

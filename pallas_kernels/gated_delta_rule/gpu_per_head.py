@@ -1,4 +1,7 @@
-"""What the walks of the gated delta rule on Hopper take for decays a head, and what their results are to q, k and the gates. See :mod:`.gpu`."""
+"""The gated delta rule on Hopper with a decay a head or none: what the walks take, and what they say of the gates. See :mod:`.gpu`.
+
+Sums of log decays have two parts, as in :mod:`pallas_kernels.gated_linear_attention.tpu_decays`.
+"""
 
 from typing import NamedTuple
 

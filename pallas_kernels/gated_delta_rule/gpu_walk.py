@@ -19,17 +19,19 @@ from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, COLUMNS, WALKED, Ga
 class Keys(NamedTuple):
     """What the walks take for q, k, beta and the decays.
 
-    With decays a head q and k are as they are, and so are P and X; factors a token are in the gates. With decays a channel all such factors,
-    beta and the scale too, are in the arrays: q and k as they read the state, k as it is written to it, and P.
+    With decays a head: q and k [B,T,H,K] as they are, and gates [B,HV,N,GATES,C], which hold all factors a token. With decays a channel
+    such factors are in the arrays: in q and k [B,T,HV,K], as they read the state, in k as it is ``written`` to it, and in P; ``total``
+    [B,HV,N,K] is the decay of a chunk.
     """
 
-    k: jax.Array  # [B,T,H,K]
+    k: jax.Array
     q: jax.Array | None
-    gates: jax.Array | None = None  # [B,HV,N,GATES,C], with decays a head
-    written: jax.Array | None = None  # [B,T,HV,K], with decays a channel
-    total: jax.Array | None = None  # [B,HV,N,K], the decay of a chunk, with decays a channel
+    gates: jax.Array | None = None
+    written: jax.Array | None = None
+    total: jax.Array | None = None
 
     def operands(self, **others: jax.Array) -> dict[str, jax.Array]:
+        """By the names of :class:`Chunk`."""
         return {name: x for name, x in (self._asdict() | others).items() if x is not None}
 
 
