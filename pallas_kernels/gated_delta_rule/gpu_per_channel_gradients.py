@@ -105,7 +105,9 @@ def _of_keys(scale, met, keys, beta, buffers, writes, from_t):
     def level(power, d):
         *d_readers, d_key = d
         s = jnp.left_shift(1, power)
-        second, across = (i & s) != 0, meet(i, j, s)
+        # As factors: to multiply and add is one instruction, to select and add are two.
+        second, across = (i & s) != 0, ones(meet(i, j, s))
+        reads, read = jnp.where(second, 1.0, 0.0), jnp.where(second, 0.0, 1.0)
         decay = to_middle(log_decay, s)
         key = _float32(k_smem) * decay * jnp.where(second, 1, over_rows(beta[...], PART))
         met_k[...] = key.astype(jnp.bfloat16)
@@ -113,12 +115,11 @@ def _of_keys(scale, met, keys, beta, buffers, writes, from_t):
         plgpu.commit_smem()
         readers = []
         for d_reader, d_pairs, met in zip(d_readers, (d_scores, d_lower), (met_q, met_k), strict=True):
-            d_met = product((jnp.where(across, d_pairs[...], 0), met))
-            through = _float32(met) * d_met
-            from_t[...] += jnp.where(second, through, -through)
+            d_met = product((d_pairs[...] * across, met))
+            from_t[...] += _float32(met) * d_met * (reads - read)
             d_met *= decay
-            readers.append(d_reader + jnp.where(second, d_met, 0))
-            d_key += jnp.where(second, 0, d_met)
+            readers.append(d_reader + reads * d_met)
+            d_key += read * d_met
         return *readers, d_key
 
     d_q, d_reader, d_key = lax.fori_loop(0, LEVELS, level, (d_q, d_reader, d_key))

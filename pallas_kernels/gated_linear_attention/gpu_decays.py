@@ -48,7 +48,7 @@ def meet(i, j, s) -> jax.Array:
 
 
 def ones(where) -> jax.Array:
-    return jnp.where(where, 1, 0).astype(jnp.bfloat16)
+    return jnp.where(where, 1.0, 0.0).astype(jnp.bfloat16)
 
 
 def decay_over(over, log_decay) -> jax.Array:
