@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gated_linear_attention.gpu_layout import TILE, product
+from pallas_kernels.gated_linear_attention.gpu_layout import TILE, over_rows, product
 from pallas_kernels.gated_linear_attention.tpu_decays import RESET
 
 CHUNK = TILE
@@ -38,13 +38,13 @@ def parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def positions() -> tuple[jax.Array, jax.Array]:
     """The rows and columns of [C,C]."""
-    return tuple(lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
+    # Rows are broadcast: what is computed of one alone, a thread then computes once.
+    return over_rows(lax.broadcasted_iota(jnp.int32, (CHUNK,), 0), CHUNK), lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
 
 
 def meet(i, j, s) -> jax.Array:
     """Whether two tokens are in the two halves, of s tokens, of one block."""
-    other = (i & -s) ^ s  # where the half that i is not in starts
-    return (j >= other) & (j < other + s)
+    return ((i ^ j) & -s) == s
 
 
 def ones(where) -> jax.Array:
