@@ -19,11 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_delta_rule import gpu_pairs, gpu_per_channel_gradients
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, product, tile
+from pallas_kernels.gated_delta_rule.gpu_gradients import PART
 from pallas_kernels.gated_delta_rule.gpu_walk import Keys
 from pallas_kernels.gated_linear_attention.gpu_decays import LEVELS, decay_over, meet, positions, prepared, to_middle
 from pallas_kernels.gated_linear_attention.gpu_layout import kernel, over_columns, over_rows
-
-PART = 64  # channels at a time
 
 
 class Kept(NamedTuple):

@@ -43,10 +43,8 @@ def gradients(plan, q, k, beta, log_decay, total, *walked):
         i, j = positions()
         by_state[...] = jnp.sum(jnp.where(i == j, by_states, 0), axis=1)
         plgpu.barrier_wait(loaded)
-        of_keys = _of_keys(plan.scale, met, keys, beta, buffers, writes, from_t)
-        keys[0][...], keys[1][...], d_beta[...] = of_keys
-        for buffer, part_of in zip(buffers, parts(from_t[...]), strict=False):
-            buffer[...] = part_of
+        keys[0][...], keys[1][...], d_beta[...] = _of_keys(plan.scale, met, keys, beta, buffers, writes, from_t)
+        buffers[0][...], buffers[1][...] = parts(from_t[...])
         plgpu.commit_smem()
         later, earlier = ones(j >= i), ones(j < i)
         d_decay = product(*((later, x) for x in buffers[:2]), *((earlier, x) for x in writes))
@@ -123,10 +121,10 @@ def _of_keys(scale, met, keys, beta, buffers, writes, from_t):
         return *readers, d_key
 
     d_q, d_reader, d_key = lax.fori_loop(0, LEVELS, level, (d_q, d_reader, d_key))
-    q, k, across = _float32(q_smem), _float32(k_smem), over_rows(beta[...], PART)
+    q, k, by_beta = _float32(q_smem), _float32(k_smem), over_rows(beta[...], PART)
     d_key += over_rows(d_itself, PART) * q
-    d_q += over_rows(d_itself, PART) * across * k
-    return d_q.astype(jnp.bfloat16), (d_reader + across * d_key).astype(jnp.bfloat16), jnp.sum(k * d_key, axis=1)
+    d_q += over_rows(d_itself, PART) * by_beta * k
+    return d_q.astype(jnp.bfloat16), (d_reader + by_beta * d_key).astype(jnp.bfloat16), jnp.sum(k * d_key, axis=1)
 
 
 def _float32(ref) -> jax.Array:
