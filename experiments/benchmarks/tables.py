@@ -23,8 +23,8 @@ TPUS = tuple(TARGETS)
 def newest(name: str, suite: str) -> list[dict]:
     """Of the suite's rows in experiments/results/NAME.jsonl, the last of each case that is no failure, bfloat16 where it has a dtype."""
     found = {}
-    for line in (ROOT / f"experiments/results/{name}.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    rows = map(json.loads, (ROOT / f"experiments/results/{name}.jsonl").read_text().splitlines())
+    for row in sorted(rows, key=lambda row: row["time"]):
         if row["suite"] == suite and "failure" not in row and row.get("dtype", "bfloat16") == "bfloat16":
             case = tuple(row.get(part) for part in CASE)
             found.pop(case, None)

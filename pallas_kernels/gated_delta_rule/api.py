@@ -47,7 +47,7 @@ def gated_delta_rule(
         and its output is 0.
     implementation: "reference" (token by token), "xla" (a scan over chunks), "associative_scan" (chunks combined in log2(T) steps) or
         "pallas" (a TPU kernel, interpreted on CPU; float32 and bfloat16. Traced for a Hopper GPU, one for it: q, k and v in bfloat16,
-        K of 64, 128 or 256, V a multiple of 64, no decay a channel). None takes the fastest for the platform that the program is
+        K of 64, 128 or, but for decays a channel, 256, V a multiple of 64). None takes the fastest for the platform that the program is
         lowered for: "pallas" on TPU and Hopper where it can, else "xla".
 
     Returns (output [B,T,HV,V] in v's dtype, final_state [B,HV,K,V] after the last real token): states, gates and sums are in float32,

@@ -1,4 +1,4 @@
-"""The gradients of q, k and the gates by those of the states, by Mosaic GPU: all chunks, and PART channels of the keys, at once.
+"""The gradients of q, k and decays a head by those of the states, by Mosaic GPU: all chunks, and PART channels of the keys, at once.
 
 With P, L, X and e as in :mod:`.gpu_pairs` and :mod:`.gpu_forward`, F = E diag(beta) and D the gradients,
 
@@ -10,6 +10,7 @@ where e^T and the pairs' factors meet element by element, on and below the diago
 
 from enum import IntEnum
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +33,57 @@ class Sum(IntEnum):
     STATE = 5  # sums of S * D S', whatever the token
 
 
+class Values(NamedTuple):
+    """What the walks found of a chunk, PART channels of the keys and as many columns of the values at a time."""
+
+    b: jax.Array
+    h: jax.Array
+    n: jax.Array
+    channels: pl.Slice
+    refs: list[jax.Ref]  # S before the chunk, e, D o, D v, and D S' after it, as the walks have them
+    buffers: list[jax.Ref]  # of each [PART,PART]
+    loaded: jax.Ref
+
+    @property
+    def tokens(self) -> pl.Slice:
+        return pl.ds(self.n * CHUNK, CHUNK)
+
+    def load(self, block: int):
+        columns = pl.ds(block * PART, PART)
+        of_states, of_tokens = (self.b, self.h, self.n, columns, self.channels), (self.b, self.tokens, self.h, columns)
+        where = of_states, (self.b, self.h, self.n, columns), of_tokens, of_tokens, of_states
+        for ref, at, buffer in zip(self.refs, where, self.buffers, strict=True):
+            plgpu.copy_gmem_to_smem(ref.at[at], buffer, self.loaded)
+
+    def met(self) -> list[jax.Array]:
+        """D o S^T, D v S^T, e (D S')^T, D o e^T, D v e^T, and S (D S')^T, [64,64] each. The first block of columns is under way."""
+        blocks = self.refs[0].shape[3] // PART
+
+        def run(reads_q, reads_k, writes, pairs_q, pairs_k, by_states):
+            for block in range(blocks):
+                plgpu.barrier_wait(self.loaded)
+                states, errors, d_o, d_v, d_states = self.buffers
+                plgpu.wgmma(reads_q, d_o, states)
+                plgpu.wgmma(reads_k, d_v, states)
+                plgpu.wgmma(writes, errors.T, d_states)
+                plgpu.wgmma(pairs_q, d_o, errors)
+                plgpu.wgmma(pairs_k, d_v, errors)
+                plgpu.wgmma(by_states, states.T, d_states)
+                if block + 1 < blocks:
+                    plgpu.wgmma_wait(0)
+                    self.load(block + 1)
+            return [total[...] for total in (reads_q, reads_k, writes, pairs_q, pairs_k, by_states)]
+
+        return pl.run_scoped(run, *[plgpu.ACC((CHUNK, CHUNK), jnp.float32)] * 6)
+
+
 def gradients(plan, q, k, gates, scores, lower, states, errors, d_o, d_v, d_states):
     """Arrays as the other kernels have them -> D q, D k [B,T,HV,K], sums [B,HV,N,K/PART,SUMS,C]."""
-    (B, HV, N), (T, K), V = gates.shape[:3], (q.shape[1], q.shape[3]), d_o.shape[3]
+    (B, HV, N), (T, K) = gates.shape[:3], (q.shape[1], q.shape[3])
     d_keys = jax.ShapeDtypeStruct((B, T, HV, K), q.dtype)
     square = tile(CHUNK, PART)
     return call(
-        partial(_kernel, plan, V // PART),
+        partial(_kernel, plan),
         *(q, k, scores, lower, gates, states, errors, d_o, d_v, d_states),
         name="gradients",
         out_type=(d_keys, d_keys, jax.ShapeDtypeStruct((B, HV, N, K // PART, len(Sum), CHUNK), jnp.float32)),
@@ -55,54 +100,26 @@ def gradients(plan, q, k, gates, scores, lower, states, errors, d_o, d_v, d_stat
     )
 
 
-def _kernel(plan, blocks, *refs):
+def _kernel(plan, *refs):
     q_ref, k_ref, scores_ref, lower_ref, gates_ref, *values_refs, d_q_ref, d_k_ref, sums_ref = refs[:13]
-    (q, k, scores, lower), gates, values, sums, loaded, values_loaded = refs[13:]
+    (q, k, scores, lower), gates, buffers, sums, loaded, values_loaded = refs[13:]
     b, h, n, part = (jax.lax.axis_index(name) for name in ("b", "h", "n", "part"))
-    tokens, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(part * PART, PART)
-
-    def load(block):
-        states_ref, errors_ref, d_o_ref, d_v_ref, d_states_ref = values_refs
-        columns = pl.ds(block * PART, PART)
-        sources = [
-            states_ref.at[b, h, n, columns, channels],
-            errors_ref.at[b, h, n, columns],
-            d_o_ref.at[b, tokens, h, columns],
-            d_v_ref.at[b, tokens, h, columns],
-            d_states_ref.at[b, h, n, columns, channels],
-        ]
-        for source, buffer in zip(sources, values, strict=True):
-            plgpu.copy_gmem_to_smem(source, buffer, values_loaded)
-
-    load(0)
+    values = Values(b, h, n, pl.ds(part * PART, PART), values_refs, buffers, values_loaded)
+    values.load(0)
     for source, buffer in ((q_ref, q), (k_ref, k)):
-        plgpu.copy_gmem_to_smem(source.at[b, tokens, h // plan.groups, channels], buffer, loaded)
+        plgpu.copy_gmem_to_smem(source.at[b, values.tokens, h // plan.groups, values.channels], buffer, loaded)
     for source, buffer in ((scores_ref, scores), (lower_ref, lower), (gates_ref, gates)):
         plgpu.copy_gmem_to_smem(source.at[b, h, n], buffer, loaded)
 
-    def over_values(reads_q, reads_k, writes, pairs_q, pairs_k):
-        by_state = jnp.zeros((), jnp.float32)
-        for block in range(blocks):
-            plgpu.barrier_wait(values_loaded)
-            states, errors, d_o, d_v, d_states = values
-            plgpu.wgmma(reads_q, d_o, states)
-            plgpu.wgmma(reads_k, d_v, states)
-            plgpu.wgmma(writes, errors.T, d_states)
-            plgpu.wgmma(pairs_q, d_o, errors)
-            plgpu.wgmma(pairs_k, d_v, errors)
-            by_state += jnp.sum(_square(states) * _square(d_states), axis=1)
-            plgpu.wgmma_wait(0)
-            if block + 1 < blocks:
-                load(block + 1)
-        return reads_q[...], reads_k[...], writes[...], pairs_q[...], pairs_k[...], by_state
-
-    *met, sums[Sum.STATE] = pl.run_scoped(over_values, *[plgpu.ACC((CHUNK, CHUNK), jnp.float32)] * 5)
+    *met, by_states = values.met()
+    i, j = squares()
+    sums[Sum.STATE] = jnp.sum(jnp.where(i == j, by_states, 0.0), axis=1)
     plgpu.barrier_wait(loaded)
     d_q, d_k = _of_keys(plan, *met, q, k, scores, lower, gates, sums)
-    for x, buffer, ref in ((d_q, values[0], d_q_ref), (d_k, values[1], d_k_ref)):
+    for x, buffer, ref in ((d_q, buffers[0], d_q_ref), (d_k, buffers[1], d_k_ref)):
         buffer[...] = x.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer, ref.at[b, tokens, h, channels])
+        plgpu.copy_smem_to_gmem(buffer, ref.at[b, values.tokens, h, values.channels])
     plgpu.copy_smem_to_gmem(sums, sums_ref.at[b, h, n, part])
     plgpu.wait_smem_to_gmem(0)
 

@@ -70,12 +70,15 @@ def _kernel(plan, last, q_ref, k_ref, gates_ref, scores_ref, last_ref, q, k, gat
     plgpu.wait_smem_to_gmem(0)
 
 
-def _inverse(lower, gates, inverse, scratch):
-    """X in float32; ``inverse`` and ``scratch`` are for right operands."""
+def _inverse(lower, gates, result, scratch):
+    return inverse(lower * -row_of(gates, Gate.BETA), result, scratch)
+
+
+def inverse(B, result, scratch):
+    """X in float32, for B below the diagonal; ``result`` and ``scratch``, two, [C,C] in shared memory, are for right operands."""
     i, j = squares()
     identity = jnp.where(i == j, 1.0, 0.0)
     high, rest = scratch
-    B = lower * -row_of(gates, Gate.BETA)
     rounded = B.astype(jnp.bfloat16)
     high[...], rest[...] = rounded, (B - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
     X = identity + jnp.where(i // 2 == j // 2, B, 0.0)
@@ -83,15 +86,15 @@ def _inverse(lower, gates, inverse, scratch):
     while size < CHUNK:
         joined = (i // (2 * size) == j // (2 * size)) & (i // size != j // size)
         left = X.astype(jnp.bfloat16)
-        inverse[...] = left
+        result[...] = left
         plgpu.commit_smem()
         below = jnp.where(joined, product((left, high)), 0.0)
-        X = product((below.astype(jnp.bfloat16), inverse), start=X)
+        X = product((below.astype(jnp.bfloat16), result), start=X)
         size *= 2
 
     left = X.astype(jnp.bfloat16)
     X = left.astype(jnp.float32)
-    inverse[...] = left
+    result[...] = left
     plgpu.commit_smem()
     error = product((left, high), (left, rest), start=identity - X)
-    return product((error.astype(jnp.bfloat16), inverse), start=X)
+    return product((error.astype(jnp.bfloat16), result), start=X)

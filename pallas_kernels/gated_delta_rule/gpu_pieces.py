@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_delta_rule.gpu_chunk import COLUMNS, call, product, tile
 from pallas_kernels.gated_delta_rule.gpu_walk import load, parts
+from pallas_kernels.gated_linear_attention.gpu_decays import parts_by_xla
 
 
 def starts(transitions, increments, start, backwards=False):
@@ -23,8 +24,7 @@ def starts(transitions, increments, start, backwards=False):
     ``backwards`` the increments are those of gradients. start: [B,HV,V,K], for the first piece, or backwards the last.
     """
     B, HV, P, V, K = increments.shape
-    high = transitions.astype(jnp.bfloat16)
-    low = (transitions - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    high, low = parts_by_xla(transitions)
     width = min(K, 128)
     shape = (width, K) if backwards else (K, width)
     (starts,) = call(

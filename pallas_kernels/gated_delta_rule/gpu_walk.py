@@ -13,18 +13,55 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, COLUMNS, WALKED, call, product, tile
+from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, COLUMNS, WALKED, Gate, call, product, row_of, tile
+
+
+class Keys(NamedTuple):
+    """What the walks take for q, k, beta and the decays.
+
+    With decays a head: q and k [B,T,H,K] as they are, and gates [B,HV,N,GATES,C], which hold all factors a token. With decays a channel
+    such factors are in the arrays: in q and k [B,T,HV,K], as they read the state, in k as it is ``written`` to it, and in P; ``total``
+    [B,HV,N,K] is the decay of a chunk.
+    """
+
+    k: jax.Array
+    q: jax.Array | None
+    gates: jax.Array | None = None
+    written: jax.Array | None = None
+    total: jax.Array | None = None
+
+    def operands(self, **others: jax.Array) -> dict[str, jax.Array]:
+        """By the names of :class:`Chunk`."""
+        return {name: x for name, x in (self._asdict() | others).items() if x is not None}
 
 
 class Chunk(NamedTuple):
-    """A chunk in shared memory: what a walk reads of it; None where it does not."""
+    """A chunk in shared memory: what a walk reads of it, as in :class:`Keys`; None where it does not."""
 
     k: jax.Ref  # [C,K]
-    gates: jax.Ref  # [WALKED,C]
     inverse: jax.Ref  # [C,C]
+    gates: jax.Ref | None = None  # [WALKED,C]
+    written: jax.Ref | None = None
+    total: jax.Ref | None = None  # [K]
     v: jax.Ref | None = None  # [C,COLUMNS of all warpgroups]; going backwards the gradient of o
     q: jax.Ref | None = None
     scores: jax.Ref | None = None
+
+    def factor(self, gate: Gate, scale: float = 1.0) -> jax.Array | float:
+        """``scale`` times the gate of token j in column j of [COLUMNS,C]; 1 where the arrays have both."""
+        return 1.0 if self.gates is None else scale * row_of(self.gates, gate)
+
+    @property
+    def writes(self) -> jax.Ref:
+        return self.k if self.written is None else self.written
+
+    @property
+    def decay(self) -> jax.Array:
+        """Of the state: a number, or [COLUMNS,K]."""
+        if self.total is None:
+            return self.gates[Gate.SINCE_START, CHUNK - 1]
+        total = plgpu.layout_cast(self.total[...], plgpu.Layout.WGMMA.reduce(0))
+        return jax.lax.broadcast_in_dim(total, (COLUMNS, *total.shape), [1])
 
 
 class Place(NamedTuple):
@@ -44,15 +81,16 @@ def walk(plan, name, step, out_type, buffers, operands, states, backwards=False)
     operands: by the names of :class:`Chunk`. states: [B,HV,pieces,V,K] float32, before each piece; a last result of their shape is the
     states after it.
     """
-    B, HV, N = operands["gates"].shape[:3]
+    B, HV, N = operands["inverse"].shape[:3]
     V, K = states.shape[3:]
     width = plan.warpgroups * COLUMNS
-    shapes = dict(k=(CHUNK, K), q=(CHUNK, K), v=(CHUNK, width), inverse=(CHUNK, CHUNK), scores=(CHUNK, CHUNK))
-    stages = [
-        plgpu.SMEM((plan.stages, WALKED, CHUNK), jnp.float32) if name == "gates" else tile(plan.stages, *shapes[name]) for name in operands
-    ]
+    keys, square = tile(plan.stages, CHUNK, K), tile(plan.stages, CHUNK, CHUNK)
+    kinds = dict(k=keys, q=keys, written=keys, v=tile(plan.stages, CHUNK, width), inverse=square, scores=square)
+    kinds |= {name: plgpu.SMEM((plan.stages, *shape), jnp.float32) for name, shape in (("gates", (WALKED, CHUNK)), ("total", (K,)))}
+    stages = [kinds[name] for name in operands]
+    groups = HV // operands["k"].shape[2]
     return call(
-        _Walk(plan, tuple(operands), N, backwards, step).run,
+        _Walk(plan, tuple(operands), groups, N, backwards, step).run,
         states,
         *operands.values(),
         name=name,
@@ -71,10 +109,11 @@ def walk(plan, name, step, out_type, buffers, operands, states, backwards=False)
 
 
 class _Walk(NamedTuple):
-    """A kernel; names: of the operands that come chunk by chunk."""
+    """A kernel; names: of the operands that come chunk by chunk; groups: value heads to a head of keys."""
 
     plan: NamedTuple
     names: tuple[str, ...]
+    groups: int
     N: int
     backwards: bool
     step: Callable
@@ -107,10 +146,10 @@ class _Walk(NamedTuple):
         @pl.loop(0, count)
         def _(m):
             at, slot = self._place(m), jax.lax.rem(m, plan.stages)
-            keys = at.b, at.tokens, at.h // plan.groups
+            keys = at.b, at.tokens, at.h // self.groups
             values = at.b, at.tokens, at.h, pl.ds(u * plan.warpgroups * COLUMNS, plan.warpgroups * COLUMNS)
             gates = at.b, at.h, at.n, pl.ds(0, WALKED)
-            where = dict(k=keys, q=keys, v=values, gates=gates)
+            where = dict(k=keys, q=keys, written=keys, v=values, gates=gates)
             pl.when(m >= plan.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
             for name, source, stage in zip(self.names, sources, stages, strict=True):
                 source = source.at[where.get(name, (at.b, at.h, at.n))]
@@ -181,7 +220,10 @@ def write(state, ref):
 
 
 def advance(state, decay, *writes):
-    """decay S^T plus the sum of x y over ``writes``, x [COLUMNS,C] in registers or shared memory, y [C,K]."""
+    """decay S^T plus the sum of x y over ``writes``, x [COLUMNS,C] in registers or shared memory, y [C,K].
+
+    decay: a number, or of a state in one part an array of its shape.
+    """
 
     def run(*totals):
         for total, x in zip(totals, state, strict=True):

@@ -1,9 +1,7 @@
 """What the tokens of a chunk of 64 are to each other where decays are one a channel: Mosaic GPU kernels, all chunks at once.
 
-Pairs of tokens are split by the middle of the smallest block of 2, 4, ..., 64 tokens that holds both, as :mod:`.decays` has it: each
-token meets the middle through a decay of its own, at most 1, and the pairs of a level are one product. The sums of log decays are
-products too, with zeros and ones that say over which tokens; for that, log decays are two parts in bfloat16, to twice its precision.
-A warpgroup is a CTA and has the 64 tokens of a chunk as its rows, the channels in slices of 64.
+Pairs are split, and decays are summed, as :mod:`.gpu_decays` has it. A warpgroup is a CTA and has the 64 tokens of a chunk as its rows,
+the channels in slices of 64.
 """
 
 import jax
@@ -12,10 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gated_linear_attention.gpu_decays import CHUNK, LEVELS, decay_over, meet, ones, parts, positions, to_middle
 from pallas_kernels.gated_linear_attention.gpu_layout import TILE, TILED, TILED_FLOAT32, kernel, over_rows, product
-
-CHUNK = TILE
-LEVELS = 6  # at which tokens meet: in the middles of blocks with halves of 1, 2, 4, ..., 32
 
 
 def decayed(q, k, log_decay, *, pairs: bool):
@@ -38,7 +34,7 @@ def decayed(q, k, log_decay, *, pairs: bool):
             ):  # fmt: skip
                 plgpu.copy_gmem_to_smem(ref.at[b, tokens, head, columns], smem.at[part], loaded.at[part])
 
-        i, j = _positions()
+        i, j = positions()
 
         def channels(part, carry):
             scores, itself = carry
@@ -47,15 +43,15 @@ def decayed(q, k, log_decay, *, pairs: bool):
 
             def level(power, scores):
                 s = jnp.left_shift(1, power)
-                met_smem[...] = _met(q_smem.at[part], k_smem.at[part], _to_middle(log_decay, s), s)
+                met_smem[...] = _met(q_smem.at[part], k_smem.at[part], to_middle(log_decay, s), s)
                 plgpu.commit_smem()
-                return scores + jnp.where(_meet(i, j, s), product(met_smem, met_smem.transpose((1, 0))), 0)
+                return scores + jnp.where(meet(i, j, s), product(met_smem, met_smem.transpose((1, 0))), 0)
 
             q, k = (smem[part].astype(jnp.float32) for smem in (q_smem, k_smem))
             if pairs:
                 scores, itself = lax.fori_loop(0, LEVELS, level, scores), itself + jnp.sum(q * k, axis=1)
-            q_smem[part] = (q * _decay(j <= i, log_decay)).astype(jnp.bfloat16)
-            k_smem[part] = (k * _decay(j > i, log_decay)).astype(jnp.bfloat16)
+            q_smem[part] = (q * decay_over(j <= i, log_decay)).astype(jnp.bfloat16)
+            k_smem[part] = (k * decay_over(j > i, log_decay)).astype(jnp.bfloat16)
             plgpu.commit_smem()
             for ref, smem in ((reads_ref, q_smem), (writes_ref, k_smem)):
                 plgpu.copy_smem_to_gmem(smem.at[part], ref.at[b, tokens, h, pl.ds(part * TILE, TILE)])
@@ -167,42 +163,42 @@ def gradients(q, k, v, log_decay, before, d_o, after, *, scale: float):
 
         accumulator = plgpu.ACC((CHUNK, TILE), jnp.float32)
         d_scores, d_scores_turned, d_reads, d_writes = pl.run_scoped(contract, *[accumulator] * 4)
-        i, j = _positions()
+        i, j = positions()
         d_itself = scale * jnp.sum(jnp.where(i == j, d_scores, 0), axis=1)
         d_scores = (scale * jnp.where(i > j, d_scores, d_scores_turned)).astype(jnp.bfloat16)  # for both tokens of a pair
 
         plgpu.barrier_wait(rest_loaded)
         log_decay = coarse_smem, fine_smem
-        d_q = scale * _decay(j <= i, log_decay) * d_reads
-        d_k = _decay(j > i, log_decay) * d_writes
+        d_q = scale * decay_over(j <= i, log_decay) * d_reads
+        d_k = decay_over(j > i, log_decay) * d_writes
         # Of the log decay of token t: every pair j < t <= i, the reads of the state from t on, and the writes to it before t. Pairs on one
         # side of t are in both sums of their difference, by the same rounded numbers; a token with itself is in neither.
         from_t = d_smem
         from_t[...] = q_smem[...].astype(jnp.float32) * d_q
-        for smem, part in zip((before_smem, after_smem), _parts(k_smem[...].astype(jnp.float32) * d_k), strict=True):
+        for smem, part in zip((before_smem, after_smem), parts(k_smem[...].astype(jnp.float32) * d_k), strict=True):
             smem[...] = part
 
         def level(power, d):
             d_q, d_k = d
             s = jnp.left_shift(1, power)
             second = (i & s) != 0
-            to_middle = _to_middle(log_decay, s)
-            met_smem[...] = _met(q_smem, k_smem, to_middle, s)
+            decay = to_middle(log_decay, s)
+            met_smem[...] = _met(q_smem, k_smem, decay, s)
             plgpu.commit_smem()
-            d_met = product(jnp.where(_meet(i, j, s), d_scores, 0), met_smem)
+            d_met = product(jnp.where(meet(i, j, s), d_scores, 0), met_smem)
             through = met_smem[...].astype(jnp.float32) * d_met
             from_t[...] += jnp.where(second, through, -through)
-            d_met *= to_middle
+            d_met *= decay
             return d_q + jnp.where(second, d_met, 0), d_k + jnp.where(second, 0, d_met)
 
         d_q, d_k = lax.fori_loop(0, LEVELS, level, (d_q, d_k))
-        for smem, part in zip((v_smem, d_o_smem), _parts(from_t[...]), strict=True):
+        for smem, part in zip((v_smem, d_o_smem), parts(from_t[...]), strict=True):
             smem[...] = part
         q, k = q_smem[...].astype(jnp.float32), k_smem[...].astype(jnp.float32)
         q_smem[...] = (d_q + over_rows(d_itself, TILE) * k).astype(jnp.bfloat16)
         k_smem[...] = (d_k + over_rows(d_itself, TILE) * q).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        later, earlier = _ones(j >= i), _ones(j < i)
+        later, earlier = ones(j >= i), ones(j < i)
         d_smem[...] = product(later, v_smem, later, d_o_smem, earlier, before_smem, earlier, after_smem)
         plgpu.commit_smem()
         for smem, ref in ((q_smem, d_q_ref), (k_smem, d_k_ref), (d_smem, d_decay_ref)):
@@ -228,42 +224,7 @@ def _tile():
     return plgpu.SMEM((CHUNK, TILE), jnp.bfloat16, transforms=TILED)
 
 
-def _positions():
-    """The rows and columns of [C,C]."""
-    return tuple(lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
-
-
-def _meet(i, j, s):
-    """Whether two tokens are in the two halves, of s tokens, of one block."""
-    other = (i & -s) ^ s  # where the half that i is not in starts
-    return (j >= other) & (j < other + s)
-
-
-def _decay(over, log_decay):
-    """[C,64], exp of the sums of the log decays in shared memory, for token i over the tokens t where ``over`` [C,C]."""
-    over = _ones(over)
-    return jnp.exp(product(over, log_decay[0], over, log_decay[1]))
-
-
-def _ones(where):
-    return jnp.where(where, 1, 0).astype(jnp.bfloat16)
-
-
-def _to_middle(log_decay, s):
-    """[C,64], the decay of each token to or from the middle of its block with halves of s tokens."""
-    i, t = _positions()
-    second = (i & s) != 0
-    first, last = jnp.where(second, i & -s, i + 1), jnp.where(second, i, i | (s - 1))
-    return _decay((t >= first) & (t <= last), log_decay)
-
-
-def _met(q_smem, k_smem, to_middle, s):
+def _met(q_smem, k_smem, decay, s):
     """[C,64], the keys of first halves and the queries of second halves, at the middle."""
-    second = (_positions()[0] & s) != 0
-    return (jnp.where(second, q_smem[...], k_smem[...]).astype(jnp.float32) * to_middle).astype(jnp.bfloat16)
-
-
-def _parts(x):
-    """Two parts in bfloat16 that add up to float32 x, but for 2^-17 of it."""
-    coarse = x.astype(jnp.bfloat16)
-    return coarse, (x - coarse.astype(jnp.float32)).astype(jnp.bfloat16)
+    second = (positions()[0] & s) != 0
+    return (jnp.where(second, q_smem[...], k_smem[...]).astype(jnp.float32) * decay).astype(jnp.bfloat16)

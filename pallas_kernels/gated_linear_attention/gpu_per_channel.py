@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gated_linear_attention.gpu_decays import CHUNK, prepared
 from pallas_kernels.gated_linear_attention.gpu_layout import summed
-from pallas_kernels.gated_linear_attention.gpu_pairs import CHUNK, decayed, gradients, outputs
+from pallas_kernels.gated_linear_attention.gpu_pairs import decayed, gradients, outputs
 from pallas_kernels.gated_linear_attention.gpu_states import states
-from pallas_kernels.gated_linear_attention.tpu_decays import RESET
 
 
 class Kept(NamedTuple):
@@ -30,7 +30,7 @@ def run(scale, q, k, v, log_decay, initial_state):
 
 
 def _forward(scale, q, k, v, log_decay, initial_state):
-    parts, total = _prepared(log_decay)
+    parts, total = prepared(log_decay)
     q_read, k_written, scores = decayed(q, k, parts, pairs=True)
     final_state, before = states(k_written, v, initial_state, totals=total, chunk=CHUNK)
     o = outputs(q_read, scores, v, before, reverse=False, scale=scale)
@@ -39,7 +39,7 @@ def _forward(scale, q, k, v, log_decay, initial_state):
 
 def _backward(scale, kept, cotangents):
     d_o, d_final_state = cotangents
-    parts, total = _prepared(kept.log_decay)
+    parts, total = prepared(kept.log_decay)
     q_read, k_written = decayed(kept.q, kept.k, parts, pairs=False)
     d_initial_state, after = states(q_read, d_o, d_final_state, totals=total, chunk=CHUNK, reverse=True, scale=scale)
     d_v = outputs(k_written, kept.scores, d_o, after, reverse=True, scale=scale)
@@ -50,12 +50,3 @@ def _backward(scale, kept, cotangents):
 
 
 run.defvjp(_forward, _backward)
-
-
-def _prepared(log_decay):
-    """The two parts of log decays [B,T,HV,K] in bfloat16, and the decays [B,N,HV,K] of whole chunks."""
-    B, T, HV, K = log_decay.shape
-    log_decay = jnp.maximum(log_decay, RESET)
-    coarse = log_decay.astype(jnp.bfloat16)
-    total = jnp.exp(jnp.sum(log_decay.reshape(B, T // CHUNK, CHUNK, HV, K), axis=2))
-    return (coarse, (log_decay - coarse.astype(jnp.float32)).astype(jnp.bfloat16)), total

@@ -16,8 +16,9 @@ def test_pages_have_the_tables_of_the_rows(page):
 
 
 def test_the_newest_row_of_a_case_counts_and_failures_do_not(tmp_path, monkeypatch):
-    case = {"suite": "tpu_step", "config": "gla_r6:340m", "target": "tpu:v6e"}
-    rows = [case | {"held_bytes": 1e9}, case | {"held_bytes": 2e9}, case | {"failure": "no"}, case | {"suite": "other", "held_bytes": 3e9}]
+    case = {"suite": "tpu_step", "config": "gla_r6:340m", "target": "tpu:v6e", "time": "2026-11-22"}
+    others = [{"held_bytes": 1e9, "time": "2026-11-21"}, {"failure": "no"}, {"suite": "other", "held_bytes": 3e9}]
+    rows = [case | {"held_bytes": 2e9}, *(case | other for other in others)]
     (tmp_path / "experiments/results").mkdir(parents=True)
     (tmp_path / "experiments/results/tpu_static.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(tables, "ROOT", tmp_path)
