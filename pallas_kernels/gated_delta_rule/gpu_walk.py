@@ -169,6 +169,7 @@ class _Walk(NamedTuple):
             plgpu.barrier_wait(loaded.at[slot])
             chunk = Chunk(**{name: stage.at[slot] for name, stage in zip(self.names, stages, strict=True)})
             state = self.step(plan, self._place(m), chunk, state, buffers, *results)
+            plgpu.commit_smem()  # what was read here comes before what TMA, another proxy, writes there next
             plgpu.barrier_arrive(free.at[slot])
             return state
 
