@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src import callback
+from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.pallas.mosaic_gpu.core import layout_cast_p
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
@@ -45,6 +46,7 @@ def kernels():
         for name, method in (("swap_p", _swap), ("wgmma_ref_p", _wgmma), ("arithmetic_primitive", _other)):
             method = partial(method, getattr(JaxprInterpreter, f"_interpret_{name}"))
             stack.enter_context(mock.patch.object(JaxprInterpreter, f"_interpret_{name}", lambda *x, method=method: method(*x)))
+        stack.enter_context(mock.patch.object(thread_map, "_run_jaxpr", partial(_run, thread_map._run_jaxpr)))
         stack.enter_context(force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)))
         stack.enter_context(contextlib.redirect_stdout(printed))
         yield
@@ -57,6 +59,13 @@ def lowered(function, *arguments) -> str:
     custom_call = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H200)):
         return jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[custom_call])(*arguments).mlir_module()
+
+
+def _run(usual, jaxpr, consts, *arguments):
+    # A new thread does not know that the program was traced for integers of 64 bits, and traces loops again.
+    dtypes = [x.aval.dtype for x in jaxpr.invars]
+    with jax.enable_x64(jnp.int64 in dtypes):
+        usual(jaxpr, consts, *(jnp.asarray(x, dtype) for x, dtype in zip(arguments, dtypes, strict=True)))
 
 
 def _swap(usual, self, eqn, token, get_invals):
