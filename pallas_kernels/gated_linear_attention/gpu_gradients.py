@@ -110,33 +110,36 @@ def _compute(count, slices, scale, results, slots, rest, buffers, slot_barriers,
         of_states = products.at[g, 2]
         of_states[...] = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
-        def contract(wide_state, narrow_state, wide_own, narrow_own, wide_other):
-            for s in range(slices):
+        def contract(wide_state, narrow_state, met_own, met_other):
+            @pl.loop(jnp.int32(0), jnp.int32(slices))
+            def _(s):
                 slot = lax.rem(n * slices + s, jnp.int32(SLOTS))
                 plgpu.barrier_wait(full.at[slot])
                 wide, narrow = values.at[slot, g, own], values.at[slot, 1 - g, own]
                 plgpu.wgmma(wide_state, wide, states.at[slot, g].T)
                 plgpu.wgmma(narrow_state, narrow, states.at[slot, 1 - g].T)
-                plgpu.wgmma(wide_own, wide, narrow.T)
-                plgpu.wgmma(narrow_own, narrow, wide.T)
-                plgpu.wgmma(wide_other, wide, values.at[slot, 1 - g, others].T)
+                plgpu.wgmma(met_own, wide, narrow.T)
+                plgpu.wgmma(met_other, wide, values.at[slot, 1 - g, others].T)
 
-                @pl.when(g == s % 2)
-                def _(slot=slot):
+                @pl.when(lax.rem(s, jnp.int32(2)) == g)
+                def _():
                     both = [loaded(states.at[slot, which]).astype(jnp.float32) for which in (0, 1)]
                     of_states[...] = loaded(of_states, 1) + jnp.sum(both[0] * both[1], axis=1)
 
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free.at[slot])
-            return wide_state[...], narrow_state[...], wide_own[...], narrow_own[...], wide_other[...]
+            return wide_state[...], narrow_state[...], met_own[...], met_other[...]
 
-        wide_state, narrow_state, *met = pl.run_scoped(contract, *[plgpu.ACC((TILE, TILE), jnp.float32)] * 5)
+        wide_state, narrow_state, met_own, met_other = pl.run_scoped(contract, *[plgpu.ACC((TILE, TILE), jnp.float32)] * 4)
         plgpu.barrier_wait(rest_full)
-        wide_own, narrow_own, wide_other, itself = _pairs(*met, sums, g, scale)
+        pairs_own, pairs_other, itself = _pairs(met_own, met_other, sums, g, scale)
+        turned = found.at[1, own]
+        turned[...] = pairs_own
+        plgpu.commit_smem()
         wide_weight, narrow_weight = _weights(sums, g, scale)
         q_or_k, k_or_q = keys.at[1 - g, own], keys.at[g, own]  # what the wide gradient is of, and what the narrow one is of
-        wide_tokens = product(wide_own, k_or_q, wide_other, keys.at[g, others])
-        narrow_tokens = product(narrow_own, q_or_k)
+        wide_tokens = product(pairs_own, k_or_q, pairs_other, keys.at[g, others])
+        narrow_tokens = product(turned.T, q_or_k)
         wide = _gradient(wide_state, wide_tokens, wide_weight, itself, q_or_k, k_or_q, found.at[0, own])
         narrow = _gradient(narrow_state, narrow_tokens, narrow_weight, itself, k_or_q, q_or_k, found.at[1, own])
         plgpu.barrier_arrive(rest_free)
@@ -158,26 +161,22 @@ def _compute(count, slices, scale, results, slots, rest, buffers, slot_barriers,
     plgpu.wait_smem_to_gmem(0)
 
 
-def _pairs(wide_own, narrow_own, wide_other, sums, g, scale):
-    """Products of tokens with their decays, in bfloat16, those of a token with itself apart: wide_own, narrow_own, wide_other, itself [64]."""
+def _pairs(met_own, met_other, sums, g, scale):
+    """[64,64] each, the products of own tokens with their own and with the other half's, with the decays between them, in bfloat16; and
+    [64] those of a token with itself, which are not in the first."""
     own, others = pl.ds(g * TILE, TILE), pl.ds((1 - g) * TILE, TILE)
     i, j = (plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
-    first = g == 0
+    sign = 2.0 * g.astype(jnp.float32) - 1  # of c_i - c_j, for the pairs that meet
 
-    def since(columns):  # c_i - c_j
+    def decay(columns):
         ours = [over_rows(loaded(sums.at[part, own], 1), TILE) for part in (0, 1)]
         theirs = [over_columns(loaded(sums.at[part, columns], 0), TILE) for part in (0, 1)]
-        return (ours[0] - theirs[0]) + (ours[1] - theirs[1])
+        return sign * ((ours[0] - theirs[0]) + (ours[1] - theirs[1]))
 
-    itself = scale * jnp.sum(jnp.where(i == j, wide_own, 0.0), axis=1)
-    log_between = since(own)
-    between = scale * jnp.exp(jnp.where(i > j, log_between, -log_between))
-    below, above = (jnp.where(where, between, 0.0) for where in (i > j, i < j))
-    wide = wide_own * jnp.where(first, above, below)
-    narrow = narrow_own * jnp.where(first, below, above)
-    log_between = since(others)
-    other = wide_other * (scale * jnp.exp(jnp.where(first, -log_between, log_between)))
-    return *(x.astype(jnp.bfloat16) for x in (wide, narrow, other)), itself
+    itself = scale * jnp.sum(jnp.where(i == j, met_own, 0.0), axis=1)
+    pairs_own = met_own * (scale * jnp.exp(jnp.where((2 * g - 1) * (i - j) > 0, decay(own), -jnp.inf)))
+    pairs_other = met_other * (scale * jnp.exp(decay(others)))
+    return pairs_own.astype(jnp.bfloat16), pairs_other.astype(jnp.bfloat16), itself
 
 
 def _weights(sums, g, scale):

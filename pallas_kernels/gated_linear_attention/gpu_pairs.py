@@ -109,8 +109,8 @@ def decayed(q, k, log_decay, *, scale: float):
 def gradients(q, k, v, log_decay, totals, before, d_o, after, *, scale: float):
     """The gradients of q, k [B,T,HV,K] in bfloat16, and of the log decays in float32.
 
-    q, k, log_decay, totals: of :func:`decayed`; v, d_o [B,T,HV,V]; before: the state before each chunk, after: the gradient of that after it,
-    [B,N,HV,K,V] bfloat16.
+    q, k, log_decay, totals: of :func:`decayed`; v, d_o [B,T,HV,V]; before: the state before each chunk, after: the gradient of
+    that after it, [B,N,HV,K,V] bfloat16.
     """
     (B, T, HV, K), H, steps = log_decay.shape, q.shape[2], v.shape[3] // TILE
 
@@ -153,7 +153,8 @@ def gradients(q, k, v, log_decay, totals, before, d_o, after, *, scale: float):
         d_scores, d_scores_turned, d_reads, d_writes, through = pl.run_scoped(contract, *[accumulator] * 4)
         i, j = _positions()
         d_itself = scale * jnp.sum(jnp.where(i == j, d_scores, 0), axis=1)
-        d_scores = (scale * jnp.where(i > j, d_scores, d_scores_turned)).astype(jnp.bfloat16)  # for both tokens of a pair
+        d_scores_smem = v_smem  # which nothing else is read from any more
+        d_scores_smem[...] = (scale * jnp.where(i > j, d_scores, d_scores_turned)).astype(jnp.bfloat16)  # for both tokens of a pair
 
         plgpu.barrier_wait(rest_loaded)
         total_smem[...] *= through
@@ -172,15 +173,14 @@ def gradients(q, k, v, log_decay, totals, before, d_o, after, *, scale: float):
         def level(power, d):
             d_q, d_k = d
             s = jnp.left_shift(1, power)
-            second = (i & s) != 0
+            is_second = jnp.where((i & s) != 0, 1.0, 0.0)
             to_middle = _to_middle(log_decay, s)
             met_smem[...] = _met(q_smem, k_smem, to_middle, s)
             plgpu.commit_smem()
-            d_met = product(jnp.where(_meet(i, j, s), d_scores, 0), met_smem)
-            through = met_smem[...].astype(jnp.float32) * d_met
-            from_t[...] += jnp.where(second, through, -through)
+            d_met = product(jnp.where(_meet(i, j, s), d_scores_smem[...], 0), met_smem)
+            from_t[...] += (2 * is_second - 1) * (met_smem[...].astype(jnp.float32) * d_met)
             d_met *= to_middle
-            return d_q + jnp.where(second, d_met, 0), d_k + jnp.where(second, 0, d_met)
+            return d_q + is_second * d_met, d_k + (1 - is_second) * d_met
 
         d_q, d_k = lax.fori_loop(0, LEVELS, level, (d_q, d_k))
         for smem, part in zip((v_smem, d_o_smem), _parts(from_t[...]), strict=True):
@@ -242,7 +242,7 @@ def _split(log_decay_smem, coarse_smem, fine_smem):
 
 
 def _ones(where):
-    return jnp.where(where, 1, 0).astype(jnp.bfloat16)
+    return jnp.where(where, jnp.bfloat16(1), jnp.bfloat16(0))
 
 
 def _to_middle(log_decay, s):

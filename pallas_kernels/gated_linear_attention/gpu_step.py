@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -54,11 +53,11 @@ def step(chunk: Operands, state, buffers, keep, *, scale: float, reverse: bool):
         y, *buffers = buffers
         since, until = partial(_since_start, chunk.sums, scale), partial(_until_end, chunk.sums)
         weight_of_read, weight = (until, since) if reverse else (since, until)
-        y[...] = (loaded(chunk.y).astype(jnp.float32) * over_rows(weight(), TILE)).astype(jnp.bfloat16)
         if buffers:
             pairs = buffers[0]  # and not in registers, which a state of 256 keys nearly fills; later the same for out
             scores = product(chunk.a, chunk.b.T)
             pairs[...] = (scores * (scale * _between(chunk.sums, reverse))).astype(jnp.bfloat16)
+        y[...] = (loaded(chunk.y).astype(jnp.float32) * over_rows(weight(), TILE)).astype(jnp.bfloat16)
     if chunk.a is None:
         plgpu.commit_smem()
         return None, _advanced(chunk, y, state)

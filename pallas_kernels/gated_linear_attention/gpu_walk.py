@@ -8,7 +8,6 @@ Where that makes too few CTAs the sequence is cut into pieces: what each adds to
 their states.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -42,8 +41,7 @@ def walk(operands: Operands, start, *, scale: float = 1.0, reverse: bool = False
         return _walk(operands, start, scale, reverse, every)
 
     cut = Operands(*(x if x is None else x.reshape(B * pieces, x.shape[1] // pieces, *x.shape[2:]) for x in operands))
-    nothing = jnp.zeros((B * pieces, *start.shape[1:]), jnp.float32)
-    (increments,) = _walk(cut._replace(a=None, pairs=None), nothing, scale, reverse)
+    (increments,) = _walk(cut._replace(a=None, pairs=None), None, scale, reverse)
     if cut.totals is None:
         total = jnp.exp(jnp.sum(cut.sums[..., -1], axis=(1, 3)))[..., None]
     else:
@@ -54,7 +52,7 @@ def walk(operands: Operands, start, *, scale: float = 1.0, reverse: bool = False
         return total[..., None] * state + increment, state
 
     by_piece = (jnp.moveaxis(x.reshape(B, pieces, *x.shape[1:]), 1, 0) for x in (total, increments))
-    last, starts = lax.scan(over, start, tuple(by_piece), reverse=reverse)
+    last, starts = lax.scan(over, start, tuple(by_piece), reverse=reverse, unroll=True)
     out, _, *kept = _walk(cut, jnp.moveaxis(starts, 0, 1).reshape(increments.shape), scale, reverse, every)
     return out.reshape(B, T, HV, V), last, *(x.reshape(B, N // every, *x.shape[2:]) for x in kept)
 
@@ -65,15 +63,15 @@ def _groups(V):
 
 
 def _walk(operands, start, scale, reverse, every=0):
-    """:func:`walk` without pieces; nothing but the last state where there is no ``a``."""
-    (B, T, HV, V), K = operands.y.shape, start.shape[2]
+    """:func:`walk` without pieces; with neither ``a`` nor ``start``, nothing but the last state, from zero."""
+    (B, T, HV, V), K = operands.y.shape, operands.b.shape[3]
     groups, N = _groups(V), T // CHUNK
     given = {name: x for name, x in operands._asdict().items() if x is not None}
     reads = "a" in given
     width = groups * TILE
     stages = dict(a=_tile(STAGES, CHUNK, K), b=_tile(STAGES, CHUNK, K), y=_tile(STAGES, CHUNK, width), pairs=_tile(STAGES, CHUNK, CHUNK))
     stages |= dict(sums=plgpu.SMEM((STAGES, 2, CHUNK), jnp.float32), totals=plgpu.SMEM((STAGES, K), jnp.float32))
-    out_type = [jax.ShapeDtypeStruct(operands.y.shape, jnp.bfloat16)] * reads + [jax.ShapeDtypeStruct(start.shape, jnp.float32)]
+    out_type = [jax.ShapeDtypeStruct(operands.y.shape, jnp.bfloat16)] * reads + [jax.ShapeDtypeStruct((B, HV, K, V), jnp.float32)]
     if every:
         out_type.append(jax.ShapeDtypeStruct((B, N // every, HV, K, V), jnp.bfloat16))
     return laid_out_kernel(
@@ -92,7 +90,7 @@ def _walk(operands, start, scale, reverse, every=0):
         grid_names=("b", "h", "columns"),
         num_threads=groups + 1,
         thread_name="warpgroup",
-    )(start, *given.values())
+    )(*[start] * reads, *given.values())
 
 
 def _tile(*shape):
@@ -109,7 +107,8 @@ class _Walk(NamedTuple):
     reverse: bool
     every: int
 
-    def run(self, start_ref, *refs):
+    def run(self, *refs):
+        start_ref, *refs = refs if "a" in self.names else (None, *refs)
         sources, refs = refs[: len(self.names)], refs[len(self.names) :]
         *results, stages, weighed, out, tiles, full, free = refs
         w = lax.axis_index("warpgroup")
@@ -168,10 +167,14 @@ class _Walk(NamedTuple):
             plgpu.barrier_arrive(free.at[slot])
             return state
 
+        def start(k):
+            if start_ref is None:
+                return plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), plgpu.Layout.WGMMA)
+            return plgpu.load(part(start_ref, k), (), layout=plgpu.Layout.WGMMA, optimized=False)
+
         # Accumulators from the start: inside ``shard_map`` an array from memory is of another type.
-        load = partial(plgpu.load, idx=(), layout=plgpu.Layout.WGMMA, optimized=False)
-        start = [product(start=load(part(start_ref, k))) for k in range(start_ref.shape[2] // TILE)]
-        for k, x in enumerate(lax.fori_loop(jnp.int32(0), jnp.int32(self.N), advance, start)):
+        state = [product(start=start(k)) for k in range(last_ref.shape[2] // TILE)]
+        for k, x in enumerate(lax.fori_loop(jnp.int32(0), jnp.int32(self.N), advance, state)):
             part(last_ref, k)[...] = x
         plgpu.wait_smem_to_gmem(0)
 
