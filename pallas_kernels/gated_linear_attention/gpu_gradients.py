@@ -1,4 +1,4 @@
-"""The gradients of q, k and the decays, of decays a head, by Mosaic GPU: chunks of 128 tokens, whatever the order.
+"""The gradients of q, k and the decays where these are a head, by Mosaic GPU: chunks of 128 tokens, between which nothing is carried.
 
 With S the state before a chunk and D the gradient of that after it, c_i the sum of the log decays since the chunk's start,
 
@@ -7,7 +7,7 @@ With S the state before a chunk and D the gradient of that after it, c_i the sum
 
 A CTA has 64 channels of the keys, and takes chunk after chunk of its piece of the sequence: a warpgroup loads ahead, one has the first 64
 tokens and one the last 64. The first one's dk and the last one's dq meet tokens of both halves (here the *wide* gradient), the other two
-only their own half's (the *narrow*): so both do the same, and no product is of tokens that do not meet.
+only their own half's (the *narrow*): so both do the same, and no block of 64 by 64 tokens is computed that do not meet.
 """
 
 from functools import partial

@@ -6,16 +6,15 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels.gated_linear_attention.gpu_layout import summed
-from pallas_kernels.gated_linear_attention.gpu_pairs import CHUNK, decayed, gradients
+from pallas_kernels.gated_linear_attention.gpu_pairs import CHUNK as CHUNK
+from pallas_kernels.gated_linear_attention.gpu_pairs import decayed, gradients
 from pallas_kernels.gated_linear_attention.gpu_step import Operands
 from pallas_kernels.gated_linear_attention.gpu_walk import walk
 
-__all__ = ["CHUNK", "run"]
-
 
 class Kept(NamedTuple):
-    """What the backward pass needs. q_read, k_written, scores, totals: of :func:`.gpu_pairs.decayed`; states: [B,N,HV,K,V] bfloat16, before
-    each chunk."""
+    """What the backward pass needs. q_read, k_written, scores, totals: of :func:`.gpu_pairs.decayed`; states: before each chunk,
+    [B,N,HV,K,V] bfloat16."""
 
     q: jax.Array
     k: jax.Array
@@ -45,9 +44,8 @@ def _backward(scale, kept, cotangents):
     d_o, d_final_state = cotangents
     operands = Operands(kept.k_written, kept.q_read, d_o, pairs=kept.scores, totals=kept.totals)
     d_v, d_initial_state, d_states = walk(operands, d_final_state, reverse=True, every=1)
-    d_q, d_k, d_log_decay = gradients(
-        *(kept.q, kept.k, kept.v, kept.log_decay, kept.totals, kept.states), d_o, d_states, scale=scale
-    )
+    of_forward = kept.q, kept.k, kept.v, kept.log_decay, kept.totals, kept.states
+    d_q, d_k, d_log_decay = gradients(*of_forward, d_o, d_states, scale=scale)
     return summed(d_q, kept.q), summed(d_k, kept.k), d_v, d_log_decay, d_initial_state
 
 

@@ -46,15 +46,13 @@ def step(chunk: Operands, state, buffers, keep, *, scale: float, reverse: bool):
 
     Calls ``keep(tiles, first)``, unless it is None, with tiles of the state in bfloat16. Returns (out in a buffer or None, the next state).
     """
-    if chunk.sums is None:
-        y, pairs = chunk.y, chunk.pairs
-        pairs = pairs.T if reverse and pairs is not None else pairs
-    else:
+    y = chunk.y
+    if chunk.sums is not None:
         y, *buffers = buffers
         since, until = partial(_since_start, chunk.sums, scale), partial(_until_end, chunk.sums)
         weight_of_read, weight = (until, since) if reverse else (since, until)
         if buffers:
-            pairs = buffers[0]  # and not in registers, which a state of 256 keys nearly fills; later the same for out
+            pairs = buffers[0]  # which is for out later: a state of 256 keys leaves too few registers
             scores = product(chunk.a, chunk.b.T)
             pairs[...] = (scores * (scale * _between(chunk.sums, reverse))).astype(jnp.bfloat16)
         y[...] = (loaded(chunk.y).astype(jnp.float32) * over_rows(weight(), TILE)).astype(jnp.bfloat16)
@@ -66,6 +64,8 @@ def step(chunk: Operands, state, buffers, keep, *, scale: float, reverse: bool):
     found = _read(chunk, state, tiles, keep)
     if chunk.sums is not None:
         found *= over_rows(weight_of_read(), TILE)
+    else:
+        pairs = chunk.pairs.T if reverse else chunk.pairs
     out[...] = product(pairs, chunk.y, start=found).astype(jnp.bfloat16)
     state = _advanced(chunk, y, state)
     plgpu.commit_smem()

@@ -81,6 +81,7 @@ def test_what_the_kernel_does_not_take_is_refused_by_name_and_not_chosen():
     for case, dtype, message in (
         (Case(5, "head", K=64, V=64), jnp.float32, "q has dtype float32, needs bfloat16"),
         (Case(5, "head", K=64, V=48), jnp.bfloat16, "v has shape .*, needs heads whose size is a multiple of 64"),
+        (Case(5, "head", K=320, V=64), jnp.bfloat16, "k has shape .*, needs heads of at most 256"),
     ):
         given = {name: jnp.asarray(x, dtype) for name, x in example(0, case).items()}
         assert not gpu.is_faster(*(given[name] for name in ("q", "k", "v", "log_decay")))
