@@ -124,6 +124,12 @@ def gpu_call(body: Callable, *, name: str, out_type: tuple[jax.ShapeDtypeStruct,
     return run
 
 
+def gpu_load(ref, **keywords) -> jax.Array:
+    """``plgpu.load`` of all of a reference; keywords as there."""
+    beside = (None,) if jax.__version_info__ < (0, 11) else ()  # jax 0.10 wants an index, which has no use any more
+    return plgpu.load(ref, *beside, **keywords)
+
+
 def _varying(arrays):
     """The axes of a mesh that any of the arrays varies over."""
     return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import platforms
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, COLUMNS, WALKED, Gate, call, product, row_of, tile
 
 
@@ -189,9 +190,8 @@ def parts(ref) -> list[pl.Slice]:
 
 def load(ref) -> list[jax.Array]:
     """A state from memory, in accumulators from the start: inside ``shard_map`` other arrays are of another type."""
-    beside = (None,) if jax.__version_info__ < (0, 11) else ()  # the reference jax 0.10 wants an index, which has no use any more
-    read = partial(plgpu.load, layout=plgpu.Layout.WGMMA, optimized=False)
-    return [product(start=read(ref.at[:, part], *beside)) for part in parts(ref)]
+    read = partial(platforms.gpu_load, layout=plgpu.Layout.WGMMA, optimized=False)
+    return [product(start=read(ref.at[:, part])) for part in parts(ref)]
 
 
 def read(state, *keys):

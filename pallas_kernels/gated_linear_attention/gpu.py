@@ -4,9 +4,10 @@ With c_i the sum of the log decays in a chunk of C tokens up to and with token i
 
     o_i = scale * (sum_{j<=i} (q_i . k_j) exp(c_i - c_j) v_j + exp(c_i) S^T q_i)     S' = exp(c_C) S + sum_j exp(c_C - c_j) k_j v_j^T
 
-where a decay is one number, :mod:`.gpu_per_head`, or one a channel of k, :mod:`.gpu_per_channel`. For either :mod:`.gpu_states` walks
-the states through the chunks and writes them out in bfloat16; all else is computed from them for all chunks at once. A new document
-is a log decay of RESET at its first token, which no state survives; padding has neither keys nor decay.
+where a decay is one number, :mod:`.gpu_per_head`, or one a channel of k, :mod:`.gpu_per_channel`. For either :mod:`.gpu_walk` takes the
+state through the chunks in registers, forwards for o and backwards for the gradient of v, and writes it down in bfloat16 only for the
+gradients of q, k and the decays, which are of all chunks at once. A new document is a log decay of RESET at its first token, which no
+state survives; padding has neither keys nor decay.
 """
 
 import jax
@@ -18,9 +19,11 @@ from pallas_kernels.gated_linear_attention.tpu_decays import RESET
 from pallas_kernels.gated_linear_attention.tpu_layout import like
 from pallas_kernels.segments import Segments
 
+KEYS = 256  # of a head, at most: two chunks of q and k are in shared memory
+
 
 def is_faster(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array) -> bool:
-    """Whether to take this kernel on Hopper for such arrays: bfloat16, and heads of a multiple of 64."""
+    """Whether to take this kernel on Hopper for such arrays: bfloat16, heads of a multiple of 64, of keys at most 256."""
     return _refusal(q, k, v) is None
 
 
@@ -29,8 +32,10 @@ def _refusal(q, k, v):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype != jnp.bfloat16:
             return f"{name} has dtype {x.dtype}, needs bfloat16"
-        if x.ndim == 4 and x.shape[3] % TILE:
+        if x.shape[3] % TILE:
             return f"{name} has shape {x.shape}, needs heads whose size is a multiple of {TILE}"
+    if k.shape[3] > KEYS:
+        return f"k has shape {k.shape}, needs heads of at most {KEYS}"
     return None
 
 

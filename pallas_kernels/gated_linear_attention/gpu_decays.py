@@ -36,6 +36,13 @@ def parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return coarse, (x - coarse.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
+def split(log_decay_smem, coarse_smem, fine_smem) -> jax.Array:
+    """Puts log decays [C,64], no less than RESET, into their two parts; returns their sums over the tokens [64], by both."""
+    log_decay = jnp.maximum(log_decay_smem[...], RESET)
+    coarse_smem[...], fine_smem[...] = parts(log_decay)
+    return jnp.sum(log_decay, axis=0)
+
+
 def positions() -> tuple[jax.Array, jax.Array]:
     """The rows and columns of [C,C]."""
     # Rows are broadcast: what is computed of one alone, a thread then computes once.

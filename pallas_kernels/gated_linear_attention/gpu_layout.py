@@ -13,9 +13,17 @@ TILE = 64  # rows of a product of one warpgroup, and the columns of bfloat16 tha
 TILED = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))  # what wgmma reads, of [rows, a multiple of TILE]
 TILED_FLOAT32 = (plgpu.TilingTransform((8, TILE // 2)), plgpu.SwizzleTransform(128))
 
-# Layouts of values in registers are inferred: what a kernel says of them, the interpreter does not understand.
-_PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
-kernel = partial(platforms.gpu_call, compiler_params=_PARAMS)
+# Layouts of values in registers are inferred, or, where warpgroups do different things, said: by ``loaded``.
+_INFERRED = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+_SAID = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+kernel = partial(platforms.gpu_call, compiler_params=_INFERRED)
+laid_out_kernel = partial(platforms.gpu_call, compiler_params=_SAID)
+
+
+def loaded(ref, summed_over: int | None = None) -> jax.Array:
+    """To registers as the tensor cores have results; [64] as one of them that has been summed over an axis."""
+    layout = plgpu.Layout.WGMMA
+    return plgpu.layout_cast(ref[...], layout if summed_over is None else layout.reduce(summed_over))
 
 
 def over_rows(x: jax.Array, columns: int) -> jax.Array:
@@ -28,19 +36,22 @@ def over_columns(x: jax.Array, rows: int) -> jax.Array:
     return jax.lax.broadcast_in_dim(x, (rows, x.shape[0]), (1,))
 
 
-def product(a, b, *more) -> jax.Array:
-    """a [M,.], in registers or shared memory, times b [.,N] in shared memory, both bfloat16: [M,N] in float32.
+def product(*operands, start: jax.Array | None = None) -> jax.Array:
+    """The sum of a b over the ``operands`` a, b, a, b ..., and ``start``: [M,N] in float32.
 
-    more: further a and b, whose products are added.
+    a [M,.], in registers or shared memory, b [.,N], in shared memory, are bfloat16.
     """
-    pairs = [(a, b), *zip(more[::2], more[1::2], strict=True)]
+    pairs = list(zip(operands[::2], operands[1::2], strict=True))
 
     def multiply(accumulator):
+        if start is not None:
+            accumulator[...] = start
         for a, b in pairs:
             plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    shape = (pairs[0][0].shape[0], pairs[0][1].shape[1]) if start is None else start.shape
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
 def summed(d: jax.Array, x: jax.Array) -> jax.Array:

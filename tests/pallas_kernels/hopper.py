@@ -9,6 +9,8 @@ from functools import partial
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
+from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode  # public from jax 0.11
 
@@ -39,6 +41,7 @@ def kernels():
         for name, method in interpreter.METHODS.items():
             method = partial(method, getattr(JaxprInterpreter, f"_interpret_{name}"))
             stack.enter_context(mock.patch.object(JaxprInterpreter, f"_interpret_{name}", lambda *x, method=method: method(*x)))
+        stack.enter_context(mock.patch.object(thread_map, "_run_jaxpr", partial(_run, thread_map._run_jaxpr)))
         stack.enter_context(force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)))
         stack.enter_context(contextlib.redirect_stdout(printed))
         yield
@@ -52,3 +55,10 @@ def lowered(function, *arguments) -> str:
     mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=H200)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[custom_call])(*arguments).mlir_module()
+
+
+def _run(usual, jaxpr, consts, *arguments):
+    # A new thread does not know that the program was traced for integers of 64 bits, and traces loops again.
+    dtypes = [x.aval.dtype for x in jaxpr.invars]
+    with jax.enable_x64(jnp.int64 in dtypes):
+        usual(jaxpr, consts, *(jnp.asarray(x, dtype) for x, dtype in zip(arguments, dtypes, strict=True)))

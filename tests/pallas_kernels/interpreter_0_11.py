@@ -12,6 +12,7 @@ from jax._src.state.types import AbstractRef
 
 
 def _wgmma(usual, self, eqn, token, get_invals):
+    token = _after_starts(token)
     if isinstance(eqn.invars[1].aval, AbstractRef):
         return usual(self, eqn, token, get_invals)
     total, x, y, *leaves = get_invals()
@@ -31,6 +32,10 @@ def _multiply(token, place, total, x, y):
     return token
 
 
+def _deref(usual, self, eqn, token, get_invals):
+    return usual(self, eqn, _after_starts(token), get_invals)
+
+
 def _other(usual, self, eqn, get_invals):
     if eqn.primitive is primitives.wgmma_accumulator_store_p:
         token = jnp.zeros(gpu_callbacks.TOKEN_SHAPE_DTYPE.shape, gpu_callbacks.TOKEN_SHAPE_DTYPE.dtype)
@@ -38,6 +43,11 @@ def _other(usual, self, eqn, get_invals):
         callback.io_callback(_start, gpu_callbacks.TOKEN_SHAPE_DTYPE, token, place, *get_invals(), ordered=True)
         return jnp.zeros(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype)
     return usual(self, eqn, get_invals)
+
+
+def _after_starts(token):
+    """The token, when accumulators have what they start from: ``_other`` has no token to say so, but callbacks have an order."""
+    return callback.io_callback(lambda token: token, gpu_callbacks.TOKEN_SHAPE_DTYPE, token, ordered=True)
 
 
 @gpu_callbacks.fail_on_exception
@@ -57,4 +67,4 @@ def _accessed(place, ref, transforms):
     return value, lambda value: memory.store_buffer_content(key, where, value, place[1], logging_info=logging)
 
 
-METHODS = {"wgmma_ref_p": _wgmma, "arithmetic_primitive": _other}
+METHODS = {"wgmma_ref_p": _wgmma, "wgmma_accumulator_deref_p": _deref, "arithmetic_primitive": _other}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.gated_linear_attention import gated_linear_attention, gpu, gpu_decays, shapes
+from pallas_kernels.gated_linear_attention import gated_linear_attention, gpu, gpu_decays, gpu_walk, shapes
 from tests.helpers import relative_error
 from tests.pallas_kernels import hopper
 from tests.pallas_kernels.test_gated_linear_attention import Case, documents, errors, example
@@ -21,18 +21,27 @@ slow = pytest.mark.slow
         Case(100, "channel", documents=True, B=1, H=1, HV=1, K=64, V=64),
         pytest.param(Case(128, "head", "strong", B=1, H=1, HV=1, K=64, V=64), marks=slow),
         pytest.param(Case(256, "fixed", "weak", B=1, H=1, HV=2, K=64, V=64), marks=slow),  # grouped values
-        pytest.param(Case(512, "head", documents=True, B=1, H=1, HV=1, K=64, V=64), marks=slow),  # states in two pieces
-        pytest.param(Case(128, "head", "none", B=2, H=1, HV=1, K=192, V=128), marks=slow),  # more slices than are under way
+        pytest.param(Case(128, "head", "none", B=2, H=1, HV=1, K=192, V=128), marks=slow),  # more of a state than is in memory at once
         pytest.param(Case(300, "head", documents=True, B=1, H=1, HV=1, K=128, V=256), marks=slow),
         pytest.param(Case(128, "channel", "strong", B=1, H=1, HV=1, K=64, V=64), marks=slow),
         pytest.param(Case(128, "channel", "weak", B=1, H=1, HV=2, K=64, V=64), marks=slow),
-        pytest.param(Case(256, "channel", documents=True, B=1, H=1, HV=1, K=64, V=64), marks=slow),  # states in two pieces
         pytest.param(Case(64, "channel", "none", B=2, H=1, HV=1, K=128, V=192), marks=slow),
         pytest.param(Case(200, "channel", documents=True, B=1, H=1, HV=1, K=128, V=256), marks=slow),
     ],
     ids=str,
 )
 def test_matches_the_reference(case):
+    _matches_the_reference(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [Case(512, axes, documents=True, B=1, H=1, HV=1, K=64, V=64) for axes in ("head", "channel")], ids=str)
+def test_matches_the_reference_in_pieces(case, monkeypatch):
+    monkeypatch.setattr(gpu_walk, "LEAST", 1)
+    _matches_the_reference(case)
+
+
+def _matches_the_reference(case):
     segment_ids = documents(1, case)
     arguments = example(1, case, segment_ids)
     with hopper.kernels():
@@ -41,7 +50,7 @@ def test_matches_the_reference(case):
     assert max(found.values()) < 4e-3, found
 
 
-@pytest.mark.parametrize("name, kernels", [("simple_gla_340m", 6), ("retnet_1b3", 4), ("hgrn2_340m", 9), ("gla_1b3", 9)])
+@pytest.mark.parametrize("name, kernels", [("simple_gla_340m", 5), ("retnet_1b3", 5), ("hgrn2_340m", 6), ("gla_1b3", 6)])
 def test_chosen_where_it_is_lowered_for_hopper(name, kernels):
     shape = shapes.SHAPES[name]
     arguments = jax.eval_shape(lambda: shapes.inputs(shape, jax.random.key(0), jnp.bfloat16))
@@ -50,7 +59,7 @@ def test_chosen_where_it_is_lowered_for_hopper(name, kernels):
         o, state = gated_linear_attention(**arguments)
         return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
-    # Where there are too few heads, a kernel more for each walk through the states, which is in pieces.
+    # There are too few heads: each walk is in pieces, and has a kernel more.
     assert hopper.lowered(jax.value_and_grad(loss), arguments).count("@mosaic_gpu_v2") == kernels
 
 
@@ -78,6 +87,7 @@ def test_what_the_kernel_does_not_take_is_refused_by_name_and_not_chosen():
     for case, dtype, message in (
         (Case(5, "head", K=64, V=64), jnp.float32, "q has dtype float32, needs bfloat16"),
         (Case(5, "head", K=64, V=48), jnp.bfloat16, "v has shape .*, needs heads whose size is a multiple of 64"),
+        (Case(5, "head", K=320, V=64), jnp.bfloat16, "k has shape .*, needs heads of at most 256"),
     ):
         given = {name: jnp.asarray(x, dtype) for name, x in example(0, case).items()}
         assert not gpu.is_faster(*(given[name] for name in ("q", "k", "v", "log_decay")))
