@@ -12,11 +12,11 @@ PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
 
 def newest(file: Path, target: str) -> list[dict]:
-    """Of the recurrences' bfloat16 rows for ``target``, the last of each case."""
-    found = {}
+    """Of the recurrences' bfloat16 rows for ``target`` that are no failures, the last of each case."""
+    found, here = {}, {"suite": "tpu_static", "target": target, "dtype": "bfloat16"}
     for line in file.read_text().splitlines():
         row = json.loads(line)
-        if row["suite"] == "tpu_static" and row.get("target") == target and row["dtype"] == "bfloat16" and row["operator"] != "attention":
+        if "failure" not in row and row.get("operator") != "attention" and all(row.get(name) == value for name, value in here.items()):
             found[tuple(row[name] for name in ("operator", "shape", "implementation", "pass"))] = row
     return list(found.values())
 

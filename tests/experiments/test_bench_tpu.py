@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments.benchmarks import hlo, schedule, tpu_static
+from experiments.benchmarks import hlo, schedule, tpu_chart, tpu_static
 from tests.experiments.test_bench import ROOT
 
 BUNDLES = """\
@@ -128,3 +128,16 @@ def test_a_row_of_the_compiler(tmp_path):
     assert 0 < forward["bundles"] < both["bundles"]
     assert forward["hbm_bytes"] >= forward["bytes"] / 2 and forward["vmem_bytes"] > 0
     assert forward["bound"] in ("hbm", "bundles") and forward["libtpu"] and max(both["errors"].values()) < both["tolerance"]
+
+
+def test_the_picture_has_the_last_rows_that_are_no_failures(tmp_path):
+    case = dict(suite="tpu_static", target="tpu:v6e", dtype="bfloat16", operator="linear_scan", shape="hgrn", implementation="pallas")
+    case["pass"] = "forward"
+    cost = dict(bundles=8e3, bundles_per_token_and_head=2.0, bundle_s=1e-6, hbm_s=2e-6, unknown_loops=0)
+    step = {"suite": "tpu_step", "target": "tpu:v6e", "config": "gla_r6:340m"}
+    rows = [case | cost, case | cost | {"bundles": 9e3}, case | {"failure": "no"}, case | cost | {"operator": "attention"}, step]
+    file = tmp_path / "rows.jsonl"
+    for some, drawn in ((rows, [rows[1]]), (rows[2:3], [])):
+        file.write_text("".join(json.dumps(row) + "\n" for row in some))
+        assert tpu_chart.newest(file, "tpu:v6e") == drawn
+        assert tpu_chart.plot(file, "tpu:v6e").read_bytes().startswith(b"\x89PNG")
