@@ -30,13 +30,6 @@ from hybrid_jax.data import DataError
 from hybrid_jax.train.workdir import RunError, read_config, run_folder
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, or gs://BUCKET/FOLDER: checkpoints, metrics, summary and picture.")
-STEP = flags.DEFINE_integer("step", None, "The step whose checkpoint is read; the newest if not given.", lower_bound=0)
-
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of the first process of a run of several, where neither Cloud TPU, SLURM nor Open MPI tells it."
-)
-PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has; with --coordinator.", lower_bound=1)
-PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0; with --coordinator.", lower_bound=0)
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -130,7 +123,8 @@ def parse(argv: list[str], doc: str) -> list[str]:
     config = [arg for arg in argv[1:] if re.match("--?config([.=]|$)", arg)]
     others = [arg for arg in argv[1:] if arg not in config]
     if "--help" in others or "-h" in others:
-        print(f"{doc}\n{flags.FLAGS.module_help(__name__)}{flags.FLAGS.main_module_help()}")
+        ours = [module for module in flags.FLAGS.flags_by_module_dict() if module.startswith(("experiments.", "launch."))]
+        print("\n".join([doc, *map(flags.FLAGS.module_help, ours), flags.FLAGS.main_module_help()]))
         sys.exit(0)
     unexpected = flags.FLAGS([argv[0], *others])[1:]
     if unexpected:
@@ -154,13 +148,6 @@ def load_run(arguments: list[str], command: str) -> Run:
     config, size = _get_config(file, size)
     config = _override(config, [arg for arg in arguments if not re.match("--?config=", arg)])
     return Run(from_dict(RunConfig, config.to_dict()), f"{file.stem}-{size}" if size else file.stem, command)
-
-
-def connect() -> None:
-    """Join the other processes of this run, if there are any; before JAX is used."""
-    from hybrid_jax import distributed
-
-    distributed.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
 
 def check_workdir() -> None:

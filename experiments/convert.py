@@ -13,7 +13,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from experiments import cli
+from experiments import checkpoint, cli
 from hybrid_jax.config import ConfigError
 from hybrid_jax.train.workdir import run_folder
 
@@ -29,7 +29,7 @@ def main() -> int:
         raise ConfigError("give one of --from_hf=FOLDER (to read) and --to_hf=FOLDER (to write)")
     if cli.WORKDIR.value is None:
         raise ConfigError("give the --workdir of the run: the one to make (--from_hf), or the one to write (--to_hf)")
-    if FROM_HF.value is not None and (TO_DTYPE.value or cli.STEP.value is not None):
+    if FROM_HF.value is not None and (TO_DTYPE.value or checkpoint.STEP.value is not None):
         raise ConfigError("--to_dtype and --step are of --to_hf: parameters are read as they are, and become step 0")
     if "://" in (FROM_HF.value or TO_HF.value):
         raise ConfigError(f"{FROM_HF.value or TO_HF.value} is no folder of a file system: copy it (gcloud storage cp --recursive)")
@@ -49,7 +49,7 @@ def main() -> int:
         if FROM_HF.value is not None:
             run = convert.from_hf(Path(FROM_HF.value), workdir, advance)
         else:
-            step = convert.to_hf(workdir, Path(TO_HF.value), cli.STEP.value, TO_DTYPE.value, advance)
+            step = convert.to_hf(workdir, Path(TO_HF.value), checkpoint.STEP.value, TO_DTYPE.value, advance)
             run = read_config(workdir)
     size = f"{costs.parameters(run.model):,} parameters"
     if FROM_HF.value is not None:

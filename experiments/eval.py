@@ -23,7 +23,7 @@ import json
 from absl import flags
 from etils import epath
 
-from experiments import cli, suites
+from experiments import checkpoint, cli, processes, suites
 from hybrid_jax.config import ConfigError, RunConfig
 from hybrid_jax.train.workdir import read_config, run_folder
 
@@ -37,7 +37,7 @@ def main() -> int:
     workdir = run_folder(cli.WORKDIR.value)
     given = [name for name in flags.FLAGS if flags.FLAGS[name].present]
     suites.check(SUITE.value, given)
-    cli.connect()
+    processes.connect()
     if SUITE.value is None:
         evaluate_as_training_does(workdir, read_config(workdir))
     else:
@@ -63,7 +63,7 @@ def evaluate_as_training_does(workdir: epath.Path, config: RunConfig) -> None:
     mesh = make_mesh(config.mesh)
     _, held_out = make_sources(config.data.source, carried_tokenizer(workdir))
     with jax.set_mesh(mesh):
-        step, params = load_params(workdir, config, mesh, cli.STEP.value)
+        step, params = load_params(workdir, config, mesh, checkpoint.STEP.value)
         results = make_evaluate(config, abstract(config.model)[0], mesh, held_out)(params)
     if jax.process_index():
         return
@@ -79,7 +79,7 @@ def evaluate_by_suite(workdir: epath.Path, config: RunConfig, name: str) -> None
     from hybrid_jax.train.summary import print_table
 
     suite = suites.SUITES[name]
-    model, step = load_run(workdir, config, cli.STEP.value)
+    model, step = load_run(workdir, config, checkpoint.STEP.value)
     try:
         results = suite.evaluate(model, workdir, config)
     except ValueError as error:  # about an option or the model's tokenizer, and it says which

@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from experiments import cli
+from experiments import checkpoint, cli
 from hybrid_jax.config import ConfigError
 
 PROMPT = flags.DEFINE_string("prompt", None, "The text to go on from.")
@@ -43,7 +43,7 @@ def main() -> int:
 
     try:
         settings = sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
-        model = hybrid_jax.load(cli.WORKDIR.value, cli.STEP.value)
+        model = hybrid_jax.load(cli.WORKDIR.value, checkpoint.STEP.value)
         if TOKENIZER.value is not None:
             model.tokenizer = load_tokenizer(TOKENIZER.value)
         if model.tokenizer is None and PROMPT_TOKENS.value is None:

@@ -29,7 +29,14 @@ DOCUMENT_END = flags.DEFINE_string("document_end", None, "The token put after ea
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Where JSON records and Parquet tables have the text.")
 VALIDATION_FRACTION = flags.DEFINE_float("validation_fraction", 0.005, "Share of the documents held out, chosen by a hash of their text.")
 SHARD = flags.DEFINE_string("shard", "0/1", "i/n: make the i-th, from 0, of n shares of the store.")
-WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", lower_bound=1)
+WORKERS = flags.DEFINE_integer("workers", None, "Processes; as many as it may use CPUs if not given.", lower_bound=1)
+
+
+def usable_cpus() -> int:
+    """Those that this process may use, of which SLURM, taskset or PYTHON_CPU_COUNT may have left it fewer than there are."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -84,7 +91,7 @@ def main(argv: list[str]) -> None:
                 text_field=TEXT_FIELD.value,
                 validation_fraction=VALIDATION_FRACTION.value,
                 shard=shard,
-                workers=WORKERS.value,
+                workers=WORKERS.value or usable_cpus(),
                 progress=show,
             )
     except DataError as error:

@@ -14,7 +14,7 @@ This file is the order in which things happen; what they are is in hybrid_jax/tr
 import time
 from contextlib import closing
 
-from experiments import cli
+from experiments import cli, processes
 
 
 def main(run: cli.Run) -> int:
@@ -38,7 +38,7 @@ def main(run: cli.Run) -> int:
     def every(n: int | None, step: int) -> bool:
         return step == steps or (n is not None and step > 0 and step % n == 0)
 
-    cli.connect()
+    processes.connect()
     keep_programs(workdir)
 
     # ---- Can it be done? Nothing is allocated yet.

@@ -113,7 +113,10 @@ class Session:
         stop_tokens: Sequence[int] | None = None,
         texts: bool = True,
     ) -> Iterator[tuple[int, str | int]]:
-        """What follows the prompts that were read, in pieces; see :func:`stream`. Where it is closed early, the turn ends there."""
+        """What follows the prompts that were read, in pieces; see :func:`stream`. Where it is closed early, the turn ends there.
+
+        Each row then has as many tokens as the others, one more perhaps than were given out.
+        """
         tokenizer = self.model.tokenizer
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if max_new_tokens < 1:
@@ -131,6 +134,7 @@ class Session:
         if texts or stop:
             decoded = [TextStream(self.model.tokenizer, stop, recent) for recent in self._recent]
         for tokens in self._tokens(max_new_tokens, settings, stop_tokens):
+            pieces = []
             for row in np.flatnonzero(~self._ended):
                 token, text = int(tokens[row]), ""
                 if token in stop_tokens:
@@ -142,9 +146,10 @@ class Session:
                         text = decoded[row].push(token)
                         self._ended[row] = decoded[row].stopped
                     if not texts:
-                        yield int(row), token
+                        pieces.append((int(row), token))
                 if texts and text:
-                    yield int(row), text
+                    pieces.append((int(row), text))
+            yield from pieces  # all rows' tokens are noted by then: closed between two of them, the model still knows what it has read
         for row in np.flatnonzero(~self._ended):
             if texts and (text := decoded[row].flush()):
                 yield int(row), text
@@ -156,13 +161,14 @@ class Session:
         self._reserve(max_new_tokens)
         self._ended[:] = False
         choice = settings, np.array(sorted(stop_tokens), np.int32)
-        tokens, done = _choose(self._logits, self._ended, self._keys, self._drawn, *choice)
+        # Devices get copies of which rows have ended: on CPU they may read an array of NumPy's in place, while more ends are noted in it.
+        tokens, done = _choose(self._logits, self._ended.copy(), self._keys, self._drawn, *choice)
         self._logits = None
         for left in range(max_new_tokens - 1, -1, -1):
             self._drawn += 1
             given = tokens
             if left:
-                done = done | self._ended
+                done = done | self._ended.copy()
                 tokens, done, self._cache = self._programs.step(self._params, self._cache, given, done, self._keys, self._drawn, *choice)
             given = np.asarray(given)
             if not left:

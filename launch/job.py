@@ -13,7 +13,6 @@ from hybrid_jax.config import ConfigError
 
 # Where a command leaves what is worth keeping: not on a machine that is gone when the command is done.
 RESULT_FLAGS = {"train": "workdir", "tokenize": "output"}
-NOT_COMMANDS = ("__init__", "cli", "suites")
 
 
 class Job(NamedTuple):
@@ -38,8 +37,8 @@ def parse(argv: list[str], doc: str, verbs: tuple[str, ...] = ()) -> tuple[str |
         if len(own) < 2 or own[1] not in verbs:
             raise ConfigError(f"say what to do first: {', '.join(verbs)} (got {own[1] if len(own) > 1 else 'nothing'})")
         verb = own.pop(1)
-    if cli.parse(own, doc) or cli.WORKDIR.present or cli.STEP.present:
-        raise ConfigError("--config, --workdir and --step belong to the command, after --")
+    if cli.parse(own, doc) or cli.WORKDIR.present:
+        raise ConfigError("--config and --workdir belong to the command, after --")
     return verb, command
 
 
@@ -57,7 +56,7 @@ def check(command: list[str]) -> Job:
             f"give the command to start after --, such as -- python -m experiments.train --config=configs/gla_r6.py (got {got})"
         )
     job = Job(command[2].removeprefix("experiments."), tuple(command[3:]))
-    known = sorted(file.stem for file in cli.PACKAGE.glob("*.py") if file.stem not in NOT_COMMANDS)
+    known = sorted(file.stem for file in cli.PACKAGE.glob("*.py") if "__main__" in file.read_text())
     if job.name not in known:
         close = difflib.get_close_matches(job.name, known, n=1)
         hint = f"did you mean experiments.{close[0]}?" if close else f"there are {', '.join(known)}"

@@ -22,7 +22,7 @@ from hybrid_jax.config import RunConfig
 from hybrid_jax.hf.options import fla_options
 from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train.advice import implementations_of
-from hybrid_jax.train.feed import batch_shapes, to_mesh
+from hybrid_jax.train.feed import LocalRows, batch_shapes
 from hybrid_jax.train.step import compile_step, make_program
 from hybrid_jax.train.throughput import peak_flops, training_flops
 
@@ -90,7 +90,7 @@ def time_ours(case: Case) -> dict:
     ones = np.ones(tokens[:, 1:].shape, np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": ones.astype(np.float32), "segment_ids": ones}
     with jax.set_mesh(mesh):
-        on_card = to_mesh({name: batch[name] for name in batch_shapes(config, mesh)}, mesh)
+        on_card = LocalRows(mesh, config.train.batch).to_mesh({name: batch[name] for name in batch_shapes(config, mesh)})
         state, first = compiled(program.init(jax.random.key(0)), on_card)
         loss = float(first.loss)
         if not np.isfinite(loss):

@@ -22,7 +22,7 @@ class Attention:
     def check(self, width: int) -> None:
         divides(self.heads, width, f"attention heads={self.heads} must divide model.width={width}")
         need(width // self.heads % 2 == 0, f"attention head width {width // self.heads} must be even for rotary positions")
-        divides(self.kv_heads or self.heads, self.heads, f"attention kv_heads={self.kv_heads} must divide heads={self.heads}")
+        _check_shared_heads("attention", self)
         need(self.window is None or self.window >= 1, f"attention window={self.window} must be at least 1 (None: no limit)")
 
 
@@ -88,6 +88,7 @@ class GLA:
 
     def check(self, width: int) -> None:
         _check_expanded_heads("gla", self, width)
+        need(self.log_decay_min is None or self.log_decay_min < 0, f"gla log_decay_min={self.log_decay_min} must be negative (None: none)")
         need(self.conv_width != 1 and self.conv_width >= 0, f"gla conv_width={self.conv_width} must be 0 (none) or at least 2")
 
 
@@ -126,7 +127,8 @@ class GatedDeltaNet:
     decay_init: Literal["intended", "zero"] = "intended"
 
     def check(self, width: int) -> None:
-        values = self.value_heads or self.heads
+        values = self.heads if self.value_heads is None else self.value_heads
+        need(values >= 1, f"gated_delta_net value_heads={self.value_heads} must be at least 1 (None: as many as heads)")
         divides(self.heads, values, f"gated_delta_net heads={self.heads} must divide value_heads={values}")
         need(self.head_width >= 1, f"gated_delta_net head_width={self.head_width} must be at least 1")
         value_width = self.head_width * self.expand_v
@@ -135,13 +137,19 @@ class GatedDeltaNet:
 
 
 def _check_expanded_heads(name: str, mixer: "RetNet | GLA | DeltaNet", width: int) -> None:
-    divides(getattr(mixer, "kv_heads", None) or mixer.heads, mixer.heads, f"{name} kv_heads must divide heads={mixer.heads}")
     for expand in ("expand_k", "expand_v"):
         total = width * getattr(mixer, expand)
         need(
             mixer.heads >= 1 and total == int(total) and int(total) % mixer.heads == 0 and total > 0,
             f"{name} heads={mixer.heads} must divide width * {expand} = {width} * {getattr(mixer, expand)} = {total:g}",
         )
+    if hasattr(mixer, "kv_heads"):
+        _check_shared_heads(name, mixer)
+
+
+def _check_shared_heads(name: str, mixer: "RetNet | GLA | Attention") -> None:
+    kv_heads = mixer.heads if mixer.kv_heads is None else mixer.kv_heads
+    divides(kv_heads, mixer.heads, f"{name} kv_heads={mixer.kv_heads} must divide heads={mixer.heads} (None: as many)")
 
 
 Mixer = HGRN | HGRN2 | RetNet | GLA | DeltaNet | GatedDeltaNet | Attention

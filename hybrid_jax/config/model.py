@@ -33,6 +33,9 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("layers", "width", "vocabulary"):
             need(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("mlp_ratio", "norm_eps"):
+            need(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
+        need(self.init_std >= 0, f"model.init_std={self.init_std} must not be negative")
         need(self.mlp_width is None or self.mlp_width >= 1, f"model.mlp_width={self.mlp_width} must be at least 1")
         self.mixer.check(self.width)
         if self.ratio is not None and self.attention_layers:

@@ -60,10 +60,14 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        need(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
+        for name in ("learning_rate", "eps", "clip_norm"):
+            need(getattr(self, name) > 0, f"optimizer.{name}={getattr(self, name)} must be positive")
+        for name in ("warmup_steps", "weight_decay"):
+            need(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            need(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+        need(self.beta1 > 0 or self.name != "schedule_free", "optimizer.beta1=0.0 must be positive: schedule_free divides by it")
         need(0 <= self.final_fraction <= 1, f"optimizer.final_fraction={self.final_fraction} must be in [0, 1]")
-        need(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
-        need(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch", "microbatch", "log_every", "bad_steps"):
             need(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+        need(self.seed >= 0, f"train.seed={self.seed} must not be negative")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Batches for training and evaluation, a function of (seed, step) alone.
 
-Row r of a run, counted over all steps and processes, is fixed by the seed: process p of n at step s builds rows
-``s * batch + p * batch / n`` and following, whatever ran before. So a run can start at any step, and go on with another
-number of processes.
+Row r of a run, counted over all steps, is fixed by the seed: row i of the batch of step s is row ``s * batch + i``, whatever
+ran before and whichever process builds it. So a run can start at any step, and go on with another number of processes.
 
 Every token of the text is a target exactly once an epoch. What the model sees before the first token of the text, and with
 packed documents before the first of each, is ``document_end``. So one definition serves training and evaluation, and with
@@ -36,11 +35,10 @@ def training_batches(
     mqar_tasks: Sequence[mqar.Task] = (),
     mqar_share: float = 0.0,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    local: Sequence[int] | None = None,
     threads: int = 4,
 ) -> Iterator[Batch]:
-    """Endless batches from ``start_step`` on: this process's rows, b = batch / process_count of them, T = window.
+    """Endless batches from ``start_step`` on: the b rows ``local`` of each, from 0 (None: all of them), of T = window tokens.
 
     ``packing`` "windows" cuts the documents, laid end to end as they are in the source, into windows of T tokens, one segment
     each, and shuffles the windows anew each epoch. "documents" shuffles the documents, lays them end to end, cuts the row at
@@ -52,10 +50,9 @@ def training_batches(
     Returns a Grain iterator (``close()`` it) over ``tokens``, ``targets``, ``segment_ids`` [b,T] int32 (0 is padding) and
     ``weights`` [b,T] float32, built ahead by ``threads`` threads.
 
-    Raises `DataError` where the window is longer than the source, the batch does not divide among the processes, or the
-    MQAR task does not fit.
+    Raises `DataError` where the window is longer than the source, or the MQAR task does not fit.
     """
-    _check_rows(batch, window, packing, process_index, process_count)
+    local = _local_rows(batch, window, packing, local)
     if len(source) < window:
         raise DataError(f"a window of {window} tokens, but {source.name} holds {len(source)}: make the window shorter or give more text")
     if not 0.0 <= mqar_share <= 1.0 or (mqar_share and not mqar_tasks):
@@ -65,12 +62,10 @@ def training_batches(
     shuffled = ShuffledWindows(source, window, seed) if packing == "windows" else ShuffledDocuments(source, window, seed)
     recall = Mixture(mqar_share, seed)
     vocabulary, recall_seed = source.tokenizer.vocabulary, _stream(seed, "mqar")
-    local = batch // process_count
 
     def build(index: int) -> Batch:
-        first = (start_step + index) * batch + process_index * local
         rows = []
-        for row in range(first, first + local):
+        for row in ((start_step + index) * batch + i for i in local):
             before = recall.count(row)
             if recall.count(row + 1) > before:
                 task = mqar_tasks[before % len(mqar_tasks)]
@@ -88,8 +83,7 @@ def evaluation_batches(
     batch: int,
     window: int,
     packing: str = "windows",
-    process_index: int = 0,
-    process_count: int = 1,
+    local: Sequence[int] | None = None,
     threads: int = 4,
 ) -> Iterator[Batch]:
     """The whole of ``source`` in order, every token a target exactly once; the same batches every time.
@@ -98,11 +92,10 @@ def evaluation_batches(
     apart. What is missing at the end, of the last window and of the last batch, is padding of weight 0. Otherwise as
     `training_batches`.
     """
-    _check_rows(batch, window, packing, process_index, process_count)
+    local = _local_rows(batch, window, packing, local)
     if len(source) == 0:
         raise DataError(f"{source.name} is empty: there is nothing to evaluate on")
     windows = -(-len(source) // window)
-    local = batch // process_count
 
     def pieces(row: int) -> Pieces:
         start, stop = min(row * window, len(source)), min((row + 1) * window, len(source))
@@ -113,8 +106,7 @@ def evaluation_batches(
         return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
 
     def build(step: int) -> Batch:
-        first = step * batch + process_index * local
-        return _fill(source, [pieces(row) for row in range(first, first + local)], window)
+        return _fill(source, [pieces(step * batch + i) for i in local], window)
 
     return _iterate(build, -(-windows // batch), threads)
 
@@ -126,19 +118,19 @@ def mqar_evaluation_batches(
     batch: int,
     window: int,
     vocabulary: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    local: Sequence[int] | None = None,
     threads: int = 4,
 ) -> Iterator[Batch]:
     """``rows`` rows of held-out MQAR problems, the same ones for every run; the last batch filled up with padding."""
-    _check_rows(batch, window, "documents", process_index, process_count)
+    local = _local_rows(batch, window, "documents", local)
     task.check(window, vocabulary)
-    seed, local = _stream(0, "mqar evaluation"), batch // process_count
+    seed = _stream(0, "mqar evaluation")
+
+    def problems(row: int) -> Pieces | Batch:
+        return mqar.row(task, seed, row, window=window, vocabulary=vocabulary) if row < rows else []
 
     def build(step: int) -> Batch:
-        first = step * batch + process_index * local
-        problems = [mqar.row(task, seed, i, window=window, vocabulary=vocabulary) if i < rows else [] for i in range(first, first + local)]
-        return _fill(None, problems, window)
+        return _fill(None, [problems(step * batch + i) for i in local], window)
 
     return _iterate(build, -(-rows // batch), threads)
 
@@ -266,12 +258,14 @@ def _stream(seed: int, purpose: str) -> int:
     return int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)[0])
 
 
-def _check_rows(batch: int, window: int, packing: str, process_index: int, process_count: int) -> None:
+def _local_rows(batch: int, window: int, packing: str, local: Sequence[int] | None) -> Sequence[int]:
+    """``local``, or all rows of the batch. Raises `DataError` for a batch that can not be made."""
     if batch < 1 or window < 1:
         raise DataError(f"a batch of {batch} rows of {window} tokens: both must be at least 1")
     if packing not in PACKINGS:
         raise DataError(f"packing {packing!r}: give one of {', '.join(PACKINGS)}")
-    if batch % process_count:
-        raise DataError(f"a batch of {batch} rows does not divide among {process_count} processes: give a multiple of {process_count}")
-    if not 0 <= process_index < process_count:
-        raise DataError(f"process {process_index} of {process_count}: give an index from 0 to {process_count - 1}")
+    if local is None:
+        return range(batch)
+    if not all(0 <= row < batch for row in local):
+        raise DataError(f"rows {list(local)} of a batch of {batch}: give rows from 0 to {batch - 1}")
+    return local

@@ -17,7 +17,7 @@ from hybrid_jax.data import DataError, mqar, pipeline
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.data.tokenizers import ByteTokenizer
 from hybrid_jax.evals.baselines import unigram_bits_per_byte, xz_bits_per_byte
-from hybrid_jax.train.feed import to_mesh
+from hybrid_jax.train.feed import LocalRows
 from hybrid_jax.train.loss import Losses, cross_entropy
 from hybrid_jax.train.workdir import evaluation_file
 
@@ -56,24 +56,25 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
         hidden = model.hidden(batch["tokens"], batch["segment_ids"])
         return cross_entropy(hidden, model.output_kernel(), batch["targets"], batch["weights"])
 
+    local = LocalRows(mesh, rows)
+
     def sums(params: nnx.State, batches: Iterator[dict], steps: int) -> Losses:
         parts = []
         for _, batch in zip(range(steps), batches, strict=False):
-            parts.append(jax.device_get(batch_losses(params, to_mesh(batch, mesh))))
+            parts.append(jax.device_get(batch_losses(params, local.to_mesh(batch))))
         batches.close()
         return Losses(*(np.sum([np.asarray(x, np.float64) for x in part], axis=0) for part in zip(*parts, strict=True)))
 
     def task_sums(params: nnx.State, task: mqar.Task) -> Losses:
         problem_rows = -(-config.data.mqar.examples // (window // task.length))
         batches = pipeline.mqar_evaluation_batches(
-            task, rows=problem_rows, batch=rows, window=window, vocabulary=held_out.tokenizer.vocabulary, **processes
+            task, rows=problem_rows, batch=rows, window=window, vocabulary=held_out.tokenizer.vocabulary, local=local.numbers
         )
         return sums(params, batches, -(-problem_rows // rows))
 
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
     def evaluate(params: nnx.State) -> dict[str, Any]:
-        losses = sums(params, pipeline.evaluation_batches(held_out, batch=rows, window=window, packing=packing, **processes), steps)
+        batches = pipeline.evaluation_batches(held_out, batch=rows, window=window, packing=packing, local=local.numbers)
+        losses = sums(params, batches, steps)
         with np.errstate(invalid="ignore"):
             by_position = losses.total_by_position / losses.weight_by_position
         results = {

@@ -21,7 +21,8 @@ class Rings(NamedTuple):
     at: jax.Array | None = None
 
     def write(self, k: jax.Array, v: jax.Array, lengths: jax.Array, real: jax.Array) -> "Rings":
-        """With the real tokens of k, v [B,T,HK,K], each after the ``lengths`` [B] tokens before them; real: [B,T] bool. T <= S."""
+        """With the real tokens of k, v [B,T,HK,K], each after the ``lengths`` [B] tokens before them; real: [B,T] bool, at most S
+        of a row."""
         slots = self.k.shape[4]
         place = lengths[:, None] + jnp.cumsum(real, axis=1) - 1
         slot = jnp.where(real, place % slots, slots)  # beyond the ring: dropped

@@ -1,5 +1,6 @@
 """Orbax checkpoints of a run: saved in the background, kept by policy, restored on any mesh, with a way back from a broken one."""
 
+import itertools
 import warnings
 from typing import Any
 
@@ -75,7 +76,8 @@ class Checkpoints:
         """The newest state that can be read, placed as the shapes in ``state`` say, and warnings.
 
         Of a run that starts from given parameters (:meth:`save_params`) these alone; None where there is no checkpoint yet.
-        A checkpoint that can not be read is told of and moved to WORKDIR/unreadable-STEP. Raises RunError if none can.
+        A checkpoint that can not be read is told of and moved to WORKDIR/unreadable-STEP, or -2 and so on after that. Raises RunError
+        if none can.
         """
         broken: dict[int, str] = {}
         for step in reversed(self.steps):
@@ -112,7 +114,8 @@ class Checkpoints:
         raise ConfigError(f"no checkpoint asked for in {self.folder} can be read ({why}); it has {', '.join(map(str, self.steps))}")
 
     def _move_aside(self, step: int, why: str, instead: int) -> str:
-        aside = self.folder.parent / f"unreadable-{step}"
+        names = (f"unreadable-{step}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+        aside = next(path for path in map(self.folder.parent.joinpath, names) if not path.exists())
         if jax.process_index() == 0:
             (self.folder / str(step)).rename(aside)
         multihost_utils.sync_global_devices(f"step {step} moved aside")  # the others then see the folder without it

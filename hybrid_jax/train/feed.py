@@ -22,7 +22,7 @@ class Feed:
 
     def __init__(self, config: RunConfig, source: TokenSource, mesh: Mesh, start_step: int = 0):
         recall = config.data.mqar
-        self.names, self.mesh = fields(config), mesh
+        self.names, self._rows = fields(config), LocalRows(mesh, config.train.batch)
         self._batches = pipeline.training_batches(
             source,
             batch=config.train.batch,
@@ -32,13 +32,12 @@ class Feed:
             mqar_tasks=tasks(recall) if recall.share else (),
             mqar_share=recall.share,
             start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            local=self._rows.numbers,
         )
 
     def __next__(self) -> dict[str, jax.Array]:
         batch = next(self._batches)
-        return to_mesh({name: batch[name] for name in self.names}, self.mesh)
+        return self._rows.to_mesh({name: batch[name] for name in self.names})
 
     def close(self) -> None:
         self._batches.close()
@@ -56,7 +55,28 @@ def batch_shapes(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruc
     return {name: jax.ShapeDtypeStruct(shape, DTYPES[name], sharding=sharding) for name in fields(config)}
 
 
-def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global [B,T] arrays on ``mesh``."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+class LocalRows:
+    """The rows of a batch that the devices of this process hold, in whole or in part.
+
+    Processes hold the same ones where their devices are apart along ``tensor``, or along ``seq``, where each holds a stretch of them.
+
+    numbers: those rows, ascending.
+    """
+
+    def __init__(self, mesh: Mesh, batch: int):
+        self._batch, self._sharding = batch, batch_sharding(mesh)
+        held = self._sharding.addressable_devices_indices_map((batch, mesh.shape["seq"])).values()
+        self.numbers = sorted({row for rows, _ in held for row in range(batch)[rows]})
+
+    def to_mesh(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Global [batch,T] arrays on the mesh, of this process's rows of them, each [len(numbers),T]."""
+
+        def place(rows: np.ndarray) -> jax.Array:
+            def part(index: tuple[slice, slice]) -> np.ndarray:
+                first, last, _ = index[0].indices(self._batch)
+                at = self.numbers.index(first)
+                return rows[at : at + last - first, index[1]]
+
+            return jax.make_array_from_callback((self._batch, rows.shape[1]), self._sharding, part)
+
+        return {name: place(rows) for name, rows in arrays.items()}

@@ -77,9 +77,18 @@ def same(found, expected, rtol=5e-5):
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=rtol)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_change_no_loss(alone, tmp_path, count):
-    codes, outputs = finish(start(tmp_path / "run", count))
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [
+        (2, {}),
+        (2, {"fsdp": 1, "seq": 2}),  # the processes hold the same rows
+        pytest.param(2, {"fsdp": 1, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {}, marks=pytest.mark.slow),
+        pytest.param(4, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_processes_change_no_loss(alone, tmp_path, count, mesh):
+    codes, outputs = finish(start(tmp_path / "run", count, *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items())))
     assert codes == [0] * count, outputs
     same(losses(tmp_path / "run"), losses(alone))
     same(evaluations(tmp_path / "run"), evaluations(alone))

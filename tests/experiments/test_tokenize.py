@@ -1,5 +1,6 @@
 """`python -m experiments.tokenize` as it is run: its output, its errors, and kill -9 at any moment."""
 
+import os
 import random
 import re
 import signal
@@ -53,6 +54,13 @@ def test_from_files_to_the_command_that_trains(tmp_path):
     assert re.search(rf"store is finished \(\d+ s\): tokenizer {tmp_path}/tokenizer.json, vocabulary", out)
     assert f"train on it: python -m experiments.train --config=configs/gla_r6.py --config.data.source={tmp_path}/store\n" in out
     assert "tokenizing: 100.0% of" in err and "writing the store: 100.0% of" in err and "\r" not in err  # a log, not a bar
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to CPUs")
+def test_no_more_workers_than_cpus_that_may_be_used():
+    bind = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
+    count = "from experiments import tokenize; print(tokenize.usable_cpus())"
+    assert subprocess.run([sys.executable, "-c", f"{bind}; {count}"], cwd=ROOT, capture_output=True, text=True).stdout == "1\n"
 
 
 @pytest.mark.parametrize("seed", range(2))

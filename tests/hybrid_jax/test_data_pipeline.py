@@ -115,6 +115,8 @@ def test_evaluation_predicts_every_token_once_in_order(size, packing, batch):
     cuts = set(range(0, len(source), T)) | (set(source.documents.tolist()[:-1]) if packing == "documents" else set())
     assert np.cumsum([0, *[len(tokens) for tokens, _ in found]]).tolist() == [*sorted(cuts), len(source)]
     same(batches, take(evaluation_batches(source, batch=batch, window=T, packing=packing), 10**6))
+    last = take(evaluation_batches(source, batch=batch, window=T, packing=packing, local=[batch - 1]), 10**6)
+    same(last, [{name: rows[-1:] for name, rows in found.items()} for found in batches])
 
 
 SOURCE = array_source(np.random.default_rng(1).integers(1, 60, 200).tolist())
@@ -128,17 +130,15 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_step_n_depends_on_seed_and_n_alone(options):
-    """Any number of processes, started at any step, over two ends of an epoch."""
+    """Any rows of the batches, started at any step, over two ends of an epoch."""
     options = dict(source=SOURCE, batch=8, window=24, **options)
     steps = 2 * len(SOURCE) // (8 * 24) + 3
     reference = take(training_batches(seed=5, **options), steps)
     assert all(batch["tokens"].shape == (8, 24) for batch in reference)
-    for processes in 1, 2, 4:
+    for local in [*range(8)], [0, 1, 4, 5], [7]:
         for start in 0, 1, steps // 2, steps - 1:
-            resumed = dict(options, seed=5, start_step=start, process_count=processes)
-            shares = [take(training_batches(process_index=p, threads=1 + p, **resumed), steps - start) for p in range(processes)]
-            joined = [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]} for parts in zip(*shares, strict=True)]
-            same(joined, reference[start:])
+            found = take(training_batches(seed=5, start_step=start, local=local, threads=1 + len(local), **options), steps - start)
+            same(found, [{name: rows[local] for name, rows in batch.items()} for batch in reference[start:]])
     other = take(training_batches(seed=6, **options), steps)
     assert all((a["tokens"] != b["tokens"]).any() for a, b in zip(reference, other, strict=True))
 
@@ -205,8 +205,8 @@ def test_mqar_evaluation():
     rows = np.concatenate([batch["tokens"] for batch in batches])
     weights = np.concatenate([batch["weights"] for batch in batches])
     assert (weights.sum(axis=1) == [4] * 11 + [0]).all() and len({row.tobytes() for row in rows[:11]}) == 11
-    halves = [take(mqar_evaluation_batches(TASK, process_index=p, process_count=2, **options), 10**6) for p in range(2)]
-    same(batches, [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*halves, strict=True)])
+    some = take(mqar_evaluation_batches(TASK, local=[0, 3], **options), 10**6)
+    same(some, [{name: rows[[0, 3]] for name, rows in batch.items()} for batch in batches])
     training = take(training_batches(SOURCE, batch=8, window=20, seed=0, mqar_tasks=[TASK], mqar_share=1.0), 20)
     assert not {row.tobytes() for batch in training for row in batch["tokens"]} & {row.tobytes() for row in rows}
 
@@ -255,8 +255,7 @@ def test_refused():
         assert "\n" not in str(error.value)
 
     refuses(r"a window of 100000 tokens, but a sample holds \d+: make the window shorter or give more text", window=100_000)
-    refuses("a batch of 8 rows does not divide among 3 processes: give a multiple of 3", process_count=3)
-    refuses("process 2 of 2: give an index from 0 to 1", process_count=2, process_index=2)
+    refuses(r"rows \[6, 8\] of a batch of 8: give rows from 0 to 7", local=[6, 8])
     refuses("a batch of 0 rows", batch=0)
     refuses("packing 'tight': give one of windows, documents", packing="tight")
     refuses("an MQAR share of 0.5 with 0 tasks", mqar_share=0.5)

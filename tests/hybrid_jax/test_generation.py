@@ -136,6 +136,36 @@ def test_turns_are_one_long_prompt(model, greedy, options, looked_at):
     assert [[token for at, token in again if at == row] for row in range(2)] == generate(model, whole, tokens=8)
 
 
+def test_closed_between_two_rows_both_remember_the_step(model):
+    session = Session(model, 2)
+    session.read(PROMPTS[:2])
+    turn = session.write(12, Sampling(), stop_tokens=(), texts=False)
+    next(turn)
+    turn.close()
+    session.read([[9], [9]])
+    assert session.lengths.tolist() == session._cache.lengths.tolist() == [len(prompt) + 2 for prompt in PROMPTS[:2]]
+
+
+def test_the_end_of_a_row_does_not_reach_a_step_under_way(model, greedy):
+    """Devices that are late read which rows have ended as it was when they were asked, also where they read it in place."""
+    session = Session(model, 1)
+    buffer = np.zeros(128, bool)
+    session._ended = buffer[-buffer.ctypes.data % 64 :][:1]  # what JAX reads in place on CPU
+    late, slow = jax.jit(lambda done, x: done | (jnp.sum(x @ x @ x) < 0)), jnp.ones((1000, 1000))
+    step = session._programs.step
+
+    def with_late_ends(*arguments):
+        tokens, done, cache = step(*arguments)
+        return tokens, late(done, slow), cache
+
+    session._programs = session._programs._replace(step=with_late_ends)
+    session.read(PROMPTS[:1])
+    stop = model.tokenizer.decode(greedy[0][3:4])
+    written = [token for _, token in session.write(12, Sampling(), stop=stop, stop_tokens=(), texts=False)]
+    session.read([[9]])
+    assert session.lengths.tolist() == session._cache.lengths.tolist() == [len(PROMPTS[0]) + len(written) + 1]
+
+
 def test_a_conversation_grows(model):
     session, said = Session(model, 1), []
     for turn in range(2):

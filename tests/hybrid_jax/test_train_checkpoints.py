@@ -114,6 +114,10 @@ def test_a_truncated_newest_is_put_aside_and_the_one_before_taken(workdir, shape
         checkpoints.save(random_state(shapes, 5, 3))  # the same step again
     with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
         assert_same(checkpoints.restore(shapes)[0], random_state(shapes, 5, 3))
+    break_checkpoint(workdir, 3)  # and again
+    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        assert_same(checkpoints.restore(shapes)[0], random_state(shapes, 2, 2))
+    assert (workdir / "unreadable-3").is_dir() and (workdir / "unreadable-3-2").is_dir()
 
 
 def test_where_none_can_be_read_nothing_is_moved_and_nothing_started_over(workdir, shapes):

@@ -1,0 +1,16 @@
+"""The flags of a run of several processes, where nothing else tells them of one another, for the commands that are such runs."""
+
+from absl import flags
+
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first process of a run of several, where neither Cloud TPU, SLURM nor Open MPI tells it."
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has; with --coordinator.", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0; with --coordinator.", lower_bound=0)
+
+
+def connect() -> None:
+    """Join the other processes of this run, if there are any; before JAX is used."""
+    from hybrid_jax import distributed
+
+    distributed.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
