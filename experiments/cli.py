@@ -1,5 +1,7 @@
 """What the commands share: finding and checking ``--config=configs/NAME.py[:size]``, and mistakes told in one line.
 
+A command's ``TAKES`` names those of the flags below that it takes, and "config" where it takes that; the others are refused.
+
 A configuration file has ``get_config(size)`` (or ``get_config()``) that returns a ConfigDict of the fields of
 ``hybrid_jax.config.RunConfig``. Any field can be overridden: ``--config.train.steps=100``. All of it is checked before
 JAX is started, and what is wrong is said in one line on stderr, with exit code 2.
@@ -16,7 +18,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -38,6 +40,10 @@ COORDINATOR = flags.DEFINE_string(
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has; with --coordinator.", lower_bound=1)
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0; with --coordinator.", lower_bound=0)
 
+SEVERAL = ("coordinator", "processes", "process")  # what a command takes that runs in several processes at once
+SHARED = ("workdir", "step", *SEVERAL)
+CONFIG_HELP = "configs/NAME.py[:size]; any of its fields as --config.train.steps=100 (hybrid_jax/config says what there is)."
+
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -55,7 +61,7 @@ def start(main: Callable[[Run], int | None], argv: list[str] | None = None) -> N
     module = sys.modules[main.__module__]
 
     def run() -> int | None:
-        given = parse(argv, module.__doc__)
+        given = parse(argv, module.__doc__, module.TAKES)
         check_workdir()
         return main(load_run(given, command(argv, module)))
 
@@ -65,9 +71,10 @@ def start(main: Callable[[Run], int | None], argv: list[str] | None = None) -> N
 def start_without_config(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     """The same for a command that takes no ``--config``."""
     argv = sys.argv if argv is None else argv
+    module = sys.modules[main.__module__]
 
     def run() -> int | None:
-        given = parse(argv, sys.modules[main.__module__].__doc__)
+        given = parse(argv, module.__doc__, module.TAKES)
         if given:
             raise ConfigError(f"this command takes no {given[0].split('=')[0]}; the configuration is read from the run's folder")
         check_workdir()
@@ -90,7 +97,7 @@ def _joined():
 
 
 def guarded(action: Callable[[], int | None]) -> int:
-    """The exit code of ``action``: after one line on stderr, 2 for a mistake in what was asked, 1 for a run that can not go on."""
+    """The exit code of ``action``; after one line on stderr 2: a mistake in what was asked, 1: the run can not go on, 130: Ctrl-C."""
     # Orbax reports through absl, and leaves tasks and coroutines behind when it fails; gcsfs and google.auth log what they raise too.
     # What matters is raised, and told here in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
@@ -103,6 +110,9 @@ def guarded(action: Callable[[], int | None]) -> int:
     except (ConfigError, DataError, RunError, flags.Error) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -125,17 +135,45 @@ def command(argv: list[str], module) -> str:
     return shlex.join(["python", "-m", name, *argv[1:]])
 
 
-def parse(argv: list[str], doc: str) -> list[str]:
-    """Parse all flags but ``--config...``, and return those."""
+def parse(argv: list[str], doc: str, takes: Sequence[str] = ()) -> list[str]:
+    """Parse all flags but ``--config...``, and return those. takes: of the flags that commands share."""
     config = [arg for arg in argv[1:] if re.match("--?config([.=]|$)", arg)]
     others = [arg for arg in argv[1:] if arg not in config]
+    known = _known_flags(takes)
     if "--help" in others or "-h" in others:
-        print(f"{doc}\n{flags.FLAGS.module_help(__name__)}{flags.FLAGS.main_module_help()}")
+        print(doc, known.get_help("  ", include_special_flags=False), sep="\n")
         sys.exit(0)
-    unexpected = flags.FLAGS([argv[0], *others])[1:]
+    try:
+        unexpected = flags.FLAGS([argv[0], *others])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise _unknown(error.flagname, known) from None
+    for name in SHARED:
+        if flags.FLAGS[name].present and name not in takes:
+            raise _unknown(name, known)
     if unexpected:
-        raise ConfigError(f"unexpected {unexpected[0]!r}; values are given as --name=value, such as --config.train.steps=100")
+        raise ConfigError(f"unexpected {unexpected[0]!r}; values are given as --name=value, such as --config.train.steps=100, globs quoted")
     return config
+
+
+def _known_flags(takes: Sequence[str]) -> flags.FlagValues:
+    """The flags of the command that runs: its own, those of the package's modules that it imports, and of the shared ones ``takes``."""
+    known = flags.FlagValues()
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module == sys.argv[0] or module.split(".")[0] in ("experiments", "launch"):
+            for flag in defined:
+                if flag.name in takes or flag.name not in SHARED:
+                    known[flag.name] = flag
+    if "config" in takes:
+        known["config"] = flags.Flag(flags.ArgumentParser(), None, "config", None, CONFIG_HELP)
+    return known
+
+
+def _unknown(name: str, known: flags.FlagValues) -> ConfigError:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    if close:
+        return ConfigError(f"this command has no flag --{name}; did you mean --{close[0]}?")
+    fields = "; fields of the configuration are set as --config.train.steps=100" if "config" in known else ""
+    return ConfigError(f"this command has no flag --{name}; it has {', '.join(f'--{flag}' for flag in sorted(known))}{fields}")
 
 
 def load_run(arguments: list[str], command: str) -> Run:

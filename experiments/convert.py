@@ -17,6 +17,7 @@ from experiments import cli
 from hybrid_jax.config import ConfigError
 from hybrid_jax.train.workdir import run_folder
 
+TAKES = ("workdir", "step")
 FROM_HF = flags.DEFINE_string("from_hf", None, "The Hugging Face folder to read; --workdir becomes a run that starts from it.")
 TO_HF = flags.DEFINE_string("to_hf", None, "The folder to write as a Hugging Face checkpoint, from the run in --workdir.")
 TO_DTYPE = flags.DEFINE_enum(

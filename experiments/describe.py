@@ -1,7 +1,7 @@
 """Print what a configuration is: its layers, parameters, and what a token and a sequence cost.
 
-python -m experiments.describe --config=configs/gla_r6.py
-python -m experiments.describe --config=configs/gla_r6.py:1b3 --context=32768
+    python -m experiments.describe --config=configs/gla_r6.py
+    python -m experiments.describe --config=configs/gla_r6.py:1b3 --context=32768
 """
 
 from absl import flags
@@ -12,6 +12,7 @@ from experiments import cli
 from hybrid_jax import costs, layout
 from hybrid_jax.config import ModelConfig
 
+TAKES = ("config", "workdir")
 CONTEXT = flags.DEFINE_integer("context", None, "Tokens of a sequence; default: the training window.", lower_bound=1)
 
 

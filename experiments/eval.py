@@ -27,6 +27,7 @@ from experiments import cli, suites
 from hybrid_jax.config import ConfigError, RunConfig
 from hybrid_jax.train.workdir import read_config, run_folder
 
+TAKES = ("workdir", "step", *cli.SEVERAL)
 SUITE = flags.DEFINE_enum("suite", None, sorted(suites.SUITES), "What to measure in place of the run's own evaluation.")
 TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens to score, at most; default: the run's evaluation.tokens.", lower_bound=1)
 

@@ -17,6 +17,7 @@ from absl import flags
 from experiments import cli
 from hybrid_jax.config import ConfigError
 
+TAKES = ("workdir", "step")
 PROMPT = flags.DEFINE_string("prompt", None, "The text to go on from.")
 PROMPT_TOKENS = flags.DEFINE_list("prompt_tokens", None, "Token ids to go on from, such as 17,4,99; token ids are printed.")
 INTERACTIVE = flags.DEFINE_boolean("interactive", False, "Take turns: each line typed is read, and what follows is written.")

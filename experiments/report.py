@@ -16,6 +16,7 @@ from experiments import cli
 from hybrid_jax.config import ConfigError
 from hybrid_jax.train.workdir import run_folder
 
+TAKES = ()
 RUNS = flags.DEFINE_list("runs", None, "Folders of runs, with wildcards, also gs://BUCKET/FOLDER; others than runs are passed over.")
 OUTPUT = flags.DEFINE_string("output", "report", "Folder to write to.")
 COSTS_AT = flags.DEFINE_integer(

@@ -16,6 +16,8 @@ from contextlib import closing
 
 from experiments import cli
 
+TAKES = ("config", "workdir", *cli.SEVERAL)
+
 
 def main(run: cli.Run) -> int:
     import jax  # this, and all that needs it, once the command line is known to be right

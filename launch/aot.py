@@ -30,6 +30,7 @@ from experiments import cli
 from hybrid_jax.config import ConfigError
 from launch import accelerators
 
+TAKES = ("config", "workdir")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Of a slice: GENERATION:TOPOLOGY, such as v5e:16x16, v5p:4x4x8, v4:2x2x1, tpu7x:2x2x1.")
 SLICES = flags.DEFINE_integer("slices", 1, "Of this topology, the outer part of the mesh's data axis.", lower_bound=1)
 MESH = flags.DEFINE_string("mesh", None, "Axes of the mesh, as data=4,fsdp=64; the configuration's where not given.")

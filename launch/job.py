@@ -38,8 +38,9 @@ def parse(argv: list[str], doc: str, verbs: tuple[str, ...] = ()) -> tuple[str |
         if len(own) < 2 or own[1] not in verbs:
             raise ConfigError(f"say what to do first: {', '.join(verbs)} (got {own[1] if len(own) > 1 else 'nothing'})")
         verb = own.pop(1)
-    if cli.parse(own, doc) or cli.WORKDIR.present or cli.STEP.present:
+    if any(re.match(r"--?(config|workdir|step)([.=]|$)", argument) for argument in own):
         raise ConfigError("--config, --workdir and --step belong to the command, after --")
+    cli.parse(own, doc)
     return verb, command
 
 
@@ -72,12 +73,14 @@ def check(command: list[str]) -> Job:
 
 
 def _flag_names(module: str) -> set[str]:
-    """The flags that ``experiments.MODULE`` defines, and what it imports of its package.
+    """The flags that ``experiments.MODULE`` defines, and what it imports of its package; of those that commands share its ``TAKES``.
 
     Read from the sources: importing them would define their flags beside the launcher's own.
     """
     names, todo = set(), [module]
     seen = set()
+    takes = "".join(re.findall(r"^TAKES = (.*)", (cli.PACKAGE / f"{module}.py").read_text(), re.M))
+    shared = {*re.findall(r'"(\w+)"', takes), *(cli.SEVERAL if "*cli.SEVERAL" in takes else ())}
     while todo:
         file = cli.PACKAGE / f"{todo.pop()}.py"
         if file in seen or not file.is_file():
@@ -88,7 +91,7 @@ def _flag_names(module: str) -> set[str]:
         todo += re.findall(r"^\s*from experiments\.(\w+) import", source, re.M)
         for imported in re.findall(r"^\s*from experiments import (.*)", source, re.M):
             todo += re.findall(r"\w+", imported)
-    return names
+    return {name for name in names if name not in cli.SHARED or name in shared}
 
 
 def _check_flags(job: Job) -> None:
