@@ -10,7 +10,6 @@ import errno
 import importlib.util
 import inspect
 import logging
-import os
 import re
 import shlex
 import sys
@@ -29,8 +28,7 @@ from hybrid_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from hybrid_jax.data import DataError
 from hybrid_jax.train.workdir import RunError, read_config, run_folder
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, or gs://BUCKET/FOLDER: checkpoints, metrics, summary and picture.")
-
+CONFIG_HELP = "configs/NAME.py[:size]; any of its fields as --config.train.steps=100 (hybrid_jax/config says what there is)."
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -42,15 +40,19 @@ class Run(NamedTuple):
     command: str  # that starts it again
 
 
-def start(main: Callable[[Run], int | None], argv: list[str] | None = None) -> None:
-    """Run ``main`` on the configuration and flags of the command line, and exit with its exit code."""
+def start(main: Callable[[Run], int | None], workdir: flags.FlagHolder[str], argv: list[str] | None = None) -> None:
+    """Run ``main`` on the configuration and flags of the command line, and exit with its exit code.
+
+    workdir: the flag that names the run's folder. Without ``--config`` the configuration is the one that is there.
+    """
     argv = sys.argv if argv is None else argv
     module = sys.modules[main.__module__]
 
     def run() -> int | None:
-        given = parse(argv, module.__doc__)
-        check_workdir()
-        return main(load_run(given, command(argv, module)))
+        given = parse(argv, module.__doc__, takes_config=True)
+        if workdir.value is not None:
+            run_folder(workdir.value)  # raises where it can hold no run, before anything else is read
+        return main(load_run(given, command(argv, module), workdir.value))
 
     end(guarded(run))
 
@@ -63,7 +65,6 @@ def start_without_config(main: Callable[[], int | None], argv: list[str] | None 
         given = parse(argv, sys.modules[main.__module__].__doc__)
         if given:
             raise ConfigError(f"this command takes no {given[0].split('=')[0]}; the configuration is read from the run's folder")
-        check_workdir()
         return main()
 
     end(guarded(run))
@@ -83,7 +84,7 @@ def _joined():
 
 
 def guarded(action: Callable[[], int | None]) -> int:
-    """The exit code of ``action``: after one line on stderr, 2 for a mistake in what was asked, 1 for a run that can not go on."""
+    """The exit code of ``action``; after one line on stderr 2: a mistake in what was asked, 1: the run can not go on, 130: Ctrl-C."""
     # Orbax reports through absl, and leaves tasks and coroutines behind when it fails; gcsfs and google.auth log what they raise too.
     # What matters is raised, and told here in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
@@ -96,6 +97,9 @@ def guarded(action: Callable[[], int | None]) -> int:
     except (ConfigError, DataError, RunError, flags.Error) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -118,29 +122,52 @@ def command(argv: list[str], module) -> str:
     return shlex.join(["python", "-m", name, *argv[1:]])
 
 
-def parse(argv: list[str], doc: str) -> list[str]:
+def parse(argv: list[str], doc: str, takes_config: bool = False) -> list[str]:
     """Parse all flags but ``--config...``, and return those."""
     config = [arg for arg in argv[1:] if re.match("--?config([.=]|$)", arg)]
     others = [arg for arg in argv[1:] if arg not in config]
+    known = _known_flags(takes_config)
     if "--help" in others or "-h" in others:
-        ours = [module for module in flags.FLAGS.flags_by_module_dict() if module.startswith(("experiments.", "launch."))]
-        print("\n".join([doc, *map(flags.FLAGS.module_help, ours), flags.FLAGS.main_module_help()]))
+        print(doc, known.get_help("  ", include_special_flags=False), sep="\n")
         sys.exit(0)
-    unexpected = flags.FLAGS([argv[0], *others])[1:]
+    try:
+        unexpected = flags.FLAGS([argv[0], *others])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise _unknown(error.flagname, known) from None
     if unexpected:
-        raise ConfigError(f"unexpected {unexpected[0]!r}; values are given as --name=value, such as --config.train.steps=100")
+        raise ConfigError(f"unexpected {unexpected[0]!r}; values are given as --name=value, such as --config.train.steps=100, globs quoted")
     return config
 
 
-def load_run(arguments: list[str], command: str) -> Run:
-    """The run that ``--config=PATH[:size] --config.FIELD=VALUE ...`` describe; without PATH, the one in ``--workdir``.
+def _known_flags(takes_config: bool) -> flags.FlagValues:
+    """The flags of the command that runs, and of the modules of its package that it imports: not those of libraries."""
+    known = flags.FlagValues()
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module == sys.argv[0] or module.split(".")[0] in ("experiments", "launch"):
+            for flag in defined:
+                known[flag.name] = flag
+    if takes_config:
+        known["config"] = flags.Flag(flags.ArgumentParser(), None, "config", None, CONFIG_HELP)
+    return known
+
+
+def _unknown(name: str, known: flags.FlagValues) -> ConfigError:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    if close:
+        return ConfigError(f"this command has no flag --{name}; did you mean --{close[0]}?")
+    fields = "; fields of the configuration are set as --config.train.steps=100" if "config" in known else ""
+    return ConfigError(f"this command has no flag --{name}; it has {', '.join(f'--{flag}' for flag in sorted(known))}{fields}")
+
+
+def load_run(arguments: list[str], command: str, workdir: str | None = None) -> Run:
+    """The run that ``--config=PATH[:size] --config.FIELD=VALUE ...`` describe; without PATH, the one in ``workdir``.
 
     Raises ConfigError for whatever is wrong with it.
     """
     given = [arg.split("=", 1)[1] for arg in arguments if re.match("--?config=", arg)]
-    if not given and WORKDIR.value:
-        config = ConfigDict(to_dict(read_config(run_folder(WORKDIR.value))))
-        return Run(from_dict(RunConfig, _override(config, arguments).to_dict()), epath.Path(WORKDIR.value).name, command)
+    if not given and workdir:
+        config = ConfigDict(to_dict(read_config(run_folder(workdir))))
+        return Run(from_dict(RunConfig, _override(config, arguments).to_dict()), epath.Path(workdir).name, command)
     if len(given) != 1:
         raise ConfigError(f"give one --config=configs/NAME.py[:size], such as --config=configs/gla_r6.py:tiny ({len(given)} were given)")
     path, _, size = given[0].partition(":")
@@ -148,12 +175,6 @@ def load_run(arguments: list[str], command: str) -> Run:
     config, size = _get_config(file, size)
     config = _override(config, [arg for arg in arguments if not re.match("--?config=", arg)])
     return Run(from_dict(RunConfig, config.to_dict()), f"{file.stem}-{size}" if size else file.stem, command)
-
-
-def check_workdir() -> None:
-    """Raise ConfigError for a ``--workdir`` that can hold no run, or is in a bucket that can not be read."""
-    if WORKDIR.value is not None:
-        run_folder(WORKDIR.value)
 
 
 def known_configs() -> list[str]:
@@ -224,8 +245,3 @@ def _any_literal(config: ConfigDict) -> ConfigDict:
         return value if isinstance(value, str) else FieldReference(value, field_type=object)
 
     return ConfigDict({name: field(value) for name, value in config.items()})
-
-
-def workdir(run: Run) -> epath.Path:
-    """``--workdir``, or runs/NAME-SIZE under the current folder."""
-    return run_folder(WORKDIR.value or os.path.join("runs", run.name))

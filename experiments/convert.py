@@ -13,7 +13,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from experiments import checkpoint, cli
+from experiments import checkpoint, cli, folder
 from hybrid_jax.config import ConfigError
 from hybrid_jax.train.workdir import run_folder
 
@@ -27,13 +27,13 @@ TO_DTYPE = flags.DEFINE_enum(
 def main() -> int:
     if (FROM_HF.value is None) == (TO_HF.value is None):
         raise ConfigError("give one of --from_hf=FOLDER (to read) and --to_hf=FOLDER (to write)")
-    if cli.WORKDIR.value is None:
+    if folder.WORKDIR.value is None:
         raise ConfigError("give the --workdir of the run: the one to make (--from_hf), or the one to write (--to_hf)")
     if FROM_HF.value is not None and (TO_DTYPE.value or checkpoint.STEP.value is not None):
         raise ConfigError("--to_dtype and --step are of --to_hf: parameters are read as they are, and become step 0")
     if "://" in (FROM_HF.value or TO_HF.value):
         raise ConfigError(f"{FROM_HF.value or TO_HF.value} is no folder of a file system: copy it (gcloud storage cp --recursive)")
-    workdir = run_folder(cli.WORKDIR.value)
+    workdir = run_folder(folder.WORKDIR.value)
 
     from hybrid_jax import costs
     from hybrid_jax.hf import convert

@@ -1,14 +1,14 @@
 """Print what a configuration is: its layers, parameters, and what a token and a sequence cost.
 
-python -m experiments.describe --config=configs/gla_r6.py
-python -m experiments.describe --config=configs/gla_r6.py:1b3 --context=32768
+    python -m experiments.describe --config=configs/gla_r6.py
+    python -m experiments.describe --config=configs/gla_r6.py:1b3 --context=32768
 """
 
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli
+from experiments import cli, folder
 from hybrid_jax import costs, layout
 from hybrid_jax.config import ModelConfig
 
@@ -49,4 +49,4 @@ def main(run: cli.Run) -> None:
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, folder.WORKDIR)

@@ -23,7 +23,7 @@ import json
 from absl import flags
 from etils import epath
 
-from experiments import checkpoint, cli, processes, suites
+from experiments import checkpoint, cli, folder, processes, suites
 from hybrid_jax.config import ConfigError, RunConfig
 from hybrid_jax.train.workdir import read_config, run_folder
 
@@ -32,9 +32,9 @@ TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens to score, at most
 
 
 def main() -> int:
-    if cli.WORKDIR.value is None:
+    if folder.WORKDIR.value is None:
         raise ConfigError("give the --workdir of a training run, such as --workdir=runs/gla_r6-tiny")
-    workdir = run_folder(cli.WORKDIR.value)
+    workdir = run_folder(folder.WORKDIR.value)
     given = [name for name in flags.FLAGS if flags.FLAGS[name].present]
     suites.check(SUITE.value, given)
     processes.connect()

@@ -14,8 +14,9 @@ import sys
 
 from absl import flags
 
-from experiments import checkpoint, cli
+from experiments import checkpoint, cli, folder
 from hybrid_jax.config import ConfigError
+from hybrid_jax.train.workdir import run_folder
 
 PROMPT = flags.DEFINE_string("prompt", None, "The text to go on from.")
 PROMPT_TOKENS = flags.DEFINE_list("prompt_tokens", None, "Token ids to go on from, such as 17,4,99; token ids are printed.")
@@ -33,8 +34,9 @@ TOKENIZER = flags.DEFINE_string("tokenizer", None, 'In place of the model\'s own
 def main() -> int:
     if sum(value is not None for value in (PROMPT.value, PROMPT_TOKENS.value, INTERACTIVE.value or None)) != 1:
         raise ConfigError("give one of --prompt=TEXT, --prompt_tokens=IDS and --interactive")
-    if cli.WORKDIR.value is None:
+    if folder.WORKDIR.value is None:
         raise ConfigError("give the --workdir of a training run, such as --workdir=runs/gla_r6-tiny, or a Hugging Face folder")
+    workdir = run_folder(folder.WORKDIR.value)
 
     import hybrid_jax
     from hybrid_jax.data.tokenizers import load_tokenizer
@@ -43,11 +45,11 @@ def main() -> int:
 
     try:
         settings = sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
-        model = hybrid_jax.load(cli.WORKDIR.value, checkpoint.STEP.value)
+        model = hybrid_jax.load(workdir, checkpoint.STEP.value)
         if TOKENIZER.value is not None:
             model.tokenizer = load_tokenizer(TOKENIZER.value)
         if model.tokenizer is None and PROMPT_TOKENS.value is None:
-            raise ConfigError(f"{cli.WORKDIR.value} has no tokenizer: give one (--tokenizer=FOLDER), or prompt with --prompt_tokens=IDS")
+            raise ConfigError(f"{workdir} has no tokenizer: give one (--tokenizer=FOLDER), or prompt with --prompt_tokens=IDS")
         session = Session(model, 1, SEED.value)
         if INTERACTIVE.value:
             converse(session, settings)

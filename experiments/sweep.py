@@ -79,8 +79,6 @@ def row(name: str, summary: dict[str, Any] | None, log: Path) -> list[str]:
 
 
 def main(overrides: list[str]) -> int:
-    if cli.WORKDIR.present:
-        raise ConfigError("each run of a sweep has a folder of its own: give --sweep=FOLDER, that of all of them, not --workdir")
     jobs = [Job(name, SIZE.value, seed) for name in chosen(MODELS.value) for seed in SEEDS.value or [None]]
     folder = Path(FOLDER.value)
     for job in jobs:  # a mistake in any of them is told before the first one starts

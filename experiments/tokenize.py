@@ -15,15 +15,17 @@ import re
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments import cli
+from hybrid_jax.config import ConfigError
 from hybrid_jax.data import DataError
 from hybrid_jax.data.build import build_store
 
-INPUT = flags.DEFINE_multi_string("input", None, "A file, folder or glob (quoted), or its URL. May be given several times.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "The folder of the store, or its URL. Twice its room is needed on the way.", required=True)
+INPUT = flags.DEFINE_multi_string("input", None, "A file, folder or glob (quoted), or its URL")
+OUTPUT = flags.DEFINE_string("output", None, "The folder of the store, or its URL. Twice its room is needed on the way.")
 TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", '"bytes", a Hugging Face tokenizer.json, or a folder that holds one.')
 DOCUMENT_END = flags.DEFINE_string("document_end", None, "The token put after each document, where the tokenizer does not say.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Where JSON records and Parquet tables have the text.")
@@ -76,12 +78,12 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected {' '.join(argv[1:])!r}: quote a glob, or repeat --input")
+def main() -> int:
+    if not INPUT.value or not OUTPUT.value:
+        raise ConfigError("give the text and the folder of the store, such as --input='my_texts/*.txt' --output=my_store")
     started = time.monotonic()
+    shard = parse_shard(SHARD.value)
     try:
-        shard = parse_shard(SHARD.value)
         with progress() as show:
             manifest = build_store(
                 INPUT.value,
@@ -94,8 +96,6 @@ def main(argv: list[str]) -> None:
                 workers=WORKERS.value or usable_cpus(),
                 progress=show,
             )
-    except DataError as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: run the same command again to go on")
     seconds = time.monotonic() - started
@@ -104,13 +104,14 @@ def main(argv: list[str]) -> None:
         print(f"shard {SHARD.value} is done ({seconds:.0f} s)")
         print(f"{len(missing):,} of {manifest['parts']:,} parts of the store are not there yet, such as one of {missing[0]}")
         print("the shard that makes the last of them finishes the store; if none is at work any more, run without --shard")
-        return
+        return 0
     for split, numbers in manifest["splits"].items():
         print(f"{split}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens, {numbers['bytes']:,} bytes of text")
     tokenizer = manifest["tokenizer"]
     print(f"{OUTPUT.value} is finished ({seconds:.0f} s): tokenizer {tokenizer['name']}, vocabulary {tokenizer['vocabulary']}")
     print(f"train on it: python -m experiments.train --config=configs/gla_r6.py --config.data.source={OUTPUT.value}")
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.start_without_config(main)

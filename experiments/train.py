@@ -14,7 +14,7 @@ This file is the order in which things happen; what they are is in hybrid_jax/tr
 import time
 from contextlib import closing
 
-from experiments import cli, processes
+from experiments import cli, folder, processes
 
 
 def main(run: cli.Run) -> int:
@@ -33,7 +33,7 @@ def main(run: cli.Run) -> int:
     from hybrid_jax.train.step import TrainState, compile_step, make_program, state_bytes
     from hybrid_jax.train.workdir import check_room, claim, evaluation_file, finished, gigabytes, keep_programs
 
-    config, workdir, steps = run.config, cli.workdir(run), run.config.train.steps
+    config, workdir, steps = run.config, folder.of(run.name), run.config.train.steps
 
     def every(n: int | None, step: int) -> bool:
         return step == steps or (n is not None and step > 0 and step % n == 0)
@@ -111,4 +111,4 @@ def main(run: cli.Run) -> int:
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, folder.WORKDIR)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli
+from experiments import cli, folder
 from hybrid_jax.config import ConfigError
 from launch import accelerators
 
@@ -73,4 +73,4 @@ def main(run: cli.Run) -> int:
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, folder.WORKDIR)

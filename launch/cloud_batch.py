@@ -68,7 +68,8 @@ def main(argv: list[str]) -> int:
     needed = buckets.needed(CODE.value, job.check_results_outlive(wanted))
     folder = code.root()
     code.check_config(folder, wanted.value("config"))
-    shell.need("gcloud")
+    if not DRY_RUN.value:
+        shell.need("gcloud")
     job_definition = json.dumps(definition(job.shell_line(wanted, "BATCH_TASK_INDEX", TASKS.value)), indent=2)
     code.note_left_behind(folder)
     if DRY_RUN.value:

@@ -98,7 +98,8 @@ def _run(command: list[str]) -> int:
     job.check_results_outlive(wanted)
     folder = code.root()
     code.check_config(folder, wanted.value("config"))
-    shell.need("xpk", "gcloud", "kubectl")  # the latter two are what xpk itself calls
+    if not DRY_RUN.value:
+        shell.need("xpk", "gcloud", "kubectl")  # the latter two are what xpk itself calls
     line = job.shell_line(wanted)
     print(f"{NAME.value}: {accelerator.describe(SLICES.value)}, in {CLUSTER.value}, to run {line}", flush=True)
     code.note_left_behind(folder)

@@ -37,8 +37,9 @@ def parse(argv: list[str], doc: str, verbs: tuple[str, ...] = ()) -> tuple[str |
         if len(own) < 2 or own[1] not in verbs:
             raise ConfigError(f"say what to do first: {', '.join(verbs)} (got {own[1] if len(own) > 1 else 'nothing'})")
         verb = own.pop(1)
-    if cli.parse(own, doc) or cli.WORKDIR.present:
-        raise ConfigError("--config and --workdir belong to the command, after --")
+    if any(re.match(r"--?(config|workdir|step)([.=]|$)", argument) for argument in own):
+        raise ConfigError("--config, --workdir and --step belong to the command, after --")
+    cli.parse(own, doc)
     return verb, command
 
 

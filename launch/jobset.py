@@ -109,7 +109,8 @@ def main(argv: list[str]) -> int:
     needed = buckets.needed(CODE.value, job.check_results_outlive(wanted))
     folder = code.root()
     code.check_config(folder, wanted.value("config"))
-    shell.need("gcloud", "kubectl")
+    if not DRY_RUN.value:
+        shell.need("gcloud", "kubectl")
     text = json.dumps(manifest(job.shell_line(wanted, "JOB_COMPLETION_INDEX", TASKS.value)), indent=2)
     code.note_left_behind(folder)
     asked = "--dry-run=server"  # all that the cluster would say of it, and nothing is created

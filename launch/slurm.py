@@ -83,7 +83,8 @@ def main(argv: list[str]) -> int:
     job.check_tasks(wanted, ARRAY.value)
     if wanted.name == "train" and not wanted.value("workdir"):
         raise ConfigError("give the trainer a --workdir on a file system that all nodes see, from where it goes on when it is queued again")
-    shell.need("sbatch")
+    if not DRY_RUN.value:
+        shell.need("sbatch")
     text = script(job.shell_line(wanted, "SLURM_ARRAY_TASK_ID", ARRAY.value))
     submit = ["sbatch", "--parsable"]
     if DRY_RUN.value:

@@ -71,7 +71,8 @@ def _run(tpu: Tpu, command: list[str]) -> int:
     bucket = job.check_results_outlive(wanted)
     folder = code.root()
     code.check_config(folder, wanted.value("config"))
-    shell.need("gcloud")
+    if not DRY_RUN.value:
+        shell.need("gcloud")
 
     tier = "spot" if SPOT.value else "reserved" if RESERVED.value else None
     line = job.shell_line(wanted)

@@ -6,13 +6,18 @@ WORKDIR/metrics.jsonl        a line for each logged step and each evaluation; te
 WORKDIR/eval-STEP.json       an evaluation in full
 WORKDIR/summary.json, summary.png
 WORKDIR/compiled/            programs, for the next start on such devices
+WORKDIR/lock                 held by the process that trains there
 """
 
+import errno
+import fcntl
 import fnmatch
 import importlib.util
 import json
 import os
+import platform
 import shutil
+from typing import TextIO
 
 import fsspec
 from etils import epath
@@ -23,6 +28,8 @@ from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig, from_dic
 GIVEN = ("model.dtype", "model.remat", "model.init_std")
 # What may change between two starts of one run: how it is watched, kept and spread over devices, not what it computes.
 FREE = ("train.microbatch", "train.log_every", "train.bad_steps", "model.remat", "evaluation", "checkpoint", "mesh", "log", "platform")
+
+_held: dict[str, TextIO] = {}  # the lock of each folder that this process has claimed, open until it ends
 
 
 class RunError(RuntimeError):
@@ -77,9 +84,10 @@ def one_line(error: BaseException) -> str:
 
 
 def claim(workdir: epath.Path, config: RunConfig) -> None:
-    """Make ``workdir`` the folder of the run ``config``; of several processes the first writes that down.
+    """Make ``workdir`` the folder of the run ``config``, until this process ends; of several processes the first writes that down.
 
-    Raises ConfigError where it has checkpoints of a run that computes something else, or can not be written to.
+    Raises ConfigError where it has checkpoints of a run that computes something else, where another process trains in it, or
+    where it can not be written to.
     """
     import jax
 
@@ -101,9 +109,35 @@ def claim(workdir: epath.Path, config: RunConfig) -> None:
         _check_rights(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
+            _hold(workdir)
             _write_whole(file, json.dumps(to_dict(config), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"can not write to {workdir}: {error.strerror or one_line(error)}; give another --workdir") from None
+
+
+def _hold(workdir: epath.Path) -> None:
+    """Keep others from training in ``workdir`` while this process runs: the system lets go of the lock however it ends.
+
+    Raises ConfigError where another process holds it. Nothing is held in a bucket, or where the file system has no locks.
+    """
+    file = workdir / "lock"
+    if in_bucket(workdir) or str(file) in _held:
+        return
+    lock = open(file, "a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return
+        lock.seek(0)
+        raise ConfigError(
+            f"another process ({lock.read().strip()}) trains in {workdir}: give another --workdir, or wait until that one has ended; "
+            f"should there be no such process, delete {file}"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {platform.node()}\n")
+    lock.flush()
+    _held[str(file)] = lock
 
 
 def _check_rights(workdir: epath.Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import checkpoint, cli, convert, generate, processes, report, suites, train
+from experiments import checkpoint, cli, convert, folder, generate, processes, report, suites, train
 from experiments import eval as evaluation
 from hybrid_jax import sharding
 from hybrid_jax.config import to_dict
@@ -40,7 +40,7 @@ class Result(NamedTuple):
 
 def run(main, *arguments: str, devices: int | None = 1) -> Result:
     """Run a command's ``main`` as the command line would; ``devices``: as if there were so many (None: all eight)."""
-    for module in (cli, checkpoint, suites, evaluation):  # what an earlier command was given
+    for module in (folder, checkpoint, suites, evaluation):  # what an earlier command was given
         for flag in flags.FLAGS.flags_by_module_dict()[module.__name__]:
             flag.unparse()
     make_mesh = sharding.make_mesh
@@ -49,8 +49,10 @@ def run(main, *arguments: str, devices: int | None = 1) -> Result:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended, Captured() as captured:
         patch.setattr(processes, "connect", lambda: None)  # JAX has been used
         patch.setattr(sharding, "make_mesh", lambda config, given=None: make_mesh(config, given or jax.devices()[:devices]))
-        start = cli.start_without_config if main in (evaluation.main, convert.main, generate.main, report.main) else cli.start
-        start(main, ["command", *arguments])
+        if main in (evaluation.main, convert.main, generate.main, report.main):
+            cli.start_without_config(main, ["command", *arguments])
+        else:
+            cli.start(main, folder.WORKDIR, ["command", *arguments])
     return Result(ended.value.code, captured.out, captured.err)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -13,9 +14,10 @@ from experiments import eval as evaluation
 from experiments import train
 from hybrid_jax.data.build import build_store
 from hybrid_jax.train.workdir import saved_steps
-from tests.experiments.commands import CONFIG, run, run_train
+from tests.experiments.commands import CONFIG, Result, run, run_train
 
 TINY = "--config=configs/gla_r6.py:tiny"
+ROOT = Path(__file__).parents[2]
 
 
 def check(result, code, *patterns):
@@ -40,7 +42,7 @@ COMMAND_LINE = {
     "field without value": ([TINY, "--config.train.steps"], ["--config.train.steps has no value"]),
     "value after a space": ([TINY, "--config.train.steps=3", "10"], ["unexpected '10'", "--name=value"]),
     "a workdir in other storage": ([TINY, "--workdir=s3://runs/gla"], ["s3://runs/gla can not hold a run", "gs://BUCKET/FOLDER"]),
-    "unknown flag": ([TINY, "--wordkir=x"], ["Unknown command line flag 'wordkir'"]),
+    "unknown flag": ([TINY, "--wordkir=x"], ["no flag --wordkir; did you mean --workdir?"]),
     "text for a number": ([TINY, "--config.train.steps=many"], ["config.train.steps='many' must be of type int"]),
     "fraction for an integer": ([TINY, "--config.train.steps=1.5"], ["config.train.steps=1.5 must be of type int"]),
     "number for a truth": ([TINY, "--config.log.tensorboard=3"], ["config.log.tensorboard=3 must be of type bool"]),
@@ -230,3 +232,54 @@ EVAL = {
 def test_evaluation(case, finished):
     arguments, patterns = EVAL[case]
     check(run(evaluation.main, *(argument.format(run=finished) for argument in arguments)), 2, *patterns)
+
+
+# ---------------------------------------------------------------- help
+
+
+HELP = {  # a command, flags that its help names, and flags of other commands
+    "train": (["config", "workdir", "coordinator"], ["step", "suite"]),
+    "eval": (["workdir", "step", "suite", "lengths", "files", "processes"], ["config", "prompt"]),
+    "generate": (["workdir", "step", "prompt", "top_p"], ["config", "coordinator", "suite"]),
+    "convert": (["workdir", "step", "from_hf"], ["config", "process"]),
+    "describe": (["config", "workdir", "context"], ["step", "process"]),
+    "report": (["runs", "output"], ["workdir", "step", "process"]),
+    "sweep": (["models", "seeds"], ["workdir", "step", "process"]),
+    "tokenize": (["input", "output", "shard"], ["workdir", "step", "process"]),
+}
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help_names_what_the_command_takes_and_nothing_else(name):
+    taken, others = HELP[name]
+    done = subprocess.run([sys.executable, "-m", f"experiments.{name}", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    shown = set(re.findall(r"^  --(?:\[no\])?(\w+):", done.stdout, re.M))
+    assert set(taken) <= shown and not shown & set(others), shown
+
+
+REFUSED = [  # a command, a flag that it does not have, and what is said
+    ("train", "steps", "it has --config, .*; fields .* --config.train.steps="),
+    ("train", "step", "it has --config, "),  # it goes on from the newest checkpoint, whatever is asked
+    ("describe", "processes", "it has --config, "),
+    ("sweep", "workdir", "it has "),  # each of its runs has a folder of its own
+    ("report", "workdir", "it has "),
+]
+
+
+@pytest.mark.parametrize(("name", "flag", "said"), REFUSED)
+def test_a_flag_that_the_command_does_not_have(name, flag, said, tmp_path):
+    """In a process of its own: this one knows the flags of all commands."""
+    command = [sys.executable, "-m", f"experiments.{name}", f"--{flag}={tmp_path}/run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    check(Result(done.returncode, done.stdout, done.stderr), 2, f"no flag --{flag}; {said}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_before_a_run_has_begun_is_one_line(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hybrid_jax.train.advice.check_platform", interrupted)
+    result = run_train(tmp_path)
+    assert (result.code, result.err) == (130, "stopped by Ctrl-C\n")

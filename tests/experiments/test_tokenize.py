@@ -163,12 +163,12 @@ def test_errors_are_one_line(tmp_path):
         ("--shard=a/b: give i/n", f"--input={tmp_path}/in", f"--output={tmp_path}/d", "--shard=a/b"),
     ):
         code, out, err = run(*flags, "--workers=1")
-        assert code == 1 and out == "" and match in err.splitlines()[-1] and "Traceback" not in err, err
+        assert code == 2 and out == "" and match in err.splitlines()[-1] and "Traceback" not in err, err
         assert [line for line in err.splitlines() if not line.startswith("tokenizing: ")] == [err.splitlines()[-1]]
     code, _, err = run(f"--output={tmp_path}/e")
-    assert code == 1 and "Flag --input must have a value other than None" in err
+    assert code == 2 and err == "error: give the text and the folder of the store, such as --input='my_texts/*.txt' --output=my_store\n"
     code, _, err = run(f"--input={tmp_path}/in", "more.txt", f"--output={tmp_path}/e")
-    assert code == 1 and "unexpected 'more.txt': quote a glob, or repeat --input" in err
+    assert code == 2 and "unexpected 'more.txt'; values are given as --name=value" in err and "globs quoted" in err
 
 
 def test_standard_tokenize_stays_in_reach():

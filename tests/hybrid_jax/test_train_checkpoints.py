@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hybrid_jax.config import CheckpointConfig, ConfigError, MeshConfig, RunConf
 from hybrid_jax.loading import load
 from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train import checkpoints as module
+from hybrid_jax.train import workdir as workdirs
 from hybrid_jax.train.checkpoints import Checkpoints, load_params
 from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import abstract_state, state_bytes
@@ -246,6 +249,38 @@ def test_a_workdir_without_a_checkpoint_holds_nothing_yet(tmp_path):
     claim(tmp_path / "new", small_run())
     claim(tmp_path / "new", small_run(train={"batch": 16}))
     assert read_config(tmp_path / "new").train.batch == 16
+
+
+# Another process that trains in the folder it is given, until its standard input ends.
+OTHER = """
+import sys
+from etils import epath
+from hybrid_jax.train import workdir
+workdir._hold(epath.Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_workdir_in_which_another_process_trains(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", OTHER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=rf"another process \({other.pid} on .*\) trains in {tmp_path}: give another --workdir"):
+            claim(tmp_path, small_run())
+        assert not (tmp_path / "config.json").exists()
+        other.kill()
+    claim(tmp_path, small_run())  # the lock ends with the process that held it, however that ended
+    claim(tmp_path, small_run())  # and is no obstacle to that process itself
+    assert read_config(tmp_path) == small_run()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workdirs.fcntl, "lockf", refuse)
+    claim(tmp_path, small_run())
+    assert read_config(tmp_path) == small_run()
 
 
 def test_a_workdir_that_can_not_be_written(tmp_path):

@@ -88,6 +88,9 @@ def test_flags_of_every_command_are_known():
     for name in ("train", "eval", "tokenize", "generate", "convert", "sweep"):
         with pytest.raises(ConfigError, match=rf"experiments.{name} has no flag --nonsense; it has --"):
             job.check(["python", "-m", f"experiments.{name}", "--nonsense=1"])
+    for name, flag in (("train", "step"), ("tokenize", "workdir"), ("sweep", "workdir"), ("generate", "process")):
+        with pytest.raises(ConfigError, match=rf"experiments.{name} has no flag --{flag};"):  # though others have
+            job.check(["python", "-m", f"experiments.{name}", f"--{flag}=1"])
     checked = job.check(["python", "-m", "experiments.eval", "--workdir=gs://bucket/gla", "--suite=held_out", "--lengths=256,1024"])
     assert checked.value("workdir") == "gs://bucket/gla" and checked.value("step") is None
 

@@ -98,3 +98,5 @@ def test_xpk_is_missing_or_fails(world):
     world.remove("xpk")
     result = world.run("launch.gke", *RUN, *TRAIN)
     assert result.returncode == 2 and "xpk is not on PATH: pip install xpk" in result.stderr
+    shown = world.run("launch.gke", *RUN, "--dry_run", *TRAIN)  # runs nothing, and so needs nothing
+    assert shown.returncode == 0 and "xpk workload create --workload=gla" in shown.stdout

@@ -119,4 +119,5 @@ def test_a_tool_is_missing(world, tool, said):
     world.remove(tool)
     result = world.run("launch.jobset", *BASE, *TOKENIZE, PART)
     assert result.returncode == 2 and f"{tool} is not on PATH" in result.stderr and said in result.stderr
+    assert world.run("launch.jobset", "--dry_run", *BASE, *TOKENIZE, PART).returncode == 0  # runs nothing, and so needs nothing
     assert world.calls() == []

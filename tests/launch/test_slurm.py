@@ -156,6 +156,8 @@ def test_sbatch_is_missing_or_refuses(world):
     world.remove("sbatch")
     result = world.run("launch.slurm", *BASE, *TRAIN)
     assert result.returncode == 2 and "sbatch is not on PATH" in result.stderr
+    shown = world.run("launch.slurm", "--dry_run", *BASE, *TRAIN)  # runs nothing, and so needs nothing
+    assert shown.returncode == 0 and "sbatch --parsable <<" in shown.stdout
 
 
 def test_times():

@@ -291,9 +291,11 @@ def test_refused_before_anything_is_created(world, own, command, said):
 def test_gcloud_or_git_is_missing(world):
     world = world()
     world.remove("gcloud")
-    for arguments in ([*RUN, "--dry_run", *TRAIN, WORKDIR], ["status", *WHERE]):
+    for arguments in ([*RUN, *TRAIN, WORKDIR], ["status", *WHERE]):
         result = run(world, *arguments)
         assert result.returncode == 2 and "gcloud is not on PATH: install it from https://" in result.stderr
+    shown = run(world, *RUN, "--dry_run", *TRAIN, WORKDIR)  # runs nothing, and so needs nothing
+    assert shown.returncode == 0 and "gcloud compute tpus queued-resources create gla" in shown.stdout
     world.remove("git")
     result = run(world, *RUN, *TRAIN, WORKDIR)
     assert result.returncode == 2 and "git is not on PATH" in result.stderr

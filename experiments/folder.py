@@ -1,0 +1,15 @@
+"""The flag of the commands that make or read a run's folder."""
+
+import os
+
+from absl import flags
+from etils import epath
+
+from hybrid_jax.train.workdir import run_folder
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, or gs://BUCKET/FOLDER: checkpoints, metrics, summary and picture.")
+
+
+def of(name: str) -> epath.Path:
+    """``--workdir``, or runs/NAME under the current folder."""
+    return run_folder(WORKDIR.value or os.path.join("runs", name))
