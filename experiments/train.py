@@ -31,7 +31,7 @@ def main(run: cli.Run) -> int:
     from hybrid_jax.train.report import Report
     from hybrid_jax.train.signals import Stop
     from hybrid_jax.train.step import TrainState, compile_step, make_program, state_bytes
-    from hybrid_jax.train.workdir import check_room, claim, evaluation_file, finished, gigabytes, keep_programs
+    from hybrid_jax.train.workdir import check_room, check_text, claim, evaluation_file, finished, gigabytes, keep_programs
 
     config, workdir, steps = run.config, cli.workdir(run), run.config.train.steps
 
@@ -53,6 +53,7 @@ def main(run: cli.Run) -> int:
     claim(workdir, config)
     if finished(workdir, steps):
         return summary.show_again(workdir)
+    check_text(workdir, text.name, text.fingerprint)
     check_room(workdir, config.checkpoint, state_bytes(program.state))
 
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop() as stop:

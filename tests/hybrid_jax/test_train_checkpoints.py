@@ -18,7 +18,7 @@ from hybrid_jax.train import checkpoints as module
 from hybrid_jax.train.checkpoints import Checkpoints, load_params
 from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import abstract_state, state_bytes
-from hybrid_jax.train.workdir import RunError, check_room, claim, differences, read_config, saved_steps
+from hybrid_jax.train.workdir import RunError, check_room, check_text, claim, differences, read_config, saved_steps
 from tests.hybrid_jax.train_runs import small_run
 
 
@@ -258,6 +258,17 @@ def test_checkpoints_without_a_config_are_nobodys(workdir):
     (workdir / "config.json").unlink()
     with pytest.raises(ConfigError, match="no config.json"):
         claim(workdir, small_run())
+
+
+def test_a_run_goes_on_on_the_text_it_was_begun_with_alone(workdir, tmp_path):
+    check_text(workdir, "STORE (train)", "one")
+    check_text(workdir, "STORE (train)", "one")
+    with pytest.raises(ConfigError, match=r"trained on other text than STORE \(train\) holds now.*another --workdir"):
+        check_text(workdir, "STORE (train)", "two")
+    (tmp_path / "new").mkdir()
+    for fingerprint in ("one", "two"):  # no step is taken yet
+        check_text(tmp_path / "new", "STORE (train)", fingerprint)
+    assert (tmp_path / "new" / "text.sha256").read_text() == "two\n"
 
 
 def test_a_disk_too_small_for_the_run_is_refused_before_it_starts(workdir, shapes, monkeypatch):
