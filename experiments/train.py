@@ -65,7 +65,8 @@ def main(run: cli.Run) -> int:
             state = program.begin(state)
         first = step = int(state.step)
 
-        with closing(Report(config, workdir, run.name, first)) as report, closing(Feed(config, text, mesh, first)) as batches:
+        report = Report(config, workdir, run.name, first, int(state.skipped))
+        with closing(report), closing(Feed(config, text, mesh, first)) as batches:
             report.say(f"{run.name}: step {first} of {steps}, on {mesh.size} x {jax.devices()[0].device_kind}, in {workdir}")
             for note in (*warnings, *advice.notes(config, text, report.peak)):
                 report.say(f"note: {note}")

@@ -168,6 +168,7 @@ def test_a_report_logs_every_few_steps_and_counts_what_was_skipped(tmp_path, pea
         report.step(6, step_metrics(float("inf"), 3, 2))
     assert report.speed()["skipped"] == 3
     report.close()
+    assert Report(run, tmp_path, "run", 6, skipped=3).speed()["skipped"] == 3  # with no step left to take
 
 
 @pytest.mark.parametrize(
