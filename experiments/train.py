@@ -46,7 +46,8 @@ def main(run: cli.Run) -> int:
     advice.check_logging(config.log)
     mesh = make_mesh(config.mesh)
     program = make_program(config, mesh)
-    text, held_out = make_sources(config.data.source, carried_tokenizer(workdir))
+    carried = carried_tokenizer(workdir)
+    text, held_out = make_sources(config.data.source, carried)
     text.check_vocabulary(config.model.vocabulary)
     evaluate = make_evaluate(config, program.graph, mesh, held_out)
     Feed(config, text, mesh).close()
@@ -68,7 +69,7 @@ def main(run: cli.Run) -> int:
         report = Report(config, workdir, run.name, first, int(state.skipped))
         with closing(report), closing(Feed(config, text, mesh, first)) as batches:
             report.say(f"{run.name}: step {first} of {steps}, on {mesh.size} x {jax.devices()[0].device_kind}, in {workdir}")
-            for note in (*warnings, *advice.notes(config, text, report.peak)):
+            for note in (*warnings, *advice.notes(config, text, report.peak, carried)):
                 report.say(f"note: {note}")
 
             def measure() -> None:

@@ -207,6 +207,14 @@ def test_advice_before_time_is_lost(changes, tokens, peak_rate, expected):
         assert re.search(pattern, note), note
 
 
+def test_tokens_of_another_tokenizer_than_the_models_are_told_of():
+    text = ArraySource(np.zeros(10**6, np.uint16), [10**6], tokenizer=ByteTokenizer(), bytes=10**6, name="STORE (train)")
+    assert not advice.notes(small_run(), text, 1e12, ByteTokenizer())
+    other = SimpleNamespace(name="WORKDIR/huggingface/tokenizer.json", fingerprint="another")
+    (note,) = advice.notes(small_run(), text, 1e12, other)
+    assert "STORE (train)" in note and other.name in note and "--tokenizer=WORKDIR/huggingface" in note
+
+
 # ---------------------------------------------------------------- the picture
 
 
