@@ -100,6 +100,8 @@ class Checkpoints:
     def load(self, step: int | None, items: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """The step read (the newest for None) and the named parts of its checkpoint, placed as the shapes in ``items`` say.
 
+        Of parameters that a run was given (:meth:`save_params`) these alone.
+
         Raises ConfigError where there is no such checkpoint or it can not be read.
         """
         if not self.steps:
@@ -108,7 +110,8 @@ class Checkpoints:
             raise ConfigError(f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, self.steps))}")
         for candidate in [step] if step is not None else reversed(self.steps):
             try:
-                return candidate, self._orbax.load_checkpointables(candidate, items)
+                held = items if candidate else self._orbax.checkpointables_metadata(candidate).metadata  # given parameters stand alone
+                return candidate, self._orbax.load_checkpointables(candidate, {name: x for name, x in items.items() if name in held})
             except Exception as error:
                 why = reason(error)
                 warnings.warn(f"the checkpoint of step {candidate} in {self.folder} can not be read ({why})", stacklevel=3)

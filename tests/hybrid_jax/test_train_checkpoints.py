@@ -186,6 +186,17 @@ def test_schedule_free_loads_its_average(tmp_path):
     assert_same(params, evaluation_params(run.optimizer, state.params, state.opt_state))
 
 
+def test_given_parameters_are_evaluated_as_they_are_whatever_optimizer_is_to_train_them(tmp_path):
+    run = small_run(optimizer={"name": "schedule_free"})
+    claim(tmp_path, run)
+    params = random_state(abstract_state(run, mesh_of()).state, 7, 1).params
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save_params(params)
+    step, loaded = load_params(tmp_path, run, mesh_of())
+    assert step == 0
+    assert_same(loaded, params)
+
+
 @pytest.mark.parametrize(("step", "expected"), [(9, "has no checkpoint of step 9; it has 1, 2, 3"), (None, "holds no checkpoint yet")])
 def test_a_checkpoint_that_is_not_there(workdir, step, expected):
     if step is None:
