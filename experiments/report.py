@@ -26,6 +26,8 @@ COSTS_AT = flags.DEFINE_integer(
 def main() -> int:
     if not RUNS.value:
         raise ConfigError("give the folders of runs, such as --runs='runs/sweep/*'")
+    if "://" in OUTPUT.value:
+        raise ConfigError(f"--output={OUTPUT.value}: give a folder of a file system")
     patterns = [run_folder(pattern) for pattern in RUNS.value]
     folders = [found for pattern in patterns for found in sorted(pattern.parent.glob(pattern.name)) if (found / "config.json").exists()]
     if not folders:

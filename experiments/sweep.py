@@ -60,18 +60,19 @@ class Job(NamedTuple):
 
 
 def train(job: Job, folder: Path, overrides: list[str]) -> dict[str, Any] | None:
-    """The summary of one run, trained in a process of its own; None where it failed."""
+    """The summary of one run, trained in a process of its own; None where it failed, or was stopped."""
     workdir = folder / job.name
     command = [sys.executable, "-m", "experiments.train", *job.flags, f"--workdir={workdir}", *overrides]
     with (folder / f"{job.name}.log").open("a") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    return json.loads((workdir / "summary.json").read_text()) if done.returncode == 0 else None
+    summary = workdir / "summary.json"
+    return json.loads(summary.read_text()) if done.returncode == 0 and summary.exists() else None
 
 
 def row(name: str, summary: dict[str, Any] | None, log: Path) -> list[str]:
     """A line of the table."""
     if summary is None:
-        return [name, "failed", f"see {log}"]
+        return [name, "not done", f"see {log}"]
     found = summary["evaluation"]
     recall = f"{found['mqar_accuracy']:.1%}" if "mqar_accuracy" in found else "-"
     values = (f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}", recall, f"{summary['tokens_per_second']:,.0f}")
@@ -79,6 +80,8 @@ def row(name: str, summary: dict[str, Any] | None, log: Path) -> list[str]:
 
 
 def main(overrides: list[str]) -> int:
+    if "://" in FOLDER.value:
+        raise ConfigError(f"--sweep={FOLDER.value}: logs are written there, line by line: give a folder of a file system")
     jobs = [Job(name, SIZE.value, seed) for name in chosen(MODELS.value) for seed in SEEDS.value or [None]]
     folder = Path(FOLDER.value)
     for job in jobs:  # a mistake in any of them is told before the first one starts

@@ -31,7 +31,7 @@ def main(run: cli.Run) -> int:
     from hybrid_jax.train.report import Report
     from hybrid_jax.train.signals import Stop
     from hybrid_jax.train.step import TrainState, compile_step, make_program, state_bytes
-    from hybrid_jax.train.workdir import check_room, claim, evaluation_file, finished, gigabytes, keep_programs
+    from hybrid_jax.train.workdir import check_room, check_text, claim, evaluation_file, finished, gigabytes, keep_programs
 
     config, workdir, steps = run.config, folder.of(run.name), run.config.train.steps
 
@@ -46,13 +46,15 @@ def main(run: cli.Run) -> int:
     advice.check_logging(config.log)
     mesh = make_mesh(config.mesh)
     program = make_program(config, mesh)
-    text, held_out = make_sources(config.data.source, carried_tokenizer(workdir))
+    carried = carried_tokenizer(workdir)
+    text, held_out = make_sources(config.data.source, carried)
     text.check_vocabulary(config.model.vocabulary)
     evaluate = make_evaluate(config, program.graph, mesh, held_out)
     Feed(config, text, mesh).close()
     claim(workdir, config)
     if finished(workdir, steps):
         return summary.show_again(workdir)
+    check_text(workdir, text.name, text.fingerprint)
     check_room(workdir, config.checkpoint, state_bytes(program.state))
 
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop() as stop:
@@ -64,9 +66,10 @@ def main(run: cli.Run) -> int:
             state = program.begin(state)
         first = step = int(state.step)
 
-        with closing(Report(config, workdir, run.name, first)) as report, closing(Feed(config, text, mesh, first)) as batches:
+        report = Report(config, workdir, run.name, first, int(state.skipped))
+        with closing(report), closing(Feed(config, text, mesh, first)) as batches:
             report.say(f"{run.name}: step {first} of {steps}, on {mesh.size} x {jax.devices()[0].device_kind}, in {workdir}")
-            for note in (*warnings, *advice.notes(config, text, report.peak)):
+            for note in (*warnings, *advice.notes(config, text, report.peak, carried)):
                 report.say(f"note: {note}")
 
             def measure() -> None:

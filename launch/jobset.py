@@ -19,21 +19,13 @@ from absl import flags
 
 from experiments import cli
 from hybrid_jax.config import ConfigError
-from launch import buckets, code, job, shell
-from launch.gcloud import describe_bucket
+from launch import arrays, shell
+from launch.arrays import DRY_RUN, NAME, RETRIES, SPOT, TASKS
 
-NAME = flags.DEFINE_string("name", None, "Of the JobSet: small letters, digits and -.")
 CONTEXT = flags.DEFINE_string("context", None, "The cluster, as kubectl config get-contexts lists it.")
-TASKS = flags.DEFINE_integer(
-    "tasks", 1, "Tasks, each with its own number, from 0, for {task} in the command, and their count for {tasks}.", lower_bound=1
-)
 CPUS = flags.DEFINE_integer("cpus", 8, "CPUs of each task, with 4 GiB of memory for each.", lower_bound=1)
-SPOT = flags.DEFINE_bool("spot", False, "Spare capacity: cheaper, and taken away when wanted elsewhere.")
-CODE = flags.DEFINE_string("code", None, "gs:// folder that the code is copied to, for the tasks to read.")
 IMAGE = flags.DEFINE_string("image", "python:3.13", "Docker image that the tasks run in.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print every command, and run none.")
 
-RETRIES = 3
 TASK = "task"  # what JobSet calls the job, and the job its container
 GIB_PER_CPU = 4
 DISK = "10Gi"  # for the packages that a task installs: Autopilot's most, where 1 GiB is what it gives unasked
@@ -68,18 +60,18 @@ def pod(line: str) -> dict:
 
     As in https://docs.cloud.google.com/kubernetes-engine/docs/how-to/cloud-storage-fuse-csi-driver-ephemeral.
     """
-    bucket, path = buckets.split(CODE.value)
+    bucket, path = arrays.split()
     only = f"implicit-dirs,only-dir={path}" if path else "implicit-dirs"
     mount = {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": True, "volumeAttributes": {"bucketName": bucket, "mountOptions": only}}
     size = {"cpu": str(CPUS.value), "memory": f"{GIB_PER_CPU * CPUS.value}Gi", "ephemeral-storage": DISK}
     container = {
         "name": TASK,
         "image": IMAGE.value,
-        "command": ["/bin/bash", "-c", buckets.script(line, NAME.value)],
+        "command": ["/bin/bash", "-c", arrays.script(line)],
         # Python counts the CPUs of the node, and from 3.13 on is told those of the task.
         "env": [{"name": "PYTHON_CPU_COUNT", "value": str(CPUS.value)}],
         "resources": {"requests": size, "limits": size},
-        "volumeMounts": [{"name": "code", "mountPath": buckets.MOUNTED, "readOnly": True}],
+        "volumeMounts": [{"name": "code", "mountPath": arrays.MOUNTED, "readOnly": True}],
     }
     spot = {
         "nodeSelector": {SPOT_NODES: "true"},
@@ -102,35 +94,25 @@ def create(file: str, *options: str) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    _, command = job.parse(argv, __doc__)
-    _check_flags()
-    wanted = job.check(command)
-    job.check_tasks(wanted, TASKS.value)
-    needed = buckets.needed(CODE.value, job.check_results_outlive(wanted))
-    folder = code.root()
-    code.check_config(folder, wanted.value("config"))
-    if not DRY_RUN.value:
-        shell.need("gcloud", "kubectl")
-    text = json.dumps(manifest(job.shell_line(wanted, "JOB_COMPLETION_INDEX", TASKS.value)), indent=2)
-    code.note_left_behind(folder)
+    needed = {"context": ", one of kubectl config get-contexts"}
+    array = arrays.check(argv, __doc__, needed, ["gcloud", "kubectl"], "JOB_COMPLETION_INDEX", longest=40)
+    text = json.dumps(manifest(array.line), indent=2)
     asked = "--dry-run=server"  # all that the cluster would say of it, and nothing is created
     if DRY_RUN.value:
-        for each in needed:
-            shell.show(describe_bucket(each, None))
+        array.show_buckets()
         print(f"# {NAME.value}.json:\n{text}")
         shell.show(create(f"{NAME.value}.json", asked))
-        shell.show(buckets.upload(f"{NAME.value}.tar.gz", CODE.value, NAME.value))
+        shell.show(arrays.upload(f"{NAME.value}.tar.gz"))
         shell.show(create(f"{NAME.value}.json"))
         return 0
-    for each in needed:
-        buckets.check(each)
+    array.check_buckets()
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / f"{NAME.value}.json"
         file.write_text(text)
         answer = shell.ask(create(str(file), asked))
         if answer.returncode:
             raise ConfigError(f"the cluster would not take the job: {shell.reason(answer)}; nothing was created")
-        buckets.copy_code(folder, CODE.value, NAME.value)
+        array.copy_code()
         left = shlex.join(kubectl("get", "jobset", NAME.value))
         shell.do(create(str(file)), f"the cluster did not take the job; {left} says whether anything is left of it")
     _say_how_it_goes_on()
@@ -146,14 +128,6 @@ def _say_how_it_goes_on() -> None:
         f"  follow it:  {shlex.join(kubectl('logs', its, *log))}\n"
         f"  delete it:  {shlex.join(kubectl('delete', 'jobset', NAME.value))}"
     )
-
-
-def _check_flags() -> None:
-    for flag in (NAME, CONTEXT, CODE):
-        if not flag.value:
-            raise ConfigError(f"give --{flag.name}" + (", one of kubectl config get-contexts" if flag is CONTEXT else ""))
-    job.check_name(NAME.value)
-    buckets.split(CODE.value)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from hybrid_jax import config
 
 SIZES = ("tiny", "recall", "340m", "1b3")
 
-# Each mixer's choices by size, where they differ from the defaults in hybrid_jax/config.py.
+# Each mixer's choices by size, where they differ from the defaults in hybrid_jax/config/mixers.py.
 MIXERS = {
     "hgrn": {"recall": {"conv_width": 4}},
     "hgrn2": {"tiny": {"expand_ratio": 32}, "recall": {"expand_ratio": 16, "conv_width": 4}},

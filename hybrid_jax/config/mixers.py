@@ -37,7 +37,7 @@ class HGRN:
 
     def check(self, width: int) -> None:
         need(self.expand_ratio >= 1, f"hgrn expand_ratio={self.expand_ratio} must be at least 1")
-        need(self.conv_width != 1 and self.conv_width >= 0, f"hgrn conv_width={self.conv_width} must be 0 (none) or at least 2")
+        _check_convolution("hgrn", self)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class HGRN2:
 
     def check(self, width: int) -> None:
         divides(self.expand_ratio, width, f"hgrn2 expand_ratio={self.expand_ratio} must divide model.width={width}")
-        need(self.conv_width != 1 and self.conv_width >= 0, f"hgrn2 conv_width={self.conv_width} must be 0 (none) or at least 2")
+        _check_convolution("hgrn2", self)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class GLA:
     def check(self, width: int) -> None:
         _check_expanded_heads("gla", self, width)
         need(self.log_decay_min is None or self.log_decay_min < 0, f"gla log_decay_min={self.log_decay_min} must be negative (None: none)")
-        need(self.conv_width != 1 and self.conv_width >= 0, f"gla conv_width={self.conv_width} must be 0 (none) or at least 2")
+        _check_convolution("gla", self)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class DeltaNet:
 
     def check(self, width: int) -> None:
         _check_expanded_heads("delta_net", self, width)
-        need(self.conv_width != 1 and self.conv_width >= 0, f"delta_net conv_width={self.conv_width} must be 0 (none) or at least 2")
+        _check_convolution("delta_net", self)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,11 @@ class GatedDeltaNet:
         need(self.head_width >= 1, f"gated_delta_net head_width={self.head_width} must be at least 1")
         value_width = self.head_width * self.expand_v
         need(value_width == int(value_width) >= 1, f"gated_delta_net expand_v={self.expand_v} gives a value width of {value_width}")
-        need(self.conv_width != 1 and self.conv_width >= 0, f"gated_delta_net conv_width={self.conv_width} must be 0 (none) or at least 2")
+        _check_convolution("gated_delta_net", self)
+
+
+def _check_convolution(name: str, mixer: "HGRN | HGRN2 | GLA | DeltaNet | GatedDeltaNet") -> None:
+    need(mixer.conv_width != 1 and mixer.conv_width >= 0, f"{name} conv_width={mixer.conv_width} must be 0 (none) or at least 2")
 
 
 def _check_expanded_heads(name: str, mixer: "RetNet | GLA | DeltaNet", width: int) -> None:

@@ -18,7 +18,7 @@ from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.data.tokenizers import ByteTokenizer
 from hybrid_jax.evals.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from hybrid_jax.train.feed import LocalRows
-from hybrid_jax.train.loss import Losses, cross_entropy
+from hybrid_jax.train.loss import Losses, batch_losses
 from hybrid_jax.train.workdir import evaluation_file
 
 Evaluate = Callable[[nnx.State], dict[str, Any]]
@@ -51,17 +51,15 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
     }
 
     @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # every process can read them
-    def batch_losses(params: nnx.State, batch: dict) -> Losses:
-        model = nnx.merge(graph, params)
-        hidden = model.hidden(batch["tokens"], batch["segment_ids"])
-        return cross_entropy(hidden, model.output_kernel(), batch["targets"], batch["weights"])
+    def losses(params: nnx.State, batch: dict) -> Losses:
+        return batch_losses(nnx.merge(graph, params), batch)
 
     local = LocalRows(mesh, rows)
 
     def sums(params: nnx.State, batches: Iterator[dict], steps: int) -> Losses:
         parts = []
         for _, batch in zip(range(steps), batches, strict=False):
-            parts.append(jax.device_get(batch_losses(params, local.to_mesh(batch))))
+            parts.append(jax.device_get(losses(params, local.to_mesh(batch))))
         batches.close()
         return Losses(*(np.sum([np.asarray(x, np.float64) for x in part], axis=0) for part in zip(*parts, strict=True)))
 
@@ -74,12 +72,12 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
 
     def evaluate(params: nnx.State) -> dict[str, Any]:
         batches = pipeline.evaluation_batches(held_out, batch=rows, window=window, packing=packing, local=local.numbers)
-        losses = sums(params, batches, steps)
+        found = sums(params, batches, steps)
         with np.errstate(invalid="ignore"):
-            by_position = losses.total_by_position / losses.weight_by_position
+            by_position = found.total_by_position / found.weight_by_position
         results = {
-            "loss": float(losses.total / losses.weight),
-            "bits_per_byte": float(losses.total / math.log(2) / len(text)),
+            "loss": float(found.total / found.weight),
+            "bits_per_byte": float(found.total / math.log(2) / len(text)),
             **about_text,
             "loss_by_position": [float(x) if math.isfinite(x) else None for x in by_position],
         }

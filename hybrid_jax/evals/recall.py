@@ -9,7 +9,7 @@ from flax import nnx
 
 from hybrid_jax.data import DataError, mqar, pipeline
 from hybrid_jax.model import Model
-from hybrid_jax.train.loss import cross_entropy
+from hybrid_jax.train.loss import batch_losses
 
 
 def evaluate(
@@ -35,9 +35,7 @@ def evaluate(
 
     @jax.jit
     def answers(params, rows):
-        model = nnx.merge(graph, params)
-        hidden = model.hidden(rows["tokens"], rows["segment_ids"])
-        losses = cross_entropy(hidden, model.output_kernel(), rows["targets"], rows["weights"])
+        losses = batch_losses(nnx.merge(graph, params), rows)
         return losses.correct, losses.weight
 
     def share(task: mqar.Task) -> float:

@@ -27,7 +27,8 @@ from hybrid_jax.hf import names, options, tensors
 from hybrid_jax.model import Model, abstract
 from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train import workdir as workdirs
-from hybrid_jax.train.checkpoints import Checkpoints, load_params
+from hybrid_jax.train.checkpoints import Checkpoints, to_evaluate
+from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import abstract_state
 
 CARRIED = (
@@ -138,21 +139,23 @@ def to_hf(workdir: epath.Path, folder: Path, step: int | None = None, dtype: str
 
 
 def _parameters(workdir: epath.Path, run: RunConfig, step: int | None) -> tuple[int, Callable[[tuple], np.ndarray]]:
-    """(the step read, a function that gives its parameter at a path); one parameter is in memory at a time.
-
-    Those of a schedule-free run are an average of sequences, made of all at once.
-    """
-    mesh = make_mesh(MeshConfig(), [_cpu()])
-    if run.optimizer.name == "schedule_free":
-        step, params = load_params(workdir, run, mesh, step)
-        return step, {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(params)}.__getitem__
-    leaves = nnx.to_flat_state(abstract_state(run, mesh).state.params)
+    """(the step read, a function that gives its parameter at a path); one parameter is in memory at a time."""
+    state = abstract_state(run, make_mesh(MeshConfig(), [_cpu()])).state
 
     def read(wanted: tuple, step: int | None) -> tuple[int, np.ndarray]:
-        one = nnx.from_flat_state([(path, leaf if path == wanted else leaf.replace(ocp.PLACEHOLDER)) for path, leaf in leaves])
+        def alone(tree: nnx.State) -> nnx.State:
+            leaves = nnx.to_flat_state(tree)
+            return nnx.from_flat_state([(path, leaf if path == wanted else leaf.replace(ocp.PLACEHOLDER)) for path, leaf in leaves])
+
+        def its(tree: nnx.State) -> jax.Array:
+            return dict(nnx.to_flat_state(tree))[wanted][...]
+
         with _sparing_memory(run), Checkpoints(workdir) as checkpoints:
-            step, loaded = checkpoints.load(step, {"params": one})
-        return step, np.asarray(dict(nnx.to_flat_state(loaded["params"]))[wanted][...])
+            step, loaded = checkpoints.load(step, to_evaluate(run.optimizer, state, alone))
+        opt_state = loaded.get("opt_state")
+        if opt_state:
+            opt_state = (opt_state[-1]._replace(z=its(opt_state[-1].z)),)
+        return step, np.asarray(evaluation_params(run.optimizer, its(loaded["params"]), opt_state))
 
     step, _ = read(("norm", "scale"), step)  # the newest that can be read
     return step, lru_cache(maxsize=1)(lambda path: read(path, step)[1])

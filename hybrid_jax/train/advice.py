@@ -8,6 +8,7 @@ import jax
 
 from hybrid_jax.config import ConfigError, LogConfig, ModelConfig, RunConfig
 from hybrid_jax.data.token_source import TokenSource
+from hybrid_jax.data.tokenizers import Tokenizer
 from hybrid_jax.train.progress import duration, quantity
 from hybrid_jax.train.throughput import training_flops
 from pallas_kernels.checks import implementations_in
@@ -34,14 +35,22 @@ def check_logging(config: LogConfig) -> None:
         raise ConfigError("log.wandb_project is set but Weights & Biases is not installed: pip install -e '.[wandb]'")
 
 
-def notes(config: RunConfig, text: TokenSource, peak: float) -> list[str]:
-    """What is allowed but likely not meant, each with what to type instead. peak: FLOP/s of all devices."""
+def notes(config: RunConfig, text: TokenSource, peak: float, carried: Tokenizer | None = None) -> list[str]:
+    """What is allowed but likely not meant, each with what to type instead.
+
+    peak: FLOP/s of all devices. carried: the tokenizer that came with the model, if any.
+    """
     told = []
     tokens = config.train.steps * config.train.batch * config.data.window
     if config.data.source == "stdlib" and config.model.vocabulary > 4 * text.tokenizer.vocabulary:
         told.append(
             f"THIS IS NOT THE STUDY'S DATA: {quantity(len(text))} bytes of Python's standard library stand in for it. "
             "Build a token store with python -m experiments.tokenize and give it as --config.data.source=STORE"
+        )
+    if carried is not None and carried.fingerprint != text.tokenizer.fingerprint:
+        told.append(
+            f"THE TOKENS OF {text.name} ARE NOT THOSE OF THE MODEL'S OWN TOKENIZER ({carried.name}), which it will be asked and answer in. "
+            "Build the store with python -m experiments.tokenize --tokenizer=WORKDIR/huggingface"
         )
     if tokens > 4 * len(text):
         times = tokens / len(text)

@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig
+from hybrid_jax.config import CheckpointConfig, ConfigError, OptimizerConfig, RunConfig
 from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import TrainState, abstract_state, state_bytes
 from hybrid_jax.train.workdir import RunError, gigabytes, in_bucket
@@ -99,6 +100,8 @@ class Checkpoints:
     def load(self, step: int | None, items: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """The step read (the newest for None) and the named parts of its checkpoint, placed as the shapes in ``items`` say.
 
+        Of parameters that a run was given (:meth:`save_params`) these alone.
+
         Raises ConfigError where there is no such checkpoint or it can not be read.
         """
         if not self.steps:
@@ -107,7 +110,8 @@ class Checkpoints:
             raise ConfigError(f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, self.steps))}")
         for candidate in [step] if step is not None else reversed(self.steps):
             try:
-                return candidate, self._orbax.load_checkpointables(candidate, items)
+                held = items if candidate else self._orbax.checkpointables_metadata(candidate).metadata  # given parameters stand alone
+                return candidate, self._orbax.load_checkpointables(candidate, {name: x for name, x in items.items() if name in held})
             except Exception as error:
                 why = reason(error)
                 warnings.warn(f"the checkpoint of step {candidate} in {self.folder} can not be read ({why})", stacklevel=3)
@@ -155,9 +159,19 @@ def _checkpointables(state: TrainState) -> dict[str, Any]:
 
 def load_params(workdir: epath.Path, config: RunConfig, mesh: Mesh, step: int | None = None) -> tuple[int, nnx.State]:
     """(step, the parameters to evaluate) of the checkpoint of ``step``, or the newest that can be read, laid out on ``mesh``."""
-    state = _checkpointables(abstract_state(config, mesh).state)
-    # Schedule-free's average is not stored: it follows from the two sequences that are.
-    names = ("params", "opt_state") if config.optimizer.name == "schedule_free" else ("params",)
+    items = to_evaluate(config.optimizer, abstract_state(config, mesh).state)
     with Checkpoints(workdir) as checkpoints:
-        step, loaded = checkpoints.load(step, {name: state[name] for name in names})
+        step, loaded = checkpoints.load(step, items)
     return step, evaluation_params(config.optimizer, loaded["params"], loaded.get("opt_state"))
+
+
+def to_evaluate(config: OptimizerConfig, state: TrainState, wanted: Callable[[nnx.State], nnx.State] = lambda tree: tree) -> dict[str, Any]:
+    """The parts of a checkpoint that `evaluation_params` is of, for `Checkpoints.load`; of the parameters those that ``wanted`` leaves.
+
+    Schedule-free's average is not stored: it follows from the two sequences that are.
+    """
+    if config.name != "schedule_free":
+        return {"params": wanted(state.params)}
+    *others, free = jax.tree.map(lambda _: ocp.PLACEHOLDER, state.opt_state)
+    needed = state.opt_state[-1]
+    return {"params": wanted(state.params), "opt_state": (*others, free._replace(b1=needed.b1, z=wanted(needed.z)))}

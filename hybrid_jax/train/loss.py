@@ -30,6 +30,12 @@ class Losses(NamedTuple):
     correct: jax.Array  # [] float32, sum of the weights of tokens whose target has the highest logit, alone
 
 
+def batch_losses(model, batch: dict[str, jax.Array]) -> Losses:
+    """Those of a model on the pipeline's arrays: tokens, targets, weights and, where rows hold more than one segment, segment_ids."""
+    hidden = model.hidden(batch["tokens"], batch.get("segment_ids"))
+    return cross_entropy(hidden, model.output_kernel(), batch["targets"], batch["weights"])
+
+
 def cross_entropy(hidden, kernel, targets, weights, *, block: int = 512) -> Losses:
     """Next-token losses of hidden states under an output kernel.
 

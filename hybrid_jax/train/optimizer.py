@@ -64,7 +64,10 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
 
 
 def evaluation_params(config: OptimizerConfig, params: Any, opt_state: Any) -> Any:
-    """The parameters to evaluate and to publish: the trained ones, or under "schedule_free" their average."""
-    if config.name != "schedule_free":
+    """The parameters to evaluate and to publish: the trained ones, or under "schedule_free" their average.
+
+    opt_state: None for parameters that the optimiser has not seen.
+    """
+    if config.name != "schedule_free" or opt_state is None:
         return params
     return optax.contrib.schedule_free_eval_params(opt_state[-1], params)

@@ -16,9 +16,9 @@ from hybrid_jax.train.workdir import RunError
 
 
 class Report:
-    """A run's metrics from ``step`` on, to its folder and to the person watching it."""
+    """A run's metrics from ``step`` on, ``skipped`` steps of those before it, to its folder and to the person watching it."""
 
-    def __init__(self, config: RunConfig, workdir: epath.Path, name: str, step: int):
+    def __init__(self, config: RunConfig, workdir: epath.Path, name: str, step: int, skipped: int = 0):
         self.config, self.workdir = config, workdir
         self.display = Display(config.train.steps, step)
         self.metrics = Metrics(workdir, config.log, name, step) if jax.process_index() == 0 else None
@@ -26,7 +26,7 @@ class Report:
         self.flops = training_flops(config)
         self.peak, self.peak_source = peak_flops()
         self.first = self.last = step  # steps reported so far
-        self.skipped = 0
+        self.skipped = skipped
         self.started = self.mark = time.perf_counter()
         self.training_seconds = 0.0  # evaluations and saves left out
         self._seconds_a_step: float | None = None

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_jax.config import ConfigError, RunConfig
 from hybrid_jax.model import abstract, initialize
 from hybrid_jax.sharding import batch_sharding, param_shardings, spec
-from hybrid_jax.train.loss import Losses, cross_entropy
+from hybrid_jax.train.loss import Losses, batch_losses
 from hybrid_jax.train.optimizer import make_optimizer, schedule
 
 
@@ -144,9 +144,7 @@ def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, lear
     """
 
     def losses(params: nnx.State, batch: dict) -> tuple[jax.Array, Losses]:
-        model = nnx.merge(graph, params)
-        hidden = model.hidden(batch["tokens"], batch.get("segment_ids"))
-        sums = cross_entropy(hidden, model.output_kernel(), batch["targets"], batch["weights"])
+        sums = batch_losses(nnx.merge(graph, params), batch)
         return sums.total, sums
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:

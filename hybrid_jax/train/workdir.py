@@ -1,6 +1,7 @@
 """A run's folder, on a file system or in a bucket: which run it holds, and whether there is room for it.
 
 WORKDIR/config.json          what the run is
+WORKDIR/text.sha256          of the tokens that it is trained on
 WORKDIR/checkpoints/STEP/    Orbax
 WORKDIR/metrics.jsonl        a line for each logged step and each evaluation; tensorboard/ holds the same
 WORKDIR/eval-STEP.json       an evaluation in full
@@ -138,6 +139,20 @@ def _hold(workdir: epath.Path) -> None:
     lock.write(f"{os.getpid()} on {platform.node()}\n")
     lock.flush()
     _held[str(file)] = lock
+
+
+def check_text(workdir: epath.Path, name: str, fingerprint: str) -> None:
+    """Raise ConfigError where the run was trained on other tokens than its source ``name`` holds now; else keep which they are."""
+    import jax
+
+    file = workdir / "text.sha256"
+    if any(saved_steps(workdir)) and file.exists() and file.read_text().strip() != fingerprint:
+        raise ConfigError(
+            f"{workdir} was trained on other text than {name} holds now (another store in its place, or another Python's library): "
+            "put that back, or give another --workdir"
+        )
+    if jax.process_index() == 0:
+        _write_whole(file, fingerprint + "\n")
 
 
 def _check_rights(workdir: epath.Path) -> None:

@@ -109,11 +109,13 @@ def test_what_models_are_called():
     [
         ([], "give the folders of runs"),
         (["--runs=nowhere/*"], "--runs=nowhere/\\* matches no folder of a run"),
+        (["--runs=nowhere/*", "--output=gs://bucket/report"], "--output=gs://bucket/report: give a folder of a file system"),
     ],
 )
 def test_nothing_to_report(arguments, message):
     result = run(report.main, *arguments)
-    flags.FLAGS["runs"].unparse()
+    for flag in ("runs", "output"):
+        flags.FLAGS[flag].unparse()
     assert result.code == 2
     assert message.replace("\\", "") in result.err
 

@@ -45,8 +45,20 @@ def test_a_failed_run_is_named_and_the_others_are_kept(started, capsys, tmp_path
     assert sweep.main(["--config.train.steps=5"]) == 1
     assert started == [(Job(name, "tiny", None), ["--config.train.steps=5"]) for name in ("gla_r6", "retnet_r3")]
     printed = capsys.readouterr().out
-    assert "1,234" in printed and "2.2500" in printed and "50.0%" in printed and "failed" in printed
+    assert "1,234" in printed and "2.2500" in printed and "50.0%" in printed and "not done" in printed
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_run_that_is_stopped_is_not_done(tmp_path, monkeypatch):
+    """By SIGTERM: the trainer saves, and exits with 0."""
+    monkeypatch.setattr(sweep.subprocess, "run", lambda command, **_: sweep.subprocess.CompletedProcess(command, 0))
+    assert sweep.train(Job("gla_r6", "tiny", None), tmp_path, []) is None
+
+
+def test_a_bucket_holds_no_sweep(started):
+    flags.FLAGS["sweep"].value = "gs://bucket/sweep"
+    with pytest.raises(ConfigError, match="--sweep=gs://bucket/sweep.*give a folder of a file system"):
+        sweep.main([])
 
 
 def test_summaries_are_gathered(started, tmp_path):

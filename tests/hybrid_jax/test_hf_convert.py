@@ -10,9 +10,11 @@ import safetensors.numpy
 
 import hybrid_jax
 import hybrid_jax.model
-from hybrid_jax.config import GLA, Attention, ConfigError, ModelConfig, RunConfig
+from hybrid_jax.config import GLA, Attention, CheckpointConfig, ConfigError, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from hybrid_jax.hf import convert, names, options, tensors
+from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train.checkpoints import Checkpoints
+from hybrid_jax.train.step import abstract_state
 from hybrid_jax.train.workdir import claim, read_config
 from tests.hybrid_jax import hf_folders
 from tests.hybrid_jax.hf_folders import ATTN, BFLOAT16, fla_options, random_tensors
@@ -208,6 +210,30 @@ def test_a_run_of_our_own(tmp_path):
     np.testing.assert_array_equal(hybrid_jax.load(tmp_path / "ours")(tokens), hybrid_jax.load(tmp_path / "run")(tokens))
     with pytest.raises(ConfigError, match="has files already"):
         convert.to_hf(tmp_path / "run", tmp_path / "ours")
+
+
+def test_a_schedule_free_run_is_averaged_parameter_by_parameter(tmp_path, monkeypatch):
+    """What is written is what is loaded, and of its sequences no more than a parameter's own is ever read at once."""
+    model = ModelConfig(mixer=GLA(heads=2), layers=2, width=32, mlp_width=48, vocabulary=300, dtype="float32")
+    run = RunConfig(model=model, optimizer=OptimizerConfig(name="schedule_free"))
+    claim(tmp_path / "run", run)
+    state = abstract_state(run, make_mesh(MeshConfig(), jax.devices()[:1])).state
+    draws = (np.random.default_rng(i).random(x.shape).astype(x.dtype) for i, x in enumerate(jax.tree.leaves(state)))
+    state = jax.tree.map(lambda x: jax.device_put(next(draws), x.sharding), state)._replace(step=jax.numpy.int32(7))
+    with Checkpoints(tmp_path / "run", CheckpointConfig()) as checkpoints:
+        checkpoints.save(state)
+    read, load = [], Checkpoints.load
+
+    def counted(self, step, items):
+        read.append(sum(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(items)))
+        return load(self, step, items)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "load", counted)
+        assert convert.to_hf(tmp_path / "run", tmp_path / "ours") == 7
+    assert set(read) == {3}  # of its two sequences one parameter each, and their weight
+    tokens = np.arange(20)[None]
+    np.testing.assert_array_equal(hybrid_jax.load(tmp_path / "ours")(tokens), hybrid_jax.load(tmp_path / "run")(tokens))
 
 
 def test_every_parameter_has_its_tensor():

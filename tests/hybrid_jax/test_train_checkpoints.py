@@ -21,7 +21,7 @@ from hybrid_jax.train import workdir as workdirs
 from hybrid_jax.train.checkpoints import Checkpoints, load_params
 from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import abstract_state, state_bytes
-from hybrid_jax.train.workdir import RunError, check_room, claim, differences, read_config, saved_steps
+from hybrid_jax.train.workdir import RunError, check_room, check_text, claim, differences, read_config, saved_steps
 from tests.hybrid_jax.train_runs import small_run
 
 
@@ -189,6 +189,17 @@ def test_schedule_free_loads_its_average(tmp_path):
     assert_same(params, evaluation_params(run.optimizer, state.params, state.opt_state))
 
 
+def test_given_parameters_are_evaluated_as_they_are_whatever_optimizer_is_to_train_them(tmp_path):
+    run = small_run(optimizer={"name": "schedule_free"})
+    claim(tmp_path, run)
+    params = random_state(abstract_state(run, mesh_of()).state, 7, 1).params
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save_params(params)
+    step, loaded = load_params(tmp_path, run, mesh_of())
+    assert step == 0
+    assert_same(loaded, params)
+
+
 @pytest.mark.parametrize(("step", "expected"), [(9, "has no checkpoint of step 9; it has 1, 2, 3"), (None, "holds no checkpoint yet")])
 def test_a_checkpoint_that_is_not_there(workdir, step, expected):
     if step is None:
@@ -293,6 +304,17 @@ def test_checkpoints_without_a_config_are_nobodys(workdir):
     (workdir / "config.json").unlink()
     with pytest.raises(ConfigError, match="no config.json"):
         claim(workdir, small_run())
+
+
+def test_a_run_goes_on_on_the_text_it_was_begun_with_alone(workdir, tmp_path):
+    check_text(workdir, "STORE (train)", "one")
+    check_text(workdir, "STORE (train)", "one")
+    with pytest.raises(ConfigError, match=r"trained on other text than STORE \(train\) holds now.*another --workdir"):
+        check_text(workdir, "STORE (train)", "two")
+    (tmp_path / "new").mkdir()
+    for fingerprint in ("one", "two"):  # no step is taken yet
+        check_text(tmp_path / "new", "STORE (train)", fingerprint)
+    assert (tmp_path / "new" / "text.sha256").read_text() == "two\n"
 
 
 def test_a_disk_too_small_for_the_run_is_refused_before_it_starts(workdir, shapes, monkeypatch):

@@ -168,6 +168,7 @@ def test_a_report_logs_every_few_steps_and_counts_what_was_skipped(tmp_path, pea
         report.step(6, step_metrics(float("inf"), 3, 2))
     assert report.speed()["skipped"] == 3
     report.close()
+    assert Report(run, tmp_path, "run", 6, skipped=3).speed()["skipped"] == 3  # with no step left to take
 
 
 @pytest.mark.parametrize(
@@ -204,6 +205,14 @@ def test_advice_before_time_is_lost(changes, tokens, peak_rate, expected):
     assert len(notes) == len(expected)
     for note, pattern in zip(notes, expected, strict=True):
         assert re.search(pattern, note), note
+
+
+def test_tokens_of_another_tokenizer_than_the_models_are_told_of():
+    text = ArraySource(np.zeros(10**6, np.uint16), [10**6], tokenizer=ByteTokenizer(), bytes=10**6, name="STORE (train)")
+    assert not advice.notes(small_run(), text, 1e12, ByteTokenizer())
+    other = SimpleNamespace(name="WORKDIR/huggingface/tokenizer.json", fingerprint="another")
+    (note,) = advice.notes(small_run(), text, 1e12, other)
+    assert "STORE (train)" in note and other.name in note and "--tokenizer=WORKDIR/huggingface" in note
 
 
 # ---------------------------------------------------------------- the picture

@@ -91,3 +91,25 @@ def test_a_bucket_that_is_not_there(launcher, place, number, task, missing, tmp_
     result = world.run(launcher, "--name=tokens", place, "--tasks=64", f"--code={where['code']}", *command)
     assert result.returncode == 2 and "gcloud storage buckets create gs://elsewhere --location=" in result.stderr
     assert {tuple(call[1:4]) for call in world.calls()} == {("storage", "buckets", "describe")}
+
+
+OWN = ["--name=tokens", "--tasks=64", "--code=gs://bucket/code"]
+REFUSED = [
+    (OWN[1:], [*TOKENIZE, PART], "give --name"),
+    (OWN[:2], [*TOKENIZE, PART], "give --code"),
+    ([*OWN, "--name=Tokens"], [*TOKENIZE, PART], "--name=Tokens: small letters"),
+    ([*OWN, "--code=runs/code"], [*TOKENIZE, PART], "is not a folder of a bucket"),
+    ([*OWN, "--code=gs://"], [*TOKENIZE, PART], "is not a folder of a bucket"),
+    (OWN, TOKENIZE, "all 64 tasks would do the same"),
+    (OWN, [*TOKENIZE[:-1], "--output=tokens", PART], "would write to tokens on machines that are deleted"),
+    (OWN, [*TOKENIZE, PART, "--otuput=x"], "did you mean --output?"),
+]
+
+
+@LAUNCHERS
+@pytest.mark.parametrize("own, command, said", REFUSED, ids=range(len(REFUSED)))
+def test_refused_before_anything_is_created(launcher, place, number, task, own, command, said, tmp_path):
+    world = World(tmp_path / "world")
+    result = world.run(launcher, place, *own, *command)
+    assert result.returncode == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
+    assert world.calls() == []

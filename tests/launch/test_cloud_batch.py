@@ -41,21 +41,15 @@ def test_dry_run(world):
     assert "gcloud batch jobs submit tokens --location=us-central1 --config=- <<'END'" in result.stdout
 
 
-REFUSED = [
-    (BASE[1:], [*TOKENIZE, PART], "give --name"),
-    ([*BASE[:1], *BASE[2:]], [*TOKENIZE, PART], "give --location"),
-    (BASE[:3], [*TOKENIZE, PART], "give --code"),
-    ([*BASE, "--location=us-central1-a"], [*TOKENIZE, PART], "is not a region"),
-    ([*BASE, "--code=runs/code"], [*TOKENIZE, PART], "is not a folder of a bucket"),
-    (BASE, TOKENIZE, "all 64 tasks would do the same"),
-    (BASE, [*TOKENIZE[:-1], "--output=tokens", PART], "would write to tokens on machines that are deleted"),
-    (BASE, [*TOKENIZE, PART, "--otuput=x"], "did you mean --output?"),
-]
-
-
-@pytest.mark.parametrize("own, command, said", REFUSED, ids=range(len(REFUSED)))
-def test_refused_before_anything_is_created(world, own, command, said):
+@pytest.mark.parametrize(
+    "own, said",
+    [
+        ([*BASE[:1], *BASE[2:]], "give --location, such as us-central1"),
+        ([*BASE, "--location=us-central1-a"], "is not a region"),
+    ],
+)
+def test_refused_before_anything_is_created(world, own, said):
     world = world()
-    result = world.run("launch.cloud_batch", *own, *command)
+    result = world.run("launch.cloud_batch", *own, *TOKENIZE, PART)
     assert result.returncode == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
     assert world.calls() == []
