@@ -29,6 +29,11 @@ from hybrid_jax.data import DataError
 from hybrid_jax.train.workdir import RunError, read_config, run_folder
 
 CONFIG_HELP = "configs/NAME.py[:size]; any of its fields as --config.train.steps=100 (hybrid_jax/config says what there is)."
+NO_MEMORY = (
+    "out of memory: a step of training holds less with a smaller --config.train.microbatch, with --config.model.remat=block or on more "
+    "devices; evaluation with a smaller --batch"
+)
+
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -107,6 +112,9 @@ def guarded(action: Callable[[], int | None]) -> int:
         print(f"error: no space left{where}: make room and run the same command again, to go on from the last checkpoint", file=sys.stderr)
         return 1
     except Exception as error:
+        if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+            print(f"error: {NO_MEMORY} ({' '.join(str(error).split())[:200]})", file=sys.stderr)
+            return 1
         if not (distributed := _joined()):
             raise
         if said := distributed.loss(error):

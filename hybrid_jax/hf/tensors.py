@@ -129,8 +129,12 @@ def write(folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]], 
     one = len(shards) == 1
     files = [SINGLE] if one else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, names in zip(files, shards, strict=True):
+        target = folder / file
+        target.touch()
+        rights = target.stat().st_mode  # those of a new file; safetensors' own is for nobody else to read
         # the metadata is what transformers looks for
-        safetensors.numpy.save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
+        safetensors.numpy.save_file({name: tensor(name) for name in names}, target, metadata={"format": "pt"})
+        target.chmod(rights)
     if not one:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}

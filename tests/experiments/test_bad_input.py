@@ -8,6 +8,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import jax
 import pytest
 
 from experiments import eval as evaluation
@@ -143,6 +144,14 @@ def test_machine(case, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     check(run_train(tmp_path / "run", *arguments, devices=None), 2, *patterns)
     assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory(tmp_path, monkeypatch):
+    def compile_step(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 211434595920 bytes.\n\nat:\n" + "x" * 1000)
+
+    monkeypatch.setattr("hybrid_jax.train.step.compile_step", compile_step)
+    check(run_train(tmp_path), 1, "out of memory: .*a smaller --config.train.microbatch", "allocating 211434595920 bytes")
 
 
 def test_a_full_disk_is_seen_before_the_run_starts(tmp_path, monkeypatch):

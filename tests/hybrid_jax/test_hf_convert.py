@@ -205,6 +205,7 @@ def test_a_run_of_our_own(tmp_path):
     with Checkpoints(tmp_path / "run") as checkpoints:
         checkpoints.save_params(jax.jit(lambda: hybrid_jax.model.initialize(model, jax.random.key(0)))())
     assert convert.to_hf(tmp_path / "run", tmp_path / "ours") == 0
+    assert len({file.stat().st_mode for file in (tmp_path / "ours").iterdir()}) == 1  # whoever may read one may read all
     assert json.loads((tmp_path / "ours/config.json").read_text())["eos_token_id"] == 256
     tokens = np.arange(20)[None]
     np.testing.assert_array_equal(hybrid_jax.load(tmp_path / "ours")(tokens), hybrid_jax.load(tmp_path / "run")(tokens))

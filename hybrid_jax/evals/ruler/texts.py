@@ -96,7 +96,7 @@ def _sentence_splitter(folder: Path | None):
     try:
         from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
     except ImportError:
-        raise DataError(f"{folder / PUNKT} is read by the package nltk: pip install 'hybrid-jax[eval]'") from None
+        raise DataError(f"{folder / PUNKT} is read by the package nltk: pip install -e '.[eval]'") from None
     names = ("abbrev_types.txt", "sent_starters.txt", "collocations.tab", "ortho_context.tab")
     found = [folder / PUNKT / "english" / name for name in names]
     for file in found:

@@ -15,7 +15,7 @@ def english_words(kind: str) -> list[str]:
     try:
         from wonderwords import RandomWord
     except ImportError:
-        raise DataError("RULER's words are those of the package wonderwords: pip install 'hybrid-jax[eval]'") from None
+        raise DataError("RULER's words are those of the package wonderwords: pip install -e '.[eval]'") from None
     return sorted(set(RandomWord().filter(include_categories=[kind])))
 
 
