@@ -5,10 +5,12 @@ commands are run as they are.
 """
 
 import os
+import signal
 
 from tests.fake_gcs import gcs  # noqa: F401 (a fixture)
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C, and so do its children
 
 
 def pytest_collection_modifyitems(items):
