@@ -48,6 +48,9 @@ TARGET_SUITES = {
     "gpu": {"operators": gpu_static.suite, "step": gpu_steps.static_suite},
 }
 
+CASES = ("operators", "implementations", "shapes", "dtype")  # flags that say what of the operators is measured
+TAKES = {"decode": ("configs", "contexts", "batch"), "step": ("configs",), "gpu": ("operators", "shapes", "configs")}  # and those of suites
+
 _SUITE = flags.DEFINE_enum("suite", "operators", sorted({*SUITES, "gpu", *TARGET_SUITES["tpu"]}), "What to measure.")
 _TARGETS = flags.DEFINE_list("target", [], f"Chips to compile for in place of measuring here: {', '.join(TARGETS)}.")
 _OPERATORS = flags.DEFINE_list("operators", [], f"Of {', '.join(cases.OPERATORS)}; all by default.")
@@ -66,6 +69,7 @@ def main(argv) -> int:
         try:
             if len(argv) > 1:
                 raise ValueError(f"unexpected argument {argv[1]!r}; the flags are in --help")
+            _check_flags()
             suites, results = _suites(stack)
             selected = _selected(results)
         except (ValueError, tpu_static.NoCompiler) as error:
@@ -82,6 +86,15 @@ def main(argv) -> int:
     failures = [row for row in done if "failure" in row]
     print(f"{len(done)} rows, {len(failures)} of them failures, appended to {output}")
     return 1 if failures else 0
+
+
+def _check_flags() -> None:
+    """Raise ValueError for a flag that the suite does not take."""
+    takes = TAKES.get(_SUITE.value, CASES)
+    for name in {name for names in (CASES, *TAKES.values()) for name in names}.difference(takes):
+        if flags.FLAGS[name].present:
+            given = ", ".join(f"--{name}" for name in takes)
+            raise ValueError(f"--{name} has no meaning for --suite={_SUITE.value}, which takes {given}")
 
 
 def _suites(stack: contextlib.ExitStack) -> tuple[list[rows.Suite], str]:

@@ -82,6 +82,8 @@ def row(name: str, summary: dict[str, Any] | None, log: Path) -> list[str]:
 def main(overrides: list[str]) -> int:
     if "://" in FOLDER.value:
         raise ConfigError(f"--sweep={FOLDER.value}: logs are written there, line by line: give a folder of a file system")
+    if SEEDS.value and any(override.lstrip("-").startswith("config.train.seed=") for override in overrides):
+        raise ConfigError("--seeds and --config.train.seed are two ways to say one thing: give one of them")
     jobs = [Job(name, SIZE.value, seed) for name in chosen(MODELS.value) for seed in SEEDS.value or [None]]
     folder = Path(FOLDER.value)
     for job in jobs:  # a mistake in any of them is told before the first one starts

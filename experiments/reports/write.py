@@ -29,7 +29,7 @@ def report(runs: list[Run], context: int, folder: Path) -> Path:
     if notes := dict.fromkeys(note for run in runs for note in run.notes):
         parts += ["## Notes", "\n".join(f"* {note}" for note in notes)]
     file = folder / "report.md"
-    file.write_text("\n\n".join(parts) + "\n")
+    file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return file
 
 

@@ -64,7 +64,7 @@ def _source(folder: Path, files: list[str], name: str) -> ArraySource:
 
 
 def _tokenized(tokenizer: Tokenizer, folder: Path, files: list[str], name: str) -> ArraySource:
-    texts = [(folder / file).read_text(errors="replace") for file in files]
+    texts = [(folder / file).read_bytes().decode(errors="replace") for file in files]
     rows = [np.array([*ids, tokenizer.document_end], token_dtype(tokenizer.vocabulary)) for ids in tokenizer.encode_batch(texts)]
     size = sum(len(text.encode()) for text in texts)
     return ArraySource(np.concatenate(rows), np.cumsum([len(row) for row in rows]), tokenizer=tokenizer, bytes=size, name=name)

@@ -56,6 +56,19 @@ def test_every_operator_passes_its_check_and_is_timed(tmp_path, capsys, operator
     assert f"1/{len(found)} {operator}" in printed and "of matmul" in printed
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--suite=decode", "--shapes=tiny*"], "--shapes has no meaning for --suite=decode, which takes --configs, --contexts, --batch"),
+        (["--contexts=512"], "--contexts has no meaning for --suite=operators, which takes --operators"),
+        (["--suite=step", "--target=tpu:v6e", "--dtype=bfloat16"], "--dtype has no meaning for --suite=step, which takes --configs"),
+    ],
+)
+def test_flags_of_another_suite_are_refused(words, message):
+    done = subprocess.run([sys.executable, "-m", "experiments.bench", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+
+
 def test_errors_cover_outputs_and_gradients(tmp_path):
     row, _ = measure(tmp_path, operators=["causal_conv"], implementations=["xla"])
     gradients = {f"gradient of {name}" for name in ("x", "weight", "initial_state")}

@@ -76,6 +76,13 @@ def test_each_seed_is_a_run_of_its_own(started):
     assert jobs[1].flags == ["--config=configs/gla_r6.py:tiny", "--config.train.seed=4"]
 
 
+def test_one_seed_for_all_seeds_is_refused(started):
+    flags.FLAGS["seeds"].value = ["3", "4"]
+    with pytest.raises(ConfigError, match="--seeds and --config.train.seed are two ways to say one thing"):
+        sweep.main(["--config.train.seed=5"])
+    assert not started
+
+
 def test_a_mistake_is_told_before_anything_starts(started):
     with pytest.raises(ConfigError, match="config.train.steps='many' must be of type int"):
         sweep.main(["--config.train.steps=many"])

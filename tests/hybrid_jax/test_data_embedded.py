@@ -58,10 +58,10 @@ def test_workers_start_without_jax():
 
 def test_the_tokens_of_another_tokenizer(tmp_path):
     for i in range(60):
-        (tmp_path / f"module_{i}.py").write_text(f"value_{i} = {i}\n")
+        (tmp_path / f"module_{i}.py").write_bytes(f"välue_{i} = {i}\r\n".encode())  # whatever the locale, and as the file has it
     plain, _ = embedded.standard_library(tmp_path)
     upper = ByteTokenizer()
-    upper.encode_batch = lambda texts: [list(text.upper().encode()) for text in texts]
+    upper.encode_batch = lambda texts: [list(text.encode().upper()) for text in texts]
     source, held_out = embedded.standard_library(tmp_path, upper)
     assert (source.bytes, len(source)) == (plain.bytes, len(plain)) and len(held_out) > 0
     np.testing.assert_array_equal(source.documents, plain.documents)

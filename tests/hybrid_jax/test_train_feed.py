@@ -1,0 +1,40 @@
+"""Rows on their way to a mesh; that several processes make the rows which theirs hold is shown by tests/experiments/test_processes.py."""
+
+import jax
+import numpy as np
+import pytest
+
+from hybrid_jax.config import MeshConfig
+from hybrid_jax.sharding import batch_sharding, make_mesh
+from hybrid_jax.train.feed import LocalRows
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 1, "seq": 4}, {"fsdp": 2, "seq": 2, "tensor": 2}, {"fsdp": 1, "tensor": 8}]
+)
+def test_every_device_gets_its_rows_and_its_stretch_of_them(sizes):
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[::-1])
+    rows, batch = LocalRows(mesh, 16), np.arange(16 * 8, dtype=np.int32).reshape(16, 8)
+    assert rows.numbers == list(range(16))
+    placed = rows.to_mesh({"tokens": batch})["tokens"]
+    assert placed.sharding == batch_sharding(mesh)
+    np.testing.assert_array_equal(placed, batch)
+
+
+def test_of_a_batch_only_the_rows_that_are_held_are_read(monkeypatch):
+    """As by a process whose devices hold the first and the last of four parts: arrays of these rows alone."""
+    mesh, shardings = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4]), jax.sharding.NamedSharding
+    held = dict(list(batch_sharding(mesh).devices_indices_map((8, 1)).items())[::3])
+    monkeypatch.setattr(shardings, "addressable_devices_indices_map", lambda *_: held)
+    rows, seen = LocalRows(mesh, 8), {}
+    assert rows.numbers == [0, 1, 6, 7]
+
+    def from_callback(shape, sharding, part):
+        seen.update({index[0].start or 0: (part(index), index) for index in held.values()})
+
+    monkeypatch.setattr(jax, "make_array_from_callback", from_callback)
+    whole = np.arange(8 * 3).reshape(8, 3)
+    rows.to_mesh({"tokens": whole[rows.numbers]})
+    assert seen.keys() == {0, 6}
+    for found, index in seen.values():
+        np.testing.assert_array_equal(found, whole[index])
