@@ -25,7 +25,7 @@ from hybrid_jax.train.throughput import training_flops
 from launch.accelerators import Slices
 from launch.chips import CHIPS, Place, network
 
-QUICK = -1.0  # jax_exec_time_optimization_effort: the least, a quarter of a run's time to compile
+QUICK = -1.0  # of a row: XLA's least effort, a quarter of a run's time to compile; 0 is a run's own
 # libtpu's two ways to say so, before and after it has placed every array.
 _SIZE = r"([\d.]+)([KMGT])"
 _NO_ROOM = [re.compile(rf"Used {_SIZE} of {_SIZE} hbm"), re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")]
@@ -78,7 +78,7 @@ def compile_ahead(config: RunConfig, target: Slices, effort: float) -> dict[str,
     placed = tpu_static.devices(target.name, target.slices)
     mesh = make_mesh(config.mesh, placed)
     row = {"device": placed[0].device_kind, "libtpu": importlib.metadata.version("libtpu"), "effort": effort}
-    jax.config.update("jax_exec_time_optimization_effort", effort)
+    jax.config.update("jax_optimization_level", "O0" if effort == QUICK else "UNKNOWN")
     with jax.set_mesh(mesh):
         start = time.perf_counter()
         program = make_program(config, mesh)

@@ -70,7 +70,7 @@ def compile_for(case: Case, target: str) -> dict:
         "device": devices[0].device_kind,
         "devices": len(devices),
         "libtpu": importlib.metadata.version("libtpu"),
-        "effort": jax.config.jax_exec_time_optimization_effort,  # 0: a run's; -1: least, a quarter of the time and a slower program
+        "effort": -1 if jax.config.jax_optimization_level == "O0" else 0,  # least (a quarter of the time, a slower program) or a run's
         "compile_s": seconds,
         "held_bytes": held,
         "hbm_bytes": sum(e.count * e.hbm_bytes for e in hlo.Module(text).executions),
