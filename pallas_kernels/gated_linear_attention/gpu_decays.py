@@ -38,9 +38,14 @@ def positions() -> tuple[jax.Array, jax.Array]:
     return over_rows(lax.broadcasted_iota(jnp.int32, (CHUNK,), 0), CHUNK), lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
 
 
+def among(t, first, count) -> jax.Array:
+    """Whether t is among the ``count`` tokens from ``first`` on: one comparison, of numbers without a sign."""
+    return (t - first).astype(jnp.uint32) < count.astype(jnp.uint32)
+
+
 def meet(i, j, s) -> jax.Array:
     """Whether two tokens are in the two halves, of s tokens, of one block."""
-    return ((i ^ j) & -s) == s
+    return among(j, (i & -s) ^ s, s)
 
 
 def ones(where) -> jax.Array:
@@ -57,5 +62,5 @@ def to_middle(log_decay, s) -> jax.Array:
     """[C,64], the decay of each token to or from the middle of its block with halves of s tokens."""
     i, t = positions()
     second = (i & s) != 0
-    first, last = jnp.where(second, i & -s, i + 1), jnp.where(second, i, i | (s - 1))
-    return decay_over((t >= first) & (t <= last), log_decay)
+    first, end = jnp.where(second, i & -s, i + 1), jnp.where(second, i + 1, (i | (s - 1)) + 1)
+    return decay_over(among(t, first, end - first), log_decay)
