@@ -129,10 +129,15 @@ def _of_keys(plan, reads_q, reads_k, writes, pairs_q, pairs_k, q, k, scores, low
 
     Writes the sums; ``scores`` and ``lower`` are overwritten with operands.
     """
+    # One kind of pairs after the other, and into shared memory: the registers do not hold all at once.
     i, j = squares()
+    decay = between(gates) * row_of(gates, Gate.BETA)
     pairs_k = jnp.where(i > j, -pairs_k, 0.0)
+    by_pairs = pairs_k * _square(lower)
+    lower[...] = (pairs_k * decay).astype(jnp.bfloat16)
     by_queries = pairs_q * _square(scores)
-    by_pairs = jnp.where(i > j, by_queries + pairs_k * _square(lower), 0.0)
+    scores[...] = (pairs_q * (plan.scale * decay)).astype(jnp.bfloat16)
+    by_pairs += jnp.where(i > j, by_queries, 0.0)
     sums[Sum.EARLIER] = jnp.sum(by_pairs * row_of(gates, Gate.BETA), axis=1)
     sums[Sum.LATER] = jnp.sum(by_pairs, axis=0)
     sums[Sum.ITSELF] = jnp.sum(jnp.where(i == j, by_queries, 0.0), axis=1)
@@ -142,15 +147,10 @@ def _of_keys(plan, reads_q, reads_k, writes, pairs_q, pairs_k, q, k, scores, low
     q16, k16 = _square(q), _square(k)
     sums[Sum.READS] = jnp.sum(q16 * reads_q + k16 * reads_k, axis=1)
     sums[Sum.WRITES] = jnp.sum(k16 * writes, axis=1)
+    of_states = reads_k + writes * column_of(gates, Gate.BETA)
 
-    decay = between(gates) * row_of(gates, Gate.BETA)
-    d_scores = (pairs_q * (plan.scale * decay)).astype(jnp.bfloat16)
-    d_lower = (pairs_k * decay).astype(jnp.bfloat16)
-    scores[...], lower[...] = d_scores, d_lower
     plgpu.commit_smem()
-    d_q = product((d_scores, k), start=reads_q)
-    writes = writes * column_of(gates, Gate.BETA)
-    return d_q, product((scores.T, q), (lower.T, k), (d_lower, k), start=reads_k + writes)
+    return product((scores, k), start=reads_q), product((scores.T, q), (lower.T, k), (lower, k), start=of_states)
 
 
 def _square(ref) -> jax.Array:

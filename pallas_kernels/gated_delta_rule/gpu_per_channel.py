@@ -21,15 +21,15 @@ from pallas_kernels.gated_delta_rule import gpu_pairs, gpu_per_channel_gradients
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, product, tile
 from pallas_kernels.gated_delta_rule.gpu_gradients import PART
 from pallas_kernels.gated_delta_rule.gpu_walk import Keys
-from pallas_kernels.gated_linear_attention.gpu_decays import LEVELS, decay_over, meet, positions, prepared, to_middle
-from pallas_kernels.gated_linear_attention.gpu_layout import kernel, over_columns, over_rows
+from pallas_kernels.gated_linear_attention.gpu_decays import LEVELS, decay_over, meet, positions, split, to_middle
+from pallas_kernels.gated_linear_attention.gpu_layout import TILED_FLOAT32, kernel, over_columns, over_rows
 
 
 class Kept(NamedTuple):
-    """For the backward pass. beta: [B,HV,N,C]; log_decay, in two parts, and total: of ``gpu_decays.prepared``; scores: P."""
+    """For the backward pass. beta: [B,HV,N,C]; log_decay [B,T,HV,K]; total [B,HV,N,K], the decays of whole chunks; scores: P."""
 
     beta: jax.Array
-    log_decay: tuple[jax.Array, jax.Array]
+    log_decay: jax.Array
     total: jax.Array
     scores: jax.Array
 
@@ -46,51 +46,60 @@ class Kept(NamedTuple):
 
 def forward(plan, q, k, beta, log_decay):
     """q, k [B,T,H,K], beta [B,HV,N,C], log_decay [B,T,HV,K] -> the keys for the walks, P, X and what is kept."""
-    log_decay, total = prepared(log_decay)
-    total = jnp.swapaxes(total, 1, 2)
-    k, q, written, scores, inverse = decayed(plan, q, k, beta, log_decay, pairs=True)
+    k, q, written, total, scores, inverse = decayed(plan, q, k, beta, log_decay, pairs=True)
     return Keys(k, q, written=written, total=total), scores, inverse, Kept(beta, log_decay, total, scores)
 
 
 def decayed(plan, q, k, beta, log_decay, *, pairs: bool):
-    """k~, q~ and k^ [B,T,HV,K], and where ``pairs`` are asked for P and X [B,HV,N,C,C]. All bfloat16; log_decay: two parts [B,T,HV,K]."""
-    (B, T, HV, K), N, groups = log_decay[0].shape, beta.shape[2], beta.shape[1] // q.shape[2]
-    slices = K // PART
+    """k~, q~ and k^ [B,T,HV,K] in bfloat16, of log_decay [B,T,HV,K] in float32.
 
-    def body(q_ref, k_ref, coarse_ref, fine_ref, beta_ref, reads_k_ref, reads_q_ref, writes_ref, *rest):
-        *pairs_refs, q_smem, k_smem, coarse_smem, fine_smem, beta_smem, squares, loaded, beta_loaded = rest
-        b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
+    Where ``pairs`` are asked for the decays of whole chunks too, [B,HV,N,K] in float32, and P and X [B,HV,N,C,C] in bfloat16.
+    """
+    (B, T, HV, K), N, groups = log_decay.shape, beta.shape[2], beta.shape[1] // q.shape[2]
+    slices = K // PART if pairs else 1  # of a CTA
+
+    def body(q_ref, k_ref, log_decay_ref, beta_ref, reads_k_ref, reads_q_ref, writes_ref, *rest):
+        *pairs_refs, q_smem, k_smem, log_decay_smem, beta_smem, total_smem, squares, loaded, beta_loaded = rest
+        b, n, h, first = (lax.axis_index(name) for name in ("b", "n", "h", "first"))
         tokens = pl.ds(n * CHUNK, CHUNK)
+
+        def columns(part):
+            return pl.ds((first * slices + part) * PART, PART)
+
         plgpu.copy_gmem_to_smem(beta_ref.at[b, h, n], beta_smem, beta_loaded)
         for part in range(slices):
-            columns = pl.ds(part * PART, PART)
-            for ref, smem, head in (
-                (q_ref, q_smem, h // groups), (k_ref, k_smem, h // groups), (coarse_ref, coarse_smem, h), (fine_ref, fine_smem, h),
-            ):  # fmt: skip
-                plgpu.copy_gmem_to_smem(ref.at[b, tokens, head, columns], smem.at[part], loaded.at[part])
+            for ref, smem, head in ((q_ref, q_smem, h // groups), (k_ref, k_smem, h // groups), (log_decay_ref, log_decay_smem, h)):
+                plgpu.copy_gmem_to_smem(ref.at[b, tokens, head, columns(part)], smem.at[part], loaded.at[part])
         i, j = positions()
         plgpu.barrier_wait(beta_loaded)
 
         def channels(part, carry):
+            q, k, log_decay = q_smem.at[part], k_smem.at[part], squares[:2]
             plgpu.barrier_wait(loaded.at[part])
-            log_decay = coarse_smem.at[part], fine_smem.at[part]
-            q, k = q_smem.at[part], k_smem.at[part]
+            total = split(log_decay_smem.at[part], *log_decay)
             if pairs:
-                carry = _pairs(q, k, log_decay, squares[0], carry)
+                total_smem[...] = total
+            plgpu.commit_smem()
+            if pairs:
+                carry = _pairs(q, k, log_decay, squares[2], carry)
             key = _float32(k)
             k[...] = (key * decay_over(j > i, log_decay) * over_rows(beta_smem[...], PART)).astype(jnp.bfloat16)
             since_start = decay_over(j <= i, log_decay)
             q[...] = (_float32(q) * (plan.scale * since_start)).astype(jnp.bfloat16)
-            coarse_smem[part] = (key * since_start).astype(jnp.bfloat16)
+            reads_k = squares[0]  # of which nothing is left to read
+            reads_k[...] = (key * since_start).astype(jnp.bfloat16)
             plgpu.commit_smem()
-            for ref, smem in ((reads_k_ref, coarse_smem), (reads_q_ref, q_smem), (writes_ref, k_smem)):
-                plgpu.copy_smem_to_gmem(smem.at[part], ref.at[b, tokens, h, pl.ds(part * PART, PART)])
+            for ref, smem in ((reads_k_ref, reads_k), (reads_q_ref, q), (writes_ref, k)):
+                plgpu.copy_smem_to_gmem(smem, ref.at[b, tokens, h, columns(part)])
+            if pairs:
+                plgpu.copy_smem_to_gmem(total_smem, pairs_refs[0].at[b, h, n, columns(part)])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             return carry
 
         zeros = jnp.zeros((CHUNK, CHUNK)), jnp.zeros((CHUNK, CHUNK)), jnp.zeros((CHUNK,))
         carry = lax.fori_loop(0, slices, channels, zeros if pairs else ())
         if pairs:
-            scores_ref, inverse_ref = pairs_refs
+            _, scores_ref, inverse_ref = pairs_refs
             scores, lower, itself = carry
             scores_smem, inverse_smem, *scratch = squares
             scores = jnp.where(i == j, over_rows(itself, CHUNK), jnp.where(i > j, scores, 0))
@@ -103,20 +112,23 @@ def decayed(plan, q, k, beta, log_decay, *, pairs: bool):
         plgpu.wait_smem_to_gmem(0)
 
     keys, square = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((B, T, HV, K), (B, HV, N, CHUNK, CHUNK)))
+    total = jax.ShapeDtypeStruct((B, HV, N, K), jnp.float32)
     return kernel(
         body,
-        out_type=(*[keys] * 3, *[square] * (2 if pairs else 0)),
+        out_type=(keys, keys, keys, *((total, square, square) if pairs else ())),
         scratch_types=[
-            *[tile(slices, CHUNK, PART)] * 4,
+            *[tile(slices, CHUNK, PART)] * 2,
+            plgpu.SMEM((slices, CHUNK, PART), jnp.float32, transforms=TILED_FLOAT32),
             plgpu.SMEM((CHUNK,), jnp.float32),
-            [tile(CHUNK, CHUNK)] * (4 if pairs else 0),
-            plgpu.Barrier(num_arrivals=4, num_barriers=slices),
+            plgpu.SMEM((PART,), jnp.float32),
+            [tile(CHUNK, CHUNK)] * (4 if pairs else 2),
+            plgpu.Barrier(num_arrivals=3, num_barriers=slices),
             plgpu.Barrier(num_arrivals=1),
         ],
-        grid=(B, N, HV),
-        grid_names=("b", "n", "h"),
+        grid=(B, N, HV, K // PART // slices),
+        grid_names=("b", "n", "h", "first"),
         name="gated_delta_rule_decayed",
-    )(q, k, *log_decay, beta)
+    )(q, k, log_decay, beta)
 
 
 def _pairs(q, k, log_decay, met, sums):
@@ -130,9 +142,9 @@ def _pairs(q, k, log_decay, met, sums):
         met[...] = (_float32(k) * decay).astype(jnp.bfloat16)
         queries = (_float32(q) * decay).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        across = meet(i, j, s)
-        scores += jnp.where(across, product((queries, met.T)), 0)
-        return scores, lower + jnp.where(across, product((met, met.T)), 0)
+        across = jnp.where(meet(i, j, s), 1.0, 0.0)  # a factor: to multiply and add is one instruction, to select and add are two
+        scores += across * product((queries, met.T))
+        return scores, lower + across * product((met, met.T))
 
     *sums, itself = sums
     return *lax.fori_loop(0, LEVELS, level, tuple(sums)), itself + jnp.sum(_float32(q) * _float32(k), axis=1)

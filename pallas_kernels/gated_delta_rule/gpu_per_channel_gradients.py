@@ -16,25 +16,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, product, tile
 from pallas_kernels.gated_delta_rule.gpu_gradients import PART, Values
-from pallas_kernels.gated_linear_attention.gpu_decays import LEVELS, decay_over, meet, ones, parts, positions, to_middle
+from pallas_kernels.gated_linear_attention.gpu_decays import LEVELS, decay_over, meet, ones, parts, positions, split, to_middle
 from pallas_kernels.gated_linear_attention.gpu_layout import TILED_FLOAT32, kernel, over_columns, over_rows
 
 
 def gradients(plan, q, k, beta, log_decay, total, *walked):
-    """q, k [B,T,H,K], beta [B,HV,N,C], log_decay and total of ``gpu_decays.prepared``, [B,T,HV,K] twice and [B,HV,N,K]; ``walked`` as for
+    """q, k [B,T,H,K], beta [B,HV,N,C], log_decay [B,T,HV,K] and total [B,HV,N,K] in float32; ``walked`` as for
     :class:`.gpu_gradients.Values`.
 
     Returns D q, D k [B,T,HV,K] in bfloat16, D beta [B,HV,N,K/PART,C], of each part of the channels its own, and D log_decay [B,T,HV,K].
     """
-    (B, T, HV, K), N, groups = log_decay[0].shape, beta.shape[2], beta.shape[1] // q.shape[2]
+    (B, T, HV, K), N, groups = log_decay.shape, beta.shape[2], beta.shape[1] // q.shape[2]
 
-    def body(q_ref, k_ref, coarse_ref, fine_ref, beta_ref, total_ref, *refs):
+    def body(q_ref, k_ref, log_decay_ref, beta_ref, total_ref, *refs):
         *walked, d_q_ref, d_k_ref, d_beta_ref, d_decay_ref = refs[:9]
         keys, buffers, writes, from_t, beta, d_beta, total, by_state, loaded, values_loaded = refs[9:]
         b, n, h, part = (lax.axis_index(name) for name in ("b", "n", "h", "part"))
         values = Values(b, h, n, pl.ds(part * PART, PART), walked, buffers, values_loaded)
         values.load(0)
-        for ref, buffer, head in zip((q_ref, k_ref, coarse_ref, fine_ref), keys, (h // groups, h // groups, h, h), strict=True):
+        for ref, buffer, head in ((q_ref, keys[0], h // groups), (k_ref, keys[1], h // groups), (log_decay_ref, from_t, h)):
             plgpu.copy_gmem_to_smem(ref.at[b, values.tokens, head, values.channels], buffer, loaded)
         plgpu.copy_gmem_to_smem(beta_ref.at[b, h, n], beta, loaded)
         plgpu.copy_gmem_to_smem(total_ref.at[b, h, n, values.channels], total, loaded)
@@ -42,8 +42,7 @@ def gradients(plan, q, k, beta, log_decay, total, *walked):
         *met, by_states = values.met()
         i, j = positions()
         by_state[...] = jnp.sum(jnp.where(i == j, by_states, 0), axis=1)
-        plgpu.barrier_wait(loaded)
-        keys[0][...], keys[1][...], d_beta[...] = _of_keys(plan.scale, met, keys, beta, buffers, writes, from_t)
+        keys[0][...], keys[1][...], d_beta[...] = _of_keys(plan.scale, met, keys, beta, buffers, writes, from_t, loaded)
         buffers[0][...], buffers[1][...] = parts(from_t[...])
         plgpu.commit_smem()
         later, earlier = ones(j >= i), ones(j < i)
@@ -66,16 +65,16 @@ def gradients(plan, q, k, beta, log_decay, total, *walked):
             [square] * 2,
             plgpu.SMEM((CHUNK, PART), jnp.float32, transforms=TILED_FLOAT32),
             *[row] * 4,
-            plgpu.Barrier(num_arrivals=6),
+            plgpu.Barrier(num_arrivals=5),
             plgpu.Barrier(num_arrivals=5),
         ],
         grid=(B, N, HV, K // PART),
         grid_names=("b", "n", "h", "part"),
         name="gated_delta_rule_gradients_per_channel",
-    )(q, k, *log_decay, beta, total, *walked)
+    )(q, k, log_decay, beta, total, *walked)
 
 
-def _of_keys(scale, met, keys, beta, buffers, writes, from_t):
+def _of_keys(scale, met, keys, beta, buffers, writes, from_t, loaded):
     """D q, D k [C,PART] and D beta [C] by what the values of the chunk met, as :meth:`.gpu_gradients.Values.met` has it.
 
     Leaves of each channel what its log decay at token t is worth: the sums over t and later tokens of ``from_t``, float32, and over earlier
@@ -87,13 +86,16 @@ def _of_keys(scale, met, keys, beta, buffers, writes, from_t):
     d_scores, d_lower, met_q, met_k, identity = buffers
     i, j = positions()
     d_itself = scale * jnp.sum(jnp.where(i == j, pairs_q, 0), axis=1)
+    d_scores[...] = jnp.where(i > j, scale * pairs_q, 0).astype(jnp.bfloat16)
+    d_lower[...] = jnp.where(i > j, -pairs_k, 0).astype(jnp.bfloat16)
     identity[...] = ones(i == j)
-    for d_pairs, x in ((d_scores, scale * pairs_q), (d_lower, -pairs_k)):
-        x = jnp.where(i > j, x, 0).astype(jnp.bfloat16)
-        d_pairs[...] = x
-        plgpu.commit_smem()
-        d_pairs[...] = (x.astype(jnp.float32) + product((d_pairs.T, identity))).astype(jnp.bfloat16)  # for both tokens of a pair
+    plgpu.commit_smem()
+    for d_pairs in (d_scores, d_lower):
+        d_pairs[...] = product((d_pairs.T, identity), start=_float32(d_pairs)).astype(jnp.bfloat16)  # for both tokens of a pair
 
+    plgpu.barrier_wait(loaded)
+    split(from_t, *log_decay)
+    plgpu.commit_smem()
     since_start = decay_over(j <= i, log_decay)
     d_q, d_reader, d_key = scale * since_start * reads_q, -since_start * reads_k, decay_over(j > i, log_decay) * d_key
     from_t[...] = _float32(q_smem) * d_q + _float32(k_smem) * d_reader

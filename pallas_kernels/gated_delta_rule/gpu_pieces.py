@@ -14,7 +14,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_delta_rule.gpu_chunk import COLUMNS, call, product, tile
 from pallas_kernels.gated_delta_rule.gpu_walk import load, parts
-from pallas_kernels.gated_linear_attention.gpu_decays import parts_by_xla
 
 
 def starts(transitions, increments, start, backwards=False):
@@ -24,7 +23,7 @@ def starts(transitions, increments, start, backwards=False):
     ``backwards`` the increments are those of gradients. start: [B,HV,V,K], for the first piece, or backwards the last.
     """
     B, HV, P, V, K = increments.shape
-    high, low = parts_by_xla(transitions)
+    high, low = halves_by_xla(transitions)
     width = min(K, 128)
     shape = (width, K) if backwards else (K, width)
     (starts,) = call(
@@ -37,6 +36,12 @@ def starts(transitions, increments, start, backwards=False):
         grid_names=("b", "h", "columns"),
     )
     return starts
+
+
+def halves_by_xla(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """:func:`_halves` by XLA, which takes a cast to bfloat16 and back for none, and so would leave nothing to the second."""
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 def _kernel(backwards, high_ref, low_ref, increments_ref, start_ref, result_ref, high, low, loaded):

@@ -2,8 +2,11 @@
 
 Pairs of tokens are split by the middle of the smallest block of 2, 4, ..., 64 tokens that holds both, as :mod:`.decays` has it: each
 token meets the middle through a decay of its own, at most 1, and the pairs of a level are one product. The sums of log decays are
-products too, with zeros and ones that say over which tokens; for that, log decays are two parts in bfloat16, to twice its precision.
+products too, with zeros and ones that say over which tokens; for that, log decays are two parts in bfloat16, to twice its precision,
+and to base 2: what is computed of powers of two is computed of all others by a product more.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +19,6 @@ CHUNK = TILE
 LEVELS = 6  # at which tokens meet: in the middles of blocks with halves of 1, 2, 4, ..., 32
 
 
-def prepared(log_decay: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """The two parts of log decays [B,T,HV,K], no less than RESET, in bfloat16, and the decays [B,N,HV,K] of whole chunks."""
-    B, T, HV, K = log_decay.shape
-    log_decay = jnp.maximum(log_decay, RESET)
-    total = jnp.exp(jnp.sum(log_decay.reshape(B, T // CHUNK, CHUNK, HV, K), axis=2))
-    return parts_by_xla(log_decay), total
-
-
-def parts_by_xla(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """:func:`parts` outside of a kernel, where XLA takes a cast to bfloat16 and back for none, and so would leave nothing to the second."""
-    coarse = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return coarse.astype(jnp.bfloat16), (x - coarse).astype(jnp.bfloat16)
-
-
 def parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two parts in bfloat16 that add up to float32 x, but for 2^-17 of it."""
     coarse = x.astype(jnp.bfloat16)
@@ -37,10 +26,10 @@ def parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def split(log_decay_smem, coarse_smem, fine_smem) -> jax.Array:
-    """Puts log decays [C,64], no less than RESET, into their two parts; returns their sums over the tokens [64], by both."""
-    log_decay = jnp.maximum(log_decay_smem[...], RESET)
+    """Puts log decays [C,64], no less than RESET, to base 2, into their two parts; returns the decays of the whole chunk [64]."""
+    log_decay = jnp.maximum(log_decay_smem[...], RESET) * math.log2(math.e)
     coarse_smem[...], fine_smem[...] = parts(log_decay)
-    return jnp.sum(log_decay, axis=0)
+    return jnp.exp2(jnp.sum(log_decay, axis=0))
 
 
 def positions() -> tuple[jax.Array, jax.Array]:
@@ -49,9 +38,14 @@ def positions() -> tuple[jax.Array, jax.Array]:
     return over_rows(lax.broadcasted_iota(jnp.int32, (CHUNK,), 0), CHUNK), lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
 
 
+def among(t, first, count) -> jax.Array:
+    """Whether t is among the ``count`` tokens from ``first`` on: one comparison, of numbers without a sign."""
+    return (t - first).astype(jnp.uint32) < count.astype(jnp.uint32)
+
+
 def meet(i, j, s) -> jax.Array:
     """Whether two tokens are in the two halves, of s tokens, of one block."""
-    return ((i ^ j) & -s) == s
+    return among(j, (i & -s) ^ s, s)
 
 
 def ones(where) -> jax.Array:
@@ -59,14 +53,14 @@ def ones(where) -> jax.Array:
 
 
 def decay_over(over, log_decay) -> jax.Array:
-    """[C,64], exp of the sums of the log decays, two parts in shared memory, for token i over the tokens t where ``over`` [C,C]."""
+    """[C,64], the decay of token i over the tokens t where ``over`` [C,C], by the two parts of the log decays in shared memory."""
     over = ones(over)
-    return jnp.exp(product(over, log_decay[0], over, log_decay[1]))
+    return jnp.exp2(product(over, log_decay[0], over, log_decay[1]))
 
 
 def to_middle(log_decay, s) -> jax.Array:
     """[C,64], the decay of each token to or from the middle of its block with halves of s tokens."""
     i, t = positions()
     second = (i & s) != 0
-    first, last = jnp.where(second, i & -s, i + 1), jnp.where(second, i, i | (s - 1))
-    return decay_over((t >= first) & (t <= last), log_decay)
+    first, end = jnp.where(second, i & -s, i + 1), jnp.where(second, i + 1, (i | (s - 1)) + 1)
+    return decay_over(among(t, first, end - first), log_decay)

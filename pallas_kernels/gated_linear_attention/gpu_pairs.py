@@ -43,7 +43,7 @@ def decayed(q, k, log_decay, *, scale: float):
             columns, slot = pl.ds(part * TILE, TILE), lax.rem(part, slots)
             q_smem_, k_smem_ = q_smem.at[slot], k_smem.at[slot]
             plgpu.barrier_wait(loaded.at[slot])
-            total_smem[...] = jnp.exp(split(log_decay_smem.at[slot], coarse_smem, fine_smem))
+            total_smem[...] = split(log_decay_smem.at[slot], coarse_smem, fine_smem)
             plgpu.commit_smem()
             log_decay = coarse_smem, fine_smem
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import platforms
-from pallas_kernels.gated_delta_rule import gated_delta_rule, gpu
+from pallas_kernels.gated_delta_rule import gated_delta_rule, gpu, gpu_pieces
 from tests.helpers import tree_errors
 from tests.pallas_kernels import hopper
 from tests.pallas_kernels.test_gated_delta_rule import Case, documents_of, evaluate, example
@@ -91,6 +91,12 @@ def test_pieces_hold_every_chunk_and_fill_the_multiprocessors(walks, chunks):
     assert (plan.pieces - 1) * plan.chunks < chunks <= plan.pieces * plan.chunks
     assert plan.pieces == 1 or plan.chunks >= gpu.LEAST and walks * plan.pieces <= gpu.WARPGROUPS
     assert (plan.warpgroups == 2) == (walks * plan.pieces > gpu.WARPGROUPS // 2)
+
+
+def test_the_second_half_of_transitions_is_not_for_xla_to_leave_out():
+    """On a GPU it takes a cast to bfloat16 and back for none, and what that took off for 0; not so a rounding that is asked for."""
+    module = hopper.lowered(gpu_pieces.halves_by_xla, jax.ShapeDtypeStruct((64, 64), jnp.float32))
+    assert "stablehlo.reduce_precision" in module and "(tensor<64x64xbf16>) -> tensor<64x64xf32>" not in module
 
 
 def arguments_of(axes, K=128, V=128, dtype=jnp.bfloat16):
