@@ -25,6 +25,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 ROOT = Path(__file__).parent.parent
 # What makes a run short; the model, its size and its data stay what the command says.
 SHORT = ["--config.train.steps=2", "--config.evaluation.tokens=256", "--config.data.mqar.examples=1"]
+FEWER = {"train.steps=50": "train.steps=2", "--step=100": "--step=2", "experiments.sweep": "experiments.sweep --models=hgrn_pure"}
+FEWER |= {"--tokens=100000": "--tokens=2000", "--tokens=16384": "--tokens=2048", "--pairs=2,4,8": "--pairs=2,4 --examples=8"}
 SMALLER = ["--config.train.batch=1", "--config.data.window=64", "--config.evaluation.batch=1"]  # for the 340M and 1.3B models
 
 
@@ -89,10 +91,9 @@ def test_the_readme_has_its_commands():
 
 
 def test_the_quick_commands_work_in_the_order_of_the_readme(folder):
-    shorter = {"--step=100": "--step=2", "train.steps=50": "train.steps=2", "experiments.sweep": "experiments.sweep --models=hgrn_pure"}
     for command in OURS:
         if not is_slow(command):
-            for words, fewer in shorter.items():
+            for words, fewer in FEWER.items():
                 command = command.replace(words, fewer)
             assert run(command, folder)
 
