@@ -13,6 +13,7 @@ from hybrid_jax.layers.gates import lower_bounds
 from hybrid_jax.layers.rotary import positions
 from hybrid_jax.mixers import Context, Memory
 from hybrid_jax.sharding import constrain
+from pallas_kernels import platforms
 
 REMAT_POLICIES = {
     "operators": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -42,7 +43,8 @@ class Block(nnx.Module):
 class Stage(nnx.Module):
     """Consecutive layers as scans: over the repeats of a pattern, and in each over its runs of one kind.
 
-    ``runs[i]`` is one Block whose parameters carry two leading axes, [repeats, length of the run].
+    ``runs[i]`` is one Block whose parameters carry two leading axes, [repeats, length of the run]. On GPUs the scans are unrolled:
+    there XLA writes what one keeps for the backward pass twice, and what one within another keeps three times (docs/gpu.md).
     """
 
     def __init__(self, stage: layout.Stage, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -58,7 +60,7 @@ class Stage(nnx.Module):
         """
         graphs, params = zip(*(nnx.split(run) for run in self.runs), strict=True)
         per_run = [None if bounds is None else bounds[jnp.array(self.layout.layers(i))] for i in range(len(self.runs))]
-        remat = "none" if memories else self.remat
+        remat, unroll = "none" if memories else self.remat, platforms.is_gpu()
 
         def block(graph):
             def call(carry, layer):
@@ -67,20 +69,20 @@ class Stage(nnx.Module):
                 x, new = nnx.merge(graph, params)(x, context._replace(lower_bound=bound), caches.read(memory, at))
                 return (x, caches.write(memory, at, new, context.real) if memories else memory), None
 
-            # a scan already keeps forward and backward apart, so nothing needs to be said against common subexpressions
-            return call if remat == "none" else jax.checkpoint(call, policy=REMAT_POLICIES[remat], prevent_cse=False)
+            # a loop keeps forward and backward apart; without one, what backward computes again is not to be that of forward, kept
+            return call if remat == "none" else jax.checkpoint(call, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
 
         def repeat(carry, layers):
             x, memories = carry
             written = []
             for graph, memory, layer in zip(graphs, memories, layers, strict=True):
-                (x, memory), _ = jax.lax.scan(block(graph), (x, memory), layer)
+                (x, memory), _ = jax.lax.scan(block(graph), (x, memory), layer, unroll=unroll)
                 written.append(memory)
             return (x, written), None
 
         places = [jnp.moveaxis(jnp.indices((self.layout.repeats, run.length)), 0, -1) for run in self.layout.runs]
         carry = x, memories or [Memory()] * len(self.runs)
-        return jax.lax.scan(repeat, carry, list(zip(params, per_run, places, strict=True)))[0]
+        return jax.lax.scan(repeat, carry, list(zip(params, per_run, places, strict=True)), unroll=unroll)[0]
 
     def empty_memories(self, batch: int, slots: int) -> list[Memory]:
         """Memories of nothing, with room for ``slots`` keys and values a row."""

@@ -35,8 +35,13 @@ def generation() -> str | None:
     The devices of the mesh in force (``jax.set_mesh``) decide, be they attached or those of an ahead-of-time topology;
     without a mesh, the local device. Both are part of what ``jax.jit`` caches by.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return "hopper" if re.match(r"NVIDIA G?H\d", device.device_kind) else GENERATIONS.get(device.device_kind)
+    kind = _device().device_kind
+    return "hopper" if re.match(r"NVIDIA G?H\d", kind) else GENERATIONS.get(kind)
+
+
+def is_gpu() -> bool:
+    """Whether a program is traced for a GPU, of any generation; the device is that of :func:`generation`."""
+    return _device().platform == "gpu"
 
 
 def kernels(tpu: ModuleType, gpu: ModuleType) -> ModuleType:
@@ -128,6 +133,10 @@ def gpu_load(ref, **keywords) -> jax.Array:
     """``plgpu.load`` of all of a reference; keywords as there."""
     beside = (None,) if jax.__version_info__ < (0, 11) else ()  # jax 0.10 wants an index, which has no use any more
     return plgpu.load(ref, *beside, **keywords)
+
+
+def _device():
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def _varying(arrays):

@@ -35,7 +35,7 @@ CONFIGS = [
 ]
 WINDOWS = (2048, 8192)
 ALL = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}  # of the card, for JAX
-REMATS = ("operators", "block")  # the first that fits is taken; without any, XLA writes and reads more than it would compute again
+REMATS = ("none", "operators", "block")  # the first that fits is taken
 ROOM = 0.95  # of JAX's share, which a step may take
 
 

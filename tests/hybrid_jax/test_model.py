@@ -11,7 +11,7 @@ from flax import nnx
 
 from hybrid_jax import config, layout
 from hybrid_jax import model as models
-from pallas_kernels import segments
+from pallas_kernels import platforms, segments
 from tests.helpers import relative_error, tree_errors
 from tests.hybrid_jax import reference_model
 
@@ -119,14 +119,21 @@ def test_documents_in_a_row_follow_the_equations_alone(mixer):
             assert relative_error(logits[own], expected) < 2e-5, name
 
 
-def test_remat_changes_memory_not_numbers():
-    tokens = random_tokens(2, 16)
-    results = {}
+@pytest.mark.parametrize("unrolled", [False, True])  # True: as for GPUs
+def test_remat_changes_memory_not_numbers(unrolled, monkeypatch):
+    monkeypatch.setattr(platforms, "is_gpu", lambda: unrolled)
+    tokens = random_tokens(8, 64)
+    results, temporary = {}, {}
     for remat in ("none", "operators", "block"):
         graph, params = nnx.split(build(config.RetNet(heads=2), layers=2, ratio=2, remat=remat))
         loss = jax.jit(jax.value_and_grad(lambda p, graph=graph: jnp.mean(jnp.square(nnx.merge(graph, p)(tokens)))))
-        results[remat] = loss(params)
+        lowered = loss.lower(params)
+        # without a loop around it, what is computed again is told from what was computed before
+        assert ("optimization_barrier" in lowered.as_text()) == (unrolled and remat != "none")
+        compiled = lowered.compile()
+        results[remat], temporary[remat] = compiled(params), compiled.memory_analysis().temp_size_in_bytes
         assert all(jnp.any(g != 0) for g in jax.tree.leaves(results[remat][1]))
+    assert max(temporary["block"], temporary["operators"]) < temporary["none"], temporary
     for remat in ("operators", "block"):
         # recomputed values may be fused differently, which moves float32 rounding
         assert max(tree_errors(results[remat], results["none"]).values()) < 1e-4
