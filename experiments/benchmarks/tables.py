@@ -126,9 +126,9 @@ def gpu_steps() -> str:
         used = ", ".join(f"{operator} {names}" for operator, names in sorted(operators.items()))
         held, moved = f"{row['held_bytes'] / 1e9:.1f}", f"{row['hbm_bytes'] / 1e9:.0f}"
         spilled = sum(kernel["spill_bytes"] for kernel in row["kernels"].values())
-        return [f"`{row['config']}`", f"{row['window']:,}", used, held, moved, str(spilled)]
+        return [f"`{row['config']}`", f"{row['window']:,}", used, f"`{row['remat']}`", held, moved, str(spilled)]
 
-    return markdown(["step", "T", "kernels", "holds GB", "HBM GB", "spilled bytes"], map(line, rows))
+    return markdown(["step", "T", "kernels", "remat", "holds GB", "HBM GB", "spilled bytes"], map(line, rows))
 
 
 TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (tpu_operators, tpu_steps, gpu_operators, gpu_kernels, gpu_steps)}
