@@ -60,7 +60,7 @@ class Stage(nnx.Module):
         """
         graphs, params = zip(*(nnx.split(run) for run in self.runs), strict=True)
         per_run = [None if bounds is None else bounds[jnp.array(self.layout.layers(i))] for i in range(len(self.runs))]
-        remat, unroll = "none" if memories else self.remat, platforms.is_gpu()
+        remat, unroll = "none" if memories else self.remat, platforms.platform() == "gpu"
 
         def block(graph):
             def call(carry, layer):

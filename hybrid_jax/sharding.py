@@ -153,6 +153,12 @@ def mesh_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> 
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
+def is_whole(axis: str) -> bool:
+    """Whether each device of the mesh in force has all of an axis, given by its logical name, of an array."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size <= 1 or mesh_size(mesh, RULES[axis]) == 1
+
+
 def logical_axes(params: nnx.State) -> Any:
     """The tree of ``params`` with each array replaced by the tuple of its axes' names, stacked axes ("layers") included."""
 

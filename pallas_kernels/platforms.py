@@ -39,9 +39,9 @@ def generation() -> str | None:
     return "hopper" if re.match(r"NVIDIA G?H\d", kind) else GENERATIONS.get(kind)
 
 
-def is_gpu() -> bool:
-    """Whether a program is traced for a GPU, of any generation; the device is that of :func:`generation`."""
-    return _device().platform == "gpu"
+def platform() -> str:
+    """What a program is traced for, "tpu", "gpu" or "cpu"; the device is that of :func:`generation`."""
+    return _device().platform
 
 
 def kernels(tpu: ModuleType, gpu: ModuleType) -> ModuleType:

@@ -17,10 +17,10 @@ def positions(B: int, T: int, segment_ids: jax.Array | None) -> jax.Array:
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotate x [B,T,H,K] by its tokens' positions [B,T], frequency theta^(-2i/K) for the i-th pair (x_i, x_{i+K/2})."""
+    """Rotate x [B,T,H,K] or [B,T,K] by its tokens' positions [B,T], frequency theta^(-2i/K) for the i-th pair (x_i, x_{i+K/2})."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+    angle = jnp.expand_dims(positions, range(2, x.ndim)).astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -7,7 +7,7 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm, l2_normalize
 from hybrid_jax.mixers.context import Context, Memory
-from hybrid_jax.mixers.projections import convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.mixers.projections import by_head, convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
 from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 
@@ -48,7 +48,7 @@ class DeltaNet(nnx.Module):
                 q, k = activation(q), activation(k)
         q, k, v = (split_heads(a, self.config.heads) for a in (q, k, v))
         normalize = l2_normalize if self.config.qk_norm == "l2" else sum_normalize
-        return normalize(q), normalize(k), v, tails
+        return by_head(normalize, q), by_head(normalize, k), v, tails
 
     def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
         q, k, v, tails = self._qkv(x, context, memory)
@@ -59,4 +59,4 @@ class DeltaNet(nnx.Module):
             beta = 2 * beta
         o, state = recur(gated_delta_rule, q, k, v, beta, None, context=context, state=memory.state)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.config.heads)
-        return self.o_proj(merge_heads(self.o_norm(o, gate=gate))), Memory(state, tails)
+        return self.o_proj(merge_heads(by_head(self.o_norm, o, gate))), Memory(state, tails)

@@ -9,7 +9,7 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm, l2_normalize
 from hybrid_jax.mixers.context import Context, Memory
-from hybrid_jax.mixers.projections import convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.mixers.projections import by_head, convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
 from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 
@@ -54,8 +54,8 @@ class GatedDeltaNet(nnx.Module):
         if self.config.negative_eigenvalues:
             beta = 2 * beta
         log_decay = -jnp.exp(self.A_log[...]) * rate
-        q, k = (l2_normalize(split_heads(a, self.config.heads)) for a in (q, k))
+        q, k = (by_head(l2_normalize, split_heads(a, self.config.heads)) for a in (q, k))
         v = split_heads(v, self.value_heads)
         o, state = recur(gated_delta_rule, q, k, v, beta, log_decay, context=context, state=memory.state)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.value_heads)
-        return self.o_proj(merge_heads(self.o_norm(o, gate=gate))), Memory(state, tails)
+        return self.o_proj(merge_heads(by_head(self.o_norm, o, gate))), Memory(state, tails)

@@ -7,7 +7,7 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import Linear, RMSNorm
 from hybrid_jax.mixers.context import Context, Memory
-from hybrid_jax.mixers.projections import FEATURE_MAPS, convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.mixers.projections import FEATURE_MAPS, by_head, convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
 from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 
@@ -49,4 +49,4 @@ class GLA(nnx.Module):
         q = split_heads(q, self.heads)
         o, state = recur(gated_linear_attention, q, k, v, log_decay, context=context, state=memory.state)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.heads)
-        return self.o_proj(merge_heads(self.g_norm(o, gate=gate))), Memory(state, tails)
+        return self.o_proj(merge_heads(by_head(self.g_norm, o, gate))), Memory(state, tails)

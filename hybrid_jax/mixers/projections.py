@@ -1,5 +1,6 @@
 """How every mixer makes its projections: the model's initialisation and dtype, one place to say so."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -9,6 +10,8 @@ from flax import nnx
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers import Linear, ShortConvolution
 from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.sharding import is_whole
+from pallas_kernels import platforms
 
 # What queries and keys may pass before the recurrence, element by element; the names are flash-linear-attention's.
 FEATURE_MAPS = {
@@ -54,3 +57,16 @@ def split_heads(x: jax.Array, heads: int) -> jax.Array:
 def merge_heads(x: jax.Array) -> jax.Array:
     """[B,T,H,V] -> [B,T,H*V]."""
     return x.reshape(*x.shape[:-2], -1)
+
+
+def by_head(function: Callable[..., jax.Array], *arrays: jax.Array | None) -> jax.Array:
+    """``function(*arrays)`` of arrays [B,T,H,K], where one is given; [B,T,H,K], of which each head depends on the same head alone.
+
+    A TPU tiles an array's last two axes: [H,K] in the place of [T,H*K] is another order in memory, and XLA copies to it and back. So
+    there heads of whole tiles are taken one after the other, as slices of [B,T,H*K], which is the order of projections and kernels.
+    """
+    *_, H, K = arrays[0].shape
+    if platforms.platform() != "tpu" or K % 128 or not is_whole("heads"):
+        return function(*arrays)
+    heads = ([None] * H if a is None else jnp.split(merge_heads(a), H, axis=-1) for a in arrays)
+    return split_heads(jnp.concatenate([function(*head) for head in zip(*heads, strict=True)], axis=-1), H)

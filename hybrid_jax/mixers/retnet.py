@@ -8,7 +8,7 @@ from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.rotary import rotate
 from hybrid_jax.mixers.context import Context, Memory
-from hybrid_jax.mixers.projections import FEATURE_MAPS, heads_in, heads_out, merge_heads, split_heads
+from hybrid_jax.mixers.projections import FEATURE_MAPS, by_head, heads_in, heads_out, merge_heads, split_heads
 from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 
@@ -35,9 +35,9 @@ class RetNet(nnx.Module):
         k = split_heads(self.feature_map(self.k_proj(x)), self.kv_heads)
         v = split_heads(self.v_proj(x), self.kv_heads)
         group = self.heads // self.kv_heads
-        q = rotate(q, context.positions, ROPE_THETA)
-        k, v = (jnp.repeat(a, group, axis=2) for a in (rotate(k, context.positions, ROPE_THETA), v))
+        q, k = (by_head(lambda a: rotate(a, context.positions, ROPE_THETA), a) for a in (q, k))
+        k, v = (jnp.repeat(a, group, axis=2) for a in (k, v))
         log_decay = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.heads, dtype=jnp.float32))))
         o, state = recur(gated_linear_attention, q, k, v, log_decay, context=context, state=memory.state)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.heads)
-        return self.o_proj(merge_heads(self.g_norm(o, gate=gate))), Memory(state, ())
+        return self.o_proj(merge_heads(by_head(self.g_norm, o, gate))), Memory(state, ())

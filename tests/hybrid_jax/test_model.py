@@ -121,7 +121,7 @@ def test_documents_in_a_row_follow_the_equations_alone(mixer):
 
 @pytest.mark.parametrize("unrolled", [False, True])  # True: as for GPUs
 def test_remat_changes_memory_not_numbers(unrolled, monkeypatch):
-    monkeypatch.setattr(platforms, "is_gpu", lambda: unrolled)
+    monkeypatch.setattr(platforms, "platform", lambda: "gpu" if unrolled else "cpu")
     tokens = random_tokens(8, 64)
     results, temporary = {}, {}
     for remat in ("none", "operators", "block"):
