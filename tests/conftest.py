@@ -1,7 +1,6 @@
 """Eight virtual CPU devices for every test, so that sharding is tested where there is one device; JAX's default stays the first.
 
-Most of a test's time is LLVM's, on programs that run once: they are not optimised, which takes a third off. The README's
-commands are run as they are.
+Most of a test's time is LLVM's, on programs that run once: they are not optimised, which takes a third off.
 """
 
 import os
