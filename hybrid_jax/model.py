@@ -43,8 +43,8 @@ class Block(nnx.Module):
 class Stage(nnx.Module):
     """Consecutive layers as scans: over the repeats of a pattern, and in each over its runs of one kind.
 
-    ``runs[i]`` is one Block whose parameters carry two leading axes, [repeats, length of the run]. On GPUs the scans are unrolled:
-    there XLA writes what one keeps for the backward pass twice, and what one within another keeps three times (docs/gpu.md).
+    ``runs[i]`` is one Block whose parameters carry two leading axes, [repeats, length of the run]. On GPUs the layers stand one
+    after the other: there XLA writes what a scan keeps for the backward pass twice, and a scan within another three times (docs/gpu.md).
     """
 
     def __init__(self, stage: layout.Stage, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -60,7 +60,8 @@ class Stage(nnx.Module):
         """
         graphs, params = zip(*(nnx.split(run) for run in self.runs), strict=True)
         per_run = [None if bounds is None else bounds[jnp.array(self.layout.layers(i))] for i in range(len(self.runs))]
-        remat, unroll = "none" if memories else self.remat, platforms.platform() == "gpu"
+        remat, in_loops = "none" if memories else self.remat, platforms.platform() != "gpu"
+        scan = jax.lax.scan if in_loops else _one_after_the_other
 
         def block(graph):
             def call(carry, layer):
@@ -70,19 +71,19 @@ class Stage(nnx.Module):
                 return (x, caches.write(memory, at, new, context.real) if memories else memory), None
 
             # a loop keeps forward and backward apart; without one, what backward computes again is not to be that of forward, kept
-            return call if remat == "none" else jax.checkpoint(call, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
+            return call if remat == "none" else jax.checkpoint(call, policy=REMAT_POLICIES[remat], prevent_cse=not in_loops)
 
         def repeat(carry, layers):
             x, memories = carry
             written = []
             for graph, memory, layer in zip(graphs, memories, layers, strict=True):
-                (x, memory), _ = jax.lax.scan(block(graph), (x, memory), layer, unroll=unroll)
+                (x, memory), _ = scan(block(graph), (x, memory), layer)
                 written.append(memory)
             return (x, written), None
 
         places = [jnp.moveaxis(jnp.indices((self.layout.repeats, run.length)), 0, -1) for run in self.layout.runs]
         carry = x, memories or [Memory()] * len(self.runs)
-        return jax.lax.scan(repeat, carry, list(zip(params, per_run, places, strict=True)), unroll=unroll)[0]
+        return scan(repeat, carry, list(zip(params, per_run, places, strict=True)))[0]
 
     def empty_memories(self, batch: int, slots: int) -> list[Memory]:
         """Memories of nothing, with room for ``slots`` keys and values a row."""
@@ -99,6 +100,19 @@ class Stage(nnx.Module):
             return caches.empty(jax.eval_shape(lambda: nnx.merge(graph, one)(x, context, Memory())[1]), layers)
 
         return [empty(*pair) for pair in zip(self.layout.runs, self.runs, strict=True)]
+
+
+def _one_after_the_other(f, carry, xs):
+    """``jax.lax.scan(f, carry, xs)`` without a loop, of an ``f`` without outputs, which is traced once.
+
+    xs are cut all at once: so their gradients are joined once, not added.
+    """
+    leaves, tree = jax.tree.flatten(xs)
+    cut = ([x.squeeze(0) for x in jax.lax.split(leaf, [1] * len(leaf))] for leaf in leaves)
+    f = jax.jit(f)
+    for x in zip(*cut, strict=True):
+        carry, _ = f(carry, tree.unflatten(x))
+    return carry, None
 
 
 def _stacked_block(run: layout.Run, repeats: int, config: ModelConfig, rngs: nnx.Rngs) -> Block:

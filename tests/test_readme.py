@@ -72,8 +72,9 @@ def run(command: str, folder: Path) -> str:
     if "experiments.train" in command:
         given = {word.split("=")[0] for word in words}
         words += [extra for extra in SHORT + (SMALLER if is_slow(command) else []) if extra.split("=")[0] not in given]
-    compiled = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"} | compiled  # many commands, few programs
+    # many commands, few programs, each for a moment
+    quick = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"} | quick
     done = subprocess.run([sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

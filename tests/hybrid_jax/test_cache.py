@@ -7,6 +7,7 @@ from flax import nnx
 
 from hybrid_jax import config, costs
 from hybrid_jax.model import abstract
+from pallas_kernels import platforms
 from tests.helpers import relative_error, tree_errors
 from tests.hybrid_jax.test_model import FAMILIES, OPTIONS, build, random_tokens
 
@@ -77,6 +78,11 @@ def check(mixer, layout):
 @pytest.mark.parametrize("mixer, layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_prefill_and_steps_are_one_forward(mixer, layout):
     check(mixer, layout)
+
+
+def test_layers_one_after_the_other_remember_the_same(monkeypatch):
+    monkeypatch.setattr(platforms, "platform", lambda: "gpu")
+    check(*MORE_LAYOUTS["repeats"])
 
 
 @pytest.mark.slow

@@ -123,9 +123,10 @@ def test_documents_in_a_row_follow_the_equations_alone(mixer):
 def test_remat_changes_memory_not_numbers(unrolled, monkeypatch):
     monkeypatch.setattr(platforms, "platform", lambda: "gpu" if unrolled else "cpu")
     tokens = random_tokens(8, 64)
+    params = nnx.state(build(config.RetNet(heads=2), layers=2, ratio=2))
     results, temporary = {}, {}
     for remat in ("none", "operators", "block"):
-        graph, params = nnx.split(build(config.RetNet(heads=2), layers=2, ratio=2, remat=remat))
+        graph, _ = models.abstract(config.ModelConfig(mixer=config.RetNet(heads=2), **(HYBRID | dict(layers=2, ratio=2, remat=remat))))
         loss = jax.jit(jax.value_and_grad(lambda p, graph=graph: jnp.mean(jnp.square(nnx.merge(graph, p)(tokens)))))
         lowered = loss.lower(params)
         # without a loop around it, what is computed again is told from what was computed before
@@ -156,6 +157,15 @@ def test_program_does_not_grow_with_depth(ratio):
     if ratio == 24:  # 24:1 of 24 layers too: no more than another scan's set-up beside 3:1
         assert abs(program(24) - shallow) < 0.25 * shallow
     assert deep == shallow
+
+
+def test_layers_one_after_the_other_are_traced_once(monkeypatch):
+    monkeypatch.setattr(platforms, "platform", lambda: "gpu")
+    traced, call = [], models.Block.__call__
+    monkeypatch.setattr(models.Block, "__call__", lambda block, *given: traced.append(block.kind) or call(block, *given))
+    graph, params = models.abstract(config.ModelConfig(mixer=config.GLA(heads=2), **(HYBRID | dict(layers=12))))
+    jax.make_jaxpr(lambda p: nnx.merge(graph, p)(jnp.zeros((1, 64), int)))(params)
+    assert traced == ["gla", "attention"]
 
 
 # Parameters of the study's models in millions, untied and tied, and the exact count of one released checkpoint.
