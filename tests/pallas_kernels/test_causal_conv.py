@@ -1,4 +1,4 @@
-"""The short convolution against a numpy loop, its two implementations against each other, and its contract."""
+"""The short convolution against a numpy loop, its implementations against each other, and its contract."""
 from functools import partial
 
 import jax
@@ -22,6 +22,7 @@ ROWS = jnp.asarray(
         [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
     ]
 )
+EXACT = [name for name in IMPLEMENTATIONS if name != "pallas"]  # those that take float64
 CONTIGUOUS = ROWS[:3]  # no padding inside a document: the path on which nothing is moved
 
 
@@ -63,7 +64,7 @@ def value_and_gradients(arguments, segment_ids, implementation, activation="silu
     return {"output": outputs[0], "final_state": outputs[1], **gradients}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EXACT)
 @pytest.mark.parametrize("W", [1, 4])
 def test_matches_a_numpy_loop(implementation, W):
     with jax.enable_x64(True):
@@ -98,7 +99,7 @@ def test_precision(implementation, dtype, bound):
     assert max(errors.values()) < bound, errors
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EXACT)
 @pytest.mark.parametrize("T", [1, 2, 3, 5])
 def test_rows_shorter_than_the_taps(implementation, T):
     with jax.enable_x64(True):
@@ -113,7 +114,7 @@ def test_rows_shorter_than_the_taps(implementation, T):
     assert max(max(e.values()) for e in errors) < 1e-14, errors
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EXACT)
 def test_random_documents(implementation):
     rng = np.random.default_rng(4)
     run = jax.jit(partial(causal_conv, implementation=implementation))
