@@ -8,8 +8,8 @@ tokens before:
 
     ds_t = dy_t act'(s_t)    dx_t = sum_k w_k ds_{t+k}    dw_k = sum_t ds_{t+k} x_t
 
-Documents and padding are a word of ones or zeros a token for each distance k, with which what lies there is masked. XLA makes them,
-[B,.,T] and so small beside x; the kernel turns them, time from lanes to sublanes, once for all columns of a block.
+Documents and padding are a bit a token for each distance k, whether what lies there counts. XLA puts them into one word a token, and the
+kernel turns these, time from lanes to sublanes, and makes a mask of ones or zeros of each bit, once for all columns of a block.
 """
 
 from functools import partial
@@ -35,12 +35,11 @@ class Chunk(NamedTuple):
     row_bytes: int
 
     def within(self, T: int) -> "Chunk":
-        """This chunk, or for a short sequence the least that holds it."""
-        return self._replace(tokens=min(self.tokens, pl.cdiv(T, LANES) * LANES))
+        """The least chunk of which a sequence takes no more than of this one."""
+        return self._replace(tokens=LANES * pl.cdiv(T, LANES * pl.cdiv(T, self.tokens)))
 
 
-FORWARD = Chunk(tokens=1024, row_bytes=1024)
-BACKWARD = Chunk(tokens=512, row_bytes=1024)
+CHUNK = Chunk(tokens=1024, row_bytes=1024)
 
 
 def is_faster(x: jax.Array, weight: jax.Array) -> bool:
@@ -66,9 +65,9 @@ class _Blocks(NamedTuple):
     edge: pl.BlockSpec  # [B,8,D]
     weight: pl.BlockSpec  # [W,D]
     dweight: pl.BlockSpec  # [B,W,D]
-    masks: pl.BlockSpec  # [B,M,T]
+    bits: pl.BlockSpec  # [B,1,T]
     extended: pltpu.VMEM  # a column of a chunk and the 8 tokens beside it
-    spread: pltpu.VMEM  # a column of masks
+    masks: pltpu.VMEM  # of a column of a chunk
 
 
 def _blocks(chunk: Chunk, x: jax.Array, taps: int, masks: int, reverse: bool) -> _Blocks:
@@ -86,7 +85,7 @@ def _blocks(chunk: Chunk, x: jax.Array, taps: int, masks: int, reverse: bool) ->
         pl.BlockSpec((1, REACH, width), lambda b, d, n: (b, 0, d)),
         pl.BlockSpec((taps, width), lambda b, d, n: (0, d)),
         pl.BlockSpec((1, taps, width), lambda b, d, n: (b, 0, d)),
-        pl.BlockSpec((1, masks, C), lambda b, d, n: (b, 0, at(n))),
+        pl.BlockSpec((1, 1, C), lambda b, d, n: (b, 0, at(n))),
         pltpu.VMEM((REACH + C, column), jnp.float32),
         pltpu.VMEM((masks, C, column), jnp.int32),
     )
@@ -94,44 +93,44 @@ def _blocks(chunk: Chunk, x: jax.Array, taps: int, masks: int, reverse: bool) ->
 
 def _forward(activation, x, weight, state, index):
     """See vjp.Passes. Padding, if it is told apart by an index of -1, is not seen, and its y is 0."""
-    chunk, W = FORWARD.within(x.shape[1]), weight.shape[1]
-    masks = () if index is None else (_masks(index, [*range(W)], chunk),)
+    chunk, W = CHUNK.within(x.shape[1]), weight.shape[1]
+    bits = () if index is None else (_bits(index, range(W), chunk),)
     blocks = _blocks(chunk, x, W, W, reverse=False)
     (y,) = platforms.pallas_call(
         partial(_forward_kernel, activation),
         name="causal_conv_forward",
         grid=blocks.grid,
-        in_specs=[blocks.sequence, blocks.before, blocks.edge, blocks.weight, *[blocks.masks] * len(masks)],
+        in_specs=[blocks.sequence, blocks.before, blocks.edge, blocks.weight, *[blocks.bits] * len(bits)],
         out_specs=[blocks.sequence],
         out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype),),
-        scratch_shapes=[blocks.extended, *[blocks.spread] * len(masks)],
+        scratch_shapes=[blocks.extended, *[blocks.masks] * len(bits)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel")),
         cost_estimate=_cost(x, W, passes=1),
-    )(x, x, _edge(state), weight.T * _factor(activation), *masks)
+    )(x, x, _edge(state), weight.T * _factor(activation), *bits)
     return y
 
 
 def _backward(activation, x, weight, state, index, dy):
     """See vjp.Passes. Padding, if it is told apart by an index of -1, is not seen, and its dx is 0."""
     (B, T, D), W = x.shape, weight.shape[1]
-    chunk, factor = BACKWARD.within(T), _factor(activation)
-    masks = () if index is None else (_masks(index, [*range(W), *range(-1, -W, -1)], chunk),)
+    chunk, factor = CHUNK.within(T), _factor(activation)
+    bits = () if index is None else (_bits(index, [*range(W), *range(-1, -W, -1)], chunk),)
     blocks = _blocks(chunk, x, W, 2 * W - 1, reverse=True)
     dx, dweight, dsums = platforms.pallas_call(
         partial(_backward_kernel, activation, T),
         name="causal_conv_backward",
         grid=blocks.grid,
-        in_specs=[blocks.sequence, blocks.before, blocks.edge, blocks.weight, blocks.sequence, *[blocks.masks] * len(masks)],
+        in_specs=[blocks.sequence, blocks.before, blocks.edge, blocks.weight, blocks.sequence, *[blocks.bits] * len(bits)],
         out_specs=[blocks.sequence, blocks.dweight, blocks.edge],
         out_shape=(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((B, W, D), jnp.float32),
             jax.ShapeDtypeStruct((B, REACH, D), jnp.float32),
         ),
-        scratch_shapes=[blocks.extended, blocks.extended, *[blocks.spread] * len(masks)],
+        scratch_shapes=[blocks.extended, blocks.extended, *[blocks.masks] * len(bits)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=_cost(x, W, passes=3),
-    )(x, x, _edge(state), weight.T * factor, dy, *masks)
+    )(x, x, _edge(state), weight.T * factor, dy, *bits)
 
     # The state, which is before all chunks.
     dsums = dsums[:, : W - 1]
@@ -162,17 +161,17 @@ def _sums_of_state(weight, state):
     return sum(weight[:, w] * state[:, w : w + kept] for w in range(kept + 1))
 
 
-def _masks(index, distances, chunk):
-    """[B,M,T] int32 for M distances, T padded to chunks: all ones where the token so far before (negative: after) is of the same document.
+def _bits(index, distances, chunk):
+    """[B,1,T] int32, T padded to chunks. Its m-th bit: whether the token ``distances[m]`` before (negative: after) is of the same document.
 
-    At padding all are 0. The state, before all tokens, is of document 0; after the last there is none.
+    At padding all are 0. The state, before all tokens, is of document 0; after the last token there is none.
     """
-    T = index.shape[1]
-    reach = max(distances)
+    T, reach = index.shape[1], max(distances)
     extended = jnp.pad(index, [(0, 0), (reach, 0)])
     extended = jnp.pad(extended, [(0, 0), (0, reach)], constant_values=-1)
     same = [(extended[:, reach - k : reach - k + T] == index) & (index >= 0) for k in distances]
-    return jnp.pad(-jnp.stack(same, axis=1).astype(jnp.int32), [(0, 0), (0, 0), (0, -T % chunk.tokens)])
+    bits = sum(one.astype(jnp.int32) << m for m, one in enumerate(same))
+    return jnp.pad(bits, [(0, 0), (0, -T % chunk.tokens)])[:, None]
 
 
 def _cost(x, taps, passes) -> pl.CostEstimate:
@@ -182,13 +181,13 @@ def _cost(x, taps, passes) -> pl.CostEstimate:
 
 
 def _forward_kernel(activation, x_ref, before_ref, state_ref, weight_ref, *refs):
-    masks_ref, y_ref, extended, spread = refs if len(refs) == 4 else (None, *refs, None)
+    bits_ref, y_ref, extended, masks = refs if len(refs) == 4 else (None, *refs, None)
     n = pl.program_id(2)
-    _spread(masks_ref, spread)
+    _spread(bits_ref, masks)
 
     def column(lanes):
-        _extend(x_ref, before_ref, state_ref, lanes, n, extended, spread)
-        s = _sums(extended, _weights(weight_ref, lanes), spread)
+        _extend(x_ref, before_ref, state_ref, lanes, n, extended, masks)
+        s = _sums(extended, _weights(weight_ref, lanes), masks)
         y = s + s * jnp.tanh(s) if activation == "silu" else s
         y_ref[0, :, lanes] = y.astype(y_ref.dtype)
 
@@ -196,7 +195,7 @@ def _forward_kernel(activation, x_ref, before_ref, state_ref, weight_ref, *refs)
 
 
 def _backward_kernel(activation, T, x_ref, before_ref, state_ref, weight_ref, dy_ref, *refs):
-    masks_ref, dx_ref, dweight_ref, after_ref, extended, dsums, spread = refs if len(refs) == 7 else (None, *refs, None)
+    bits_ref, dx_ref, dweight_ref, after_ref, extended, dsums, masks = refs if len(refs) == 7 else (None, *refs, None)
     C, W = x_ref.shape[1], weight_ref.shape[0]
     n = pl.num_programs(2) - 1 - pl.program_id(2)
 
@@ -205,24 +204,24 @@ def _backward_kernel(activation, T, x_ref, before_ref, state_ref, weight_ref, dy
         after_ref[...] = jnp.zeros_like(after_ref)
         dweight_ref[...] = jnp.zeros_like(dweight_ref)
 
-    _spread(masks_ref, spread)
+    _spread(bits_ref, masks)
 
     def column(lanes):
-        _extend(x_ref, before_ref, state_ref, lanes, n, extended, spread)
+        _extend(x_ref, before_ref, state_ref, lanes, n, extended, masks)
         weights = _weights(weight_ref, lanes)
         ds = dy_ref[0, :, lanes].astype(jnp.float32)
         if activation == "silu":
-            s = _sums(extended, weights, spread)
+            s = _sums(extended, weights, masks)
             tanh = jnp.tanh(s)
             ds *= (1 + tanh) * (1 + s * (1 - tanh))
-        dsums[:C, :] = _masked(ds, spread, 0)
+        dsums[:C, :] = _masked(ds, masks, 0)
         dsums[C:, :] = after_ref[0, :, lanes]
         _end(T, n, C, (extended, REACH), (dsums, 0))
 
         x, dx = extended[REACH:, :], 0
         for k, weight in enumerate(weights):
             ds = dsums[k : k + C, :]
-            ds = ds if k == 0 else _masked(ds, spread, W - 1 + k)
+            ds = ds if k == 0 else _masked(ds, masks, W - 1 + k)
             dx += weight * ds
             dweight_ref[0, W - 1 - k : W - k, lanes] += jnp.sum(ds * x, axis=0, keepdims=True)
         dx_ref[0, :, lanes] = dx.astype(dx_ref.dtype)
@@ -240,29 +239,30 @@ def _each_column(width, body):
         body(pl.ds(pl.multiple_of(c * column, column), column))
 
 
-def _spread(masks_ref, spread):
-    """Masks [1,M,C] to [M,C,column], a token's word in all lanes."""
-    if spread is None:
+def _spread(bits_ref, masks):
+    """Bits [1,1,C] to masks [M,C,column] of the least M of them, a token's in all lanes."""
+    if masks is None:
         return
-    for m in range(spread.shape[0]):
-        for begin in range(0, spread.shape[1], LANES):
-            words = jnp.broadcast_to(masks_ref[0, m : m + 1, begin : begin + LANES], (LANES, LANES))
-            spread[m, begin : begin + LANES, :] = words.T[:, : spread.shape[2]]
+    M, C, column = masks.shape
+    for begin in range(0, C, LANES):
+        words = jnp.broadcast_to(bits_ref[0, :, begin : begin + LANES], (LANES, LANES)).T[:, :column]
+        for m in range(M):
+            masks[m, begin : begin + LANES, :] = (words << (31 - m)) >> 31
 
 
-def _masked(x, spread, m):
-    """x [C,column], zero where the m-th mask has it."""
-    if spread is None:
+def _masked(x, masks, m):
+    """x [C,column], zero where the m-th mask is."""
+    if masks is None:
         return x
-    words = jax.lax.bitcast_convert_type(x, jnp.int32) & spread[m]
+    words = jax.lax.bitcast_convert_type(x, jnp.int32) & masks[m]
     return jax.lax.bitcast_convert_type(words, jnp.float32)
 
 
-def _extend(x_ref, before_ref, state_ref, lanes, n, extended, spread):
+def _extend(x_ref, before_ref, state_ref, lanes, n, extended, masks):
     """The 8 tokens before chunk ``n`` and, without padding, those of it."""
     before = before_ref[0, ROWS - REACH :, lanes].astype(jnp.float32)
     extended[:REACH, :] = jnp.where(n == 0, state_ref[0, :, lanes], before)
-    extended[REACH:, :] = _masked(x_ref[0, :, lanes].astype(jnp.float32), spread, 0)
+    extended[REACH:, :] = _masked(x_ref[0, :, lanes].astype(jnp.float32), masks, 0)
 
 
 def _weights(weight_ref, lanes):
@@ -271,20 +271,18 @@ def _weights(weight_ref, lanes):
     return [weight_ref[W - 1 - k : W - k, lanes] for k in range(W)]
 
 
-def _sums(extended, weights, spread):
+def _sums(extended, weights, masks):
     """The sums [C,column] of a chunk."""
     C = extended.shape[0] - REACH
     taps = [extended[REACH - k : REACH - k + C, :] for k in range(len(weights))]
-    taps[1:] = [_masked(tap, spread, k) for k, tap in enumerate(taps[1:], 1)]
+    taps[1:] = [_masked(tap, masks, k) for k, tap in enumerate(taps[1:], 1)]
     return sum(weight * tap for weight, tap in zip(weights, taps, strict=True))
 
 
-def _end(T, n, C, *fillings):
-    """(scratch, its first row): fill the tokens of chunk ``n`` that lie beyond T, if it is the last, with zeros."""
+def _end(T, n, C, *scratches):
+    """(scratch, its first row): zeros for the tokens of chunk ``n`` that lie beyond T, if it is the last."""
     inside = T % C
     if inside:
-
-        @pl.when(n == T // C)
-        def _():
-            for scratch, first in fillings:
-                scratch[first + inside : first + C, :] = jnp.zeros((C - inside, scratch.shape[1]), scratch.dtype)
+        for scratch, first in scratches:
+            rows = slice(first + inside, first + C)
+            scratch[rows, :] = jnp.where(n == T // C, 0, scratch[rows, :])
