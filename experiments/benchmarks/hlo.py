@@ -132,7 +132,8 @@ class Module:
         if instruction.opcode == "slice-start":  # ((source), destination, context), the destination's size read of the source
             destination = _arrays(instruction.type)[1]
             return array_bytes(destination) + hbm_bytes(destination)
-        return hbm_bytes(instruction.type) + sum(hbm_bytes(arrays[name].type) for name in instruction.operands)
+        operands = dict.fromkeys(instruction.operands)  # a kernel that takes an array twice, as blocks of two kinds, reads it once
+        return hbm_bytes(instruction.type) + sum(hbm_bytes(arrays[name].type) for name in operands)
 
     def _read(self, computation, index, type) -> int:
         """Bytes a fusion reads of its operand ``index``: where all that it uses are slices of it, only those."""

@@ -28,7 +28,7 @@ def causal_conv(
     segment_ids: [B,T] int; a tap never reaches another document, beyond whose start it reads zeros. 0 marks padding, which is
         skipped: its output is 0, whatever it holds, and a tap that meets it goes on to the real token before.
     implementation: "reference" (token by token), "xla" (shifted sums) or "pallas" (a kernel for TPUs, interpreted on CPU; float32 and
-        bfloat16 x, up to 9 taps). None takes the fastest for the platform that the program is lowered for: "pallas" on TPU where D is a
+        bfloat16 x, up to 4 taps). None takes the fastest for the platform that the program is lowered for: "pallas" on TPU where D is a
         multiple of 128, "xla" elsewhere.
 
     Returns (output [B,T,D] in x's dtype, final_state [B,W-1,D]): the state is the last W-1 inputs, before the convolution, of the last

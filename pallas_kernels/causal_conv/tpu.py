@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import checks, platforms
 from pallas_kernels.causal_conv import vjp
 
+TAPS = 4  # at most
 LANES = 128  # of a vector register
 REACH = 8  # tokens before a chunk that are at hand, and after it: the sublanes of a register
 ROWS = 16  # of a tile of bfloat16
@@ -44,14 +45,14 @@ CHUNK = Chunk(tokens=1024, row_bytes=1024)
 
 def is_faster(x: jax.Array, weight: jax.Array) -> bool:
     """Whether this kernel is the fastest measured implementation on TPU for such arrays."""
-    return x.dtype in checks.KERNEL_DTYPES and x.shape[1] > 0 and x.shape[2] % LANES == 0 and weight.shape[1] <= REACH + 1
+    return x.dtype in checks.KERNEL_DTYPES and x.shape[1] > 0 and x.shape[2] % LANES == 0 and weight.shape[1] <= TAPS
 
 
 def causal_conv(x, weight, activation, initial_state, segments):
-    """See api.py. Raises ValueError for an x that is not float32 or bfloat16, that has no token, and for more than 9 taps."""
+    """See api.py. Raises ValueError for an x that is not float32 or bfloat16, that has no token, and for more than 4 taps."""
     checks.check_kernel_dtypes("causal_conv", x=x)
-    if x.shape[1] == 0 or weight.shape[1] > REACH + 1:
-        needed = f"T >= 1 and at most {REACH + 1} taps for implementation='pallas'"
+    if x.shape[1] == 0 or weight.shape[1] > TAPS:
+        needed = f"T >= 1 and at most {TAPS} taps for implementation='pallas'"
         raise ValueError(f"causal_conv: x has shape {x.shape} and weight {weight.shape}, need {needed}")
     return vjp.causal_conv(PASSES, x, weight, activation, initial_state, segments)
 

@@ -90,6 +90,11 @@ def test_a_slice_fetched_ahead_is_read_once():
     assert [(e.name, e.hbm_bytes) for e in hlo.Module(PREFETCH).executions] == [("slice-start", 16)]
 
 
+def test_an_array_that_a_kernel_takes_twice_is_read_once():
+    twice = "ENTRY %main (x.0: s8[64]) -> s8[64] {\n  %x.0 = s8[64]{0} parameter(0)\n  ROOT %y = s8[64]{0} custom-call(%x.0, %x.0)\n}\n"
+    assert [(e.name, e.hbm_bytes) for e in hlo.Module(twice).executions] == [("y", 128)]
+
+
 def test_instructions_are_counted_by_the_trips_of_loops_and_slices_by_what_they_read():
     found = {e.name: e for e in hlo.Module(MODULE).executions}
     assert found["wide"] == hlo.Execution("wide", "main", 1, 32 * 8 * (2 + 4), True)
