@@ -106,7 +106,7 @@ def _forward(activation, x, weight, state, index):
         out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype),),
         scratch_shapes=[blocks.extended, *[blocks.masks] * len(bits)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel")),
-        cost_estimate=_cost(x, W, passes=1),
+        cost_estimate=_cost(x, arrays=2, flops=2 * W),
     )(x, x, _edge(state), weight.T * _factor(activation), *bits)
     return y
 
@@ -130,7 +130,7 @@ def _backward(activation, x, weight, state, index, dy):
         ),
         scratch_shapes=[blocks.extended, blocks.extended, *[blocks.masks] * len(bits)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(x, W, passes=3),
+        cost_estimate=_cost(x, arrays=3, flops=6 * W),
     )(x, x, _edge(state), weight.T * factor, dy, *bits)
 
     # The state, which is before all chunks.
@@ -146,7 +146,10 @@ PASSES = vjp.Passes(_forward, _backward)
 
 
 def _factor(activation):
-    """Of the kernels' weights, sums and gradients of sums: SiLU is h + h tanh(h) of h = s / 2."""
+    """Of the weights, sums and gradients of sums that the kernels work with: SiLU is h + h tanh(h) of h = s / 2.
+
+    That rounds to float32 at the size of s, also where SiLU is next to 0.
+    """
     return 0.5 if activation == "silu" else 1.0
 
 
@@ -175,10 +178,9 @@ def _bits(index, distances, chunk):
     return jnp.pad(bits, [(0, 0), (0, -T % chunk.tokens)])[:, None]
 
 
-def _cost(x, taps, passes) -> pl.CostEstimate:
-    """Of one array of x's size read or written and another, or three; XLA's own estimates take it from here."""
-    moved = (2 if passes == 1 else 3) * x.size * x.dtype.itemsize
-    return pl.CostEstimate(flops=2 * passes * taps * x.size, bytes_accessed=moved, transcendentals=x.size)
+def _cost(x, arrays, flops) -> pl.CostEstimate:
+    """``arrays`` like x are moved, with so many FLOPs an element; XLA's own estimates take it from here."""
+    return pl.CostEstimate(flops=flops * x.size, bytes_accessed=arrays * x.size * x.dtype.itemsize, transcendentals=x.size)
 
 
 def _forward_kernel(activation, x_ref, before_ref, state_ref, weight_ref, *refs):

@@ -1,5 +1,7 @@
 """The TPU kernels of the short convolution: many chunks and columns, in the interpreter that looks for races and stale memory."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +87,25 @@ def test_two_parts_are_one_sequence(small_chunks):
     first, middle = run(x[:, :77], state)
     second, last = run(x[:, 77:], middle)
     assert max(tree_errors((jnp.concatenate([first, second], axis=1), last), run(x, state)).values()) < 1e-6
+
+
+def test_row_by_row_under_vmap(small_chunks):
+    arguments = example(6, 3, 150, 4, 4)
+    weight = arguments.pop("weight")
+
+    def loss(x, initial_state):
+        run = jax.checkpoint(partial(causal_conv, activation="silu", implementation="pallas"))
+        y, state = run(x, weight, initial_state=initial_state)
+        return jnp.sum(y**2, axis=(1, 2)) + jnp.sum(state**2, axis=(1, 2))
+
+    def one(x, initial_state):
+        return loss(x[None], initial_state[None])[0]
+
+    both = jax.value_and_grad(lambda arguments: jnp.sum(loss(**arguments))), jax.vmap(jax.value_and_grad(one, argnums=(0, 1)))
+    value, gradients = jax.jit(both[0])(arguments)
+    values, (dx, dstate) = jax.jit(both[1])(arguments["x"], arguments["initial_state"])
+    found, expected = (jnp.sum(values), dx, dstate), (value, gradients["x"], gradients["initial_state"])
+    assert max(tree_errors(found, expected).values()) < 1e-6
 
 
 def test_stretches_on_four_devices(small_chunks):
