@@ -123,7 +123,7 @@ class Module:
             read = sum(self._read(inside, i, arrays[name].type) for i, name in enumerate(instruction.operands))
             type = instruction.type if instruction.opcode == "fusion" else _root(self.computations[inside]).type
             return read + self._written(inside, type)
-        if instruction.opcode == "dynamic-slice":
+        if instruction.opcode in ("slice", "dynamic-slice"):
             return 2 * hbm_bytes(instruction.type)
         if instruction.opcode == "dynamic-update-slice":
             return 2 * hbm_bytes(arrays[instruction.operands[1]].type)
