@@ -163,6 +163,8 @@ def _count(program, start, end) -> int | None:
     if step is None or step.name not in ("IADD3", "UIADD3", "VIADD") or step.operands[1] != counter or first is None:
         return None
     begin = _constant(first.operands[-1]) if first.name in ("MOV", "UMOV", "IMAD", "CS2R") else None
+    if first.name == "HFMA2" and first.operands[1:] == ("-RZ", "RZ", "0", "0"):  # nothing, made by another unit
+        begin = 0
     by = _constant(step.operands[2])
     if None in (begin, by, limit) or not by:
         return None

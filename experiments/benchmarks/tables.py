@@ -10,13 +10,12 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from experiments.benchmarks.cases import PASSES
+from experiments.benchmarks.cases import OPERATORS, PASSES
 from experiments.benchmarks.tpu_static import TARGETS
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "docs/tpu.md", ROOT / "docs/gpu.md")
 CASE = ("target", "operator", "shape", "config", "window", "implementation", "pass")  # what a row is of, as far as it has it
-OPERATORS = ("linear_scan", "gated_linear_attention", "gated_delta_rule", "attention")
 TPUS = tuple(TARGETS)
 
 

@@ -75,6 +75,13 @@ def test_loops_are_weighted_by_their_trips():
     assert found["mix"]["BRA"] == 16 + 32 + 16 + 1
 
 
+def test_a_counter_may_start_at_nothing_by_a_multiplication():
+    zeroed = SASS.replace("IMAD.MOV.U32 R2, RZ, RZ, 0x4", "HFMA2.MMA R2, -RZ, RZ, 0, 0")
+    assert sass.trips(sass.instructions(zeroed)) == ([1, 1, *[16] * 3, *[64] * 3, *[16] * 4, 1, 1], 0)
+    _, unknown = sass.trips(sass.instructions(zeroed.replace("RZ, 0, 0", "RZ, 0, 5.9604644775390625e-08")))
+    assert unknown == 1
+
+
 def test_a_loop_without_a_constant_is_counted_once_and_said():
     for old, new in (("UR4, 0x10", "UR4, UR9"), ("UMOV UR4, URZ", "UMOV UR4, UR7"), ("UR4, UR4, 0x1,", "UR4, UR5, 0x1,")):
         weights, unknown = sass.trips(sass.instructions(SASS.replace(old, new)))
