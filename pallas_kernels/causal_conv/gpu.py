@@ -149,9 +149,9 @@ def _place(plan) -> _Place:
 
 
 def _walk(plan, chunk, place, refs, documents, token, sums):
-    """sums = token(t, i, around, rows, sums) over the tokens of a block.
+    """sums = token(t, inside, around, rows, sums) over the tokens of a block.
 
-    t: the token. i: its place in its chunk, an int where ``around`` is None. rows: the token's, of each of ``refs``.
+    t: the token. inside: whether the one W-1 before it is of the block too. rows: the token's, of each of ``refs``.
     around: the documents of the token and the W-1 before it, its own first; None where there is one.
     documents: the references to those and to what chunks are mixed, or none.
     """
@@ -169,14 +169,14 @@ def _walk(plan, chunk, place, refs, documents, token, sums):
         def plain(sums):
             ahead = []
             for i in range(chunk):
-                sums = token(t + i, i, None, rows[i], sums)
+                sums = token(t + i, i >= plan.kept or n > 0, None, rows[i], sums)
                 ahead.append(fetch(t + chunk, i))  # into the registers of the row just done with
             return ahead, sums
 
         def masked(sums):
             def one(i, sums):
                 row = _rows(place, refs, jnp.minimum(t + i, plan.tokens - 1))
-                return token(t + i, i, _around(plan, place, documents, t + i), row, sums)
+                return token(t + i, t + i >= first + plan.kept, _around(plan, place, documents, t + i), row, sums)
 
             sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(chunk), one, sums)
             return [fetch(t + chunk, i) for i in range(chunk)], sums
@@ -262,9 +262,9 @@ def _backward_kernel(plan, activation, x_ref, weight_ref, state_ref, *others):
     place = _place(plan)
     weight = _taps(place, weight_ref)
     kept = plan.kept
-    first, end = place.block * plan.block, (place.block + 1) * plan.block
+    end = (place.block + 1) * plan.block
 
-    def token(t, i, around, rows, sums):
+    def token(t, inside, around, rows, sums):
         before, unfinished, dweight = sums  # inputs and their gradients so far, the last first, and the gradients of the taps
         x, ds = (row.astype(jnp.float32) for row in rows)
         met = [x, *before]
@@ -280,10 +280,8 @@ def _backward_kernel(plan, activation, x_ref, weight_ref, state_ref, *others):
         if around is not None:
             dx = list(map(_either, allowed[1:], dx, unfinished))
 
-        # The gradient of the input W-1 tokens ago is complete; one before the first belongs to the block before.
-        mine = (isinstance(i, int) and i >= kept) or t - kept >= first
-
-        @pl.when(mine & (around is None or t - kept < plan.tokens))
+        # The gradient of the input W-1 tokens before is complete, or the block before's.
+        @pl.when(inside & (around is None or t - kept < plan.tokens))
         def _():
             dx_ref[place.row, t - kept, place.channels] = dx[-1].astype(dx_ref.dtype)
 
@@ -297,4 +295,4 @@ def _backward_kernel(plan, activation, x_ref, weight_ref, state_ref, *others):
     for t in (end + i for i in range(kept)):
         x, dy = _rows(place, [x_ref, dy_ref], jnp.minimum(t, plan.tokens - 1))
         dy = _only(t < plan.tokens, dy)
-        sums = token(t, BACKWARD_CHUNK, _around(plan, place, documents, t), [x, dy], sums)
+        sums = token(t, True, _around(plan, place, documents, t), [x, dy], sums)
