@@ -8,8 +8,8 @@ counted by their distance k from the token,
     s_t = sum_k w_k x_{t-k}    ds_t = dy_t act'(s_t)    dw_k = sum_t ds_t x_{t-k}    dx_t = sum_k w_k ds_{t+k}
 
 so dx_t is complete W-1 tokens later, and a block goes through the first W-1 tokens of the next one too. No block waits for another.
-Each has a sum of its own for dw, and XLA adds these up. Nearly all chunks are of one document, and a bit each says so: only in others
-does every token ask which documents are around it, a branch that all threads of a block take together.
+Each has a sum of its own for dw, and XLA adds these up. Nearly all chunks are of one document, and a block is told where the next one
+is that is not: only there does every token ask which documents are around it.
 """
 
 from functools import partial
@@ -23,9 +23,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import checks, platforms
 from pallas_kernels.causal_conv import vjp, xla
 
-FORWARD_CHUNK, BACKWARD_CHUNK = 16, 8  # tokens that are read ahead, and as many being computed: all that registers have room for
+FORWARD_CHUNK, BACKWARD_CHUNK = 16, 8  # tokens that are read ahead while as many are computed: what 128 registers have room for
 LONGEST, SHORTEST = 256, 32  # tokens of a block, which reads its neighbours' W-1 nearest once more
-BLOCKS = 3 * 132  # that fill an H100 or H200: a multiprocessor's registers have room for four or five
+BLOCKS = 3 * 132  # that fill an H100 or H200: a multiprocessor's registers have room for four
 TAPS = (2, 3, 4)
 
 
@@ -104,7 +104,7 @@ def _operands(plan, chunk, x, weight, state, index):
     """x, weight [W,D], state and, where there are documents or the last block goes on after the last token, two more.
 
     documents: [B,W-1+tokens of all blocks+W-1] int32, the index from W-1 tokens before the first on.
-    mixed: [B,blocks] int32, a bit a chunk, 0 where its tokens and the W-1 before them are all of one document.
+    ends: [B,chunks] int32, in its block the next chunk from this one on that is not of one document with the W-1 tokens before it.
     """
     B, T, _ = x.shape
     arrays = _wide(plan, x), _wide(plan, weight.T), _wide(plan, state)
@@ -116,7 +116,9 @@ def _operands(plan, chunk, x, weight, state, index):
     documents = jnp.pad(documents, [(0, 0), (0, plan.kept + tokens - T)], constant_values=-1)
     chunks = jnp.stack([documents[:, i : i + tokens : chunk] for i in range(plan.kept + chunk)], axis=2)
     mixed = jnp.any((chunks != chunks[:, :, -1:]) | (chunks < 0), axis=2).reshape(B, plan.blocks, -1)
-    return *arrays, documents, jnp.sum(mixed << jnp.arange(mixed.shape[2]), axis=2, dtype=jnp.int32)
+    count = mixed.shape[2]
+    ends = jax.lax.cummin(jnp.where(mixed, jnp.arange(count, dtype=jnp.int32), count), axis=2, reverse=True)
+    return *arrays, documents, ends.reshape(B, -1)
 
 
 def _call(plan, kernel, name, activation, shapes):
@@ -153,7 +155,7 @@ def _walk(plan, chunk, place, refs, documents, token, sums):
 
     t: the token. inside: whether the one W-1 before it is of the block too. rows: the token's, of each of ``refs``.
     around: the documents of the token and the W-1 before it, its own first; None where there is one.
-    documents: the references to those and to what chunks are mixed, or none.
+    documents: the references to those of a row's tokens and to where runs of chunks of one document end, or none.
     """
     first = place.block * plan.block
     # The chunk that the last one reads ahead is itself. What a chunk has beyond the last token is of no account: it is mixed.
@@ -162,30 +164,34 @@ def _walk(plan, chunk, place, refs, documents, token, sums):
     def fetch(t, i):
         return _rows(place, refs, jnp.minimum(t, last) + min(i, plan.tokens - 1))
 
-    def step(n, carry):
+    def plain(n, carry):
         rows, sums = carry
         t = first + n * chunk
+        ahead = [fetch(t + chunk, i) for i in range(chunk)]
+        for i, row in enumerate(rows):
+            sums = token(t + i, i >= plan.kept or n > 0, None, row, sums)
+        return ahead, sums
 
-        def plain(sums):
-            ahead = []
-            for i in range(chunk):
-                sums = token(t + i, i >= plan.kept or n > 0, None, rows[i], sums)
-                ahead.append(fetch(t + chunk, i))  # into the registers of the row just done with
-            return ahead, sums
+    def masked(n, carry):
+        def one(i, sums):
+            t = first + n * chunk + i
+            row = _rows(place, refs, jnp.minimum(t, plan.tokens - 1))
+            return token(t, t >= first + plan.kept, _around(plan, place, documents, t), row, sums)
 
-        def masked(sums):
-            def one(i, sums):
-                row = _rows(place, refs, jnp.minimum(t + i, plan.tokens - 1))
-                return token(t + i, t + i >= first + plan.kept, _around(plan, place, documents, t + i), row, sums)
+        sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(chunk), one, carry[1])
+        return [fetch(first + (n + 1) * chunk, i) for i in range(chunk)], sums
 
-            sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(chunk), one, sums)
-            return [fetch(t + chunk, i) for i in range(chunk)], sums
+    def run(n_and_carry):
+        n, carry = n_and_carry
+        end = documents[1][place.row, place.block * chunks + n]
+        carry = jax.lax.fori_loop(n, end, plain, carry)
+        return end + 1, jax.lax.cond(end < chunks, partial(masked, end), lambda carry: carry, carry)
 
-        return jax.lax.cond((mixed >> n) & 1, masked, plain, sums) if documents else plain(sums)
-
-    mixed = documents[1][place.row, place.block] if documents else None
+    start, chunks = jnp.int32(0), plan.block // chunk
     carry = [fetch(first, i) for i in range(chunk)], sums
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(plan.block // chunk), step, carry)[1]
+    if documents:
+        return jax.lax.while_loop(lambda n_and_carry: n_and_carry[0] < chunks, run, (start, carry))[1][1]
+    return jax.lax.fori_loop(start, jnp.int32(chunks), plain, carry)[1]
 
 
 def _rows(place, refs, t):
