@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 OPERATORS = ("linear_scan", "gated_linear_attention", "gated_delta_rule", "attention", "causal_conv")
 PASSES = ("forward", "forward_backward")
+OPTIONS = {"causal_conv": {"activation": "silu"}}  # of operators that have any: as the models use them
 MODELS = ("340m", "1b3")  # how the names of models' shapes end
 TOKENS = 32768  # of a step on one card
 
@@ -53,7 +54,8 @@ def program(case: Case) -> Callable[..., dict[str, jax.Array]]:
     """A function of ``arguments(case)``: the outputs and, with the backward pass, the gradient of every floating argument, by name."""
 
     def forward(floating, others):
-        outputs = getattr(api(case.operator), case.operator)(**floating, **others, implementation=case.implementation)
+        options = OPTIONS.get(case.operator, {}) | {"implementation": case.implementation}
+        outputs = getattr(api(case.operator), case.operator)(**floating, **others, **options)
         return dict(zip(("output", "final_state"), jax.tree.leaves(outputs), strict=False))  # attention has no state
 
     def forward_backward(floating, others, cotangents):

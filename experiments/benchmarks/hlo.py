@@ -123,7 +123,7 @@ class Module:
             read = sum(self._read(inside, i, arrays[name].type) for i, name in enumerate(instruction.operands))
             type = instruction.type if instruction.opcode == "fusion" else _root(self.computations[inside]).type
             return read + self._written(inside, type)
-        if instruction.opcode == "dynamic-slice":
+        if instruction.opcode in ("slice", "dynamic-slice"):
             return 2 * hbm_bytes(instruction.type)
         if instruction.opcode == "dynamic-update-slice":
             return 2 * hbm_bytes(arrays[instruction.operands[1]].type)
@@ -132,7 +132,8 @@ class Module:
         if instruction.opcode == "slice-start":  # ((source), destination, context), the destination's size read of the source
             destination = _arrays(instruction.type)[1]
             return array_bytes(destination) + hbm_bytes(destination)
-        return hbm_bytes(instruction.type) + sum(hbm_bytes(arrays[name].type) for name in instruction.operands)
+        operands = dict.fromkeys(instruction.operands)  # a kernel that takes an array twice, as blocks of two kinds, reads it once
+        return hbm_bytes(instruction.type) + sum(hbm_bytes(arrays[name].type) for name in operands)
 
     def _read(self, computation, index, type) -> int:
         """Bytes a fusion reads of its operand ``index``: where all that it uses are slices of it, only those."""

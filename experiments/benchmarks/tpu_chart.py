@@ -39,7 +39,7 @@ def plot(file: Path, target: str) -> Path:
                     _bar(axes, shapes.index((row["operator"], row["shape"])), row)
             axes.grid(axis="y", visible=False)
             axes.set_title(title)
-            axes.set_xlabel("ns a token and head (linear_scan: and 128 channels)")
+            axes.set_xlabel("ns a token and head (linear_scan, causal_conv: and 128 channels)")
         panels[0].set_yticks(range(len(shapes)), [f"{operator}  {shape}" for operator, shape in shapes])
         panels[0].invert_yaxis()
         handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()]

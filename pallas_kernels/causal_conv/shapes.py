@@ -1,4 +1,4 @@
-"""Named shapes of the short convolution, shared by tests and benchmarks; the models' are those of DeltaNet's q, k and v together."""
+"""Named shapes of the short convolution, shared by tests and benchmarks: DeltaNet's q, k and v together, Gated DeltaNet's one by one."""
 from dataclasses import dataclass
 
 import jax
@@ -18,6 +18,7 @@ class Shape:
 SHAPES = {
     "tiny": Shape(B=2, T=96, D=32),
     "delta_net_340m": Shape(B=1, T=2048, D=3072),
+    "gated_delta_net_340m": Shape(B=1, T=2048, D=1024),
     "delta_net_1b3": Shape(B=1, T=2048, D=6144),
 }
 

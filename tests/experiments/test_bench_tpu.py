@@ -86,8 +86,15 @@ ENTRY %main (x.0: s8[64]) -> s8[16] {
 """
 
 
-def test_a_slice_fetched_ahead_is_read_once():
+def test_what_is_read_of_an_array_is_a_slice_of_it():
     assert [(e.name, e.hbm_bytes) for e in hlo.Module(PREFETCH).executions] == [("slice-start", 16)]
+    alone = "ENTRY %main (x.0: s8[64]) -> s8[16] {\n  %x.0 = s8[64]{0} parameter(0)\n  ROOT %y = s8[16]{0} slice(%x.0), slice={[0:16]}\n}\n"
+    assert [(e.name, e.hbm_bytes) for e in hlo.Module(alone).executions] == [("y", 32)]  # and written
+
+
+def test_an_array_that_a_kernel_takes_twice_is_read_once():
+    twice = "ENTRY %main (x.0: s8[64]) -> s8[64] {\n  %x.0 = s8[64]{0} parameter(0)\n  ROOT %y = s8[64]{0} custom-call(%x.0, %x.0)\n}\n"
+    assert [(e.name, e.hbm_bytes) for e in hlo.Module(twice).executions] == [("y", 128)]
 
 
 def test_instructions_are_counted_by_the_trips_of_loops_and_slices_by_what_they_read():
