@@ -160,10 +160,15 @@ def _count(program, start, end) -> int | None:
     counter, limit = test.operands[2], _constant(test.operands[3])
     step = _definition(body, counter)
     first = _definition(program[:start], counter)
-    if step is None or step.name not in ("IADD3", "UIADD3", "VIADD") or step.operands[1] != counter or first is None:
+    if step is None or step.name not in ("IADD3", "UIADD3", "VIADD") or first is None:
+        return None
+    source, addend = [o for o in step.operands[1:] if not re.fullmatch(r"U?P\w", o)][:2]  # but for predicates, which are carries
+    if source != counter:
         return None
     begin = _constant(first.operands[-1]) if first.name in ("MOV", "UMOV", "IMAD", "CS2R") else None
-    by = _constant(step.operands[2])
+    if first.name == "HFMA2" and first.operands[1:] == ("-RZ", "RZ", "0", "0"):  # nothing, made by another unit
+        begin = 0
+    by = _constant(addend)
     if None in (begin, by, limit) or not by:
         return None
     count = math.ceil((limit - begin) / by) + (".GT" in test.opcode or ".LE" in test.opcode)
@@ -172,7 +177,13 @@ def _count(program, start, end) -> int | None:
 
 def _definition(body, register) -> Instruction | None:
     """The last instruction that writes a register or predicate."""
-    return next((i for i in reversed(body) if register in i.operands[:1] or (register in i.operands[:2] and "SETP" in i.name)), None)
+
+    def written(i):
+        if i.name == "CS2R" and ".32" not in i.opcode:  # with the register after it
+            return i.operands[0], f"R{int(i.operands[0][1:]) + 1}"
+        return i.operands[: 2 if "SETP" in i.name else 1]
+
+    return next((i for i in reversed(body) if register in written(i)), None)
 
 
 def _constant(operand: str) -> int | None:

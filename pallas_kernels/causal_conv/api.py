@@ -2,10 +2,15 @@
 import jax
 
 from pallas_kernels import checks, platforms, segments
-from pallas_kernels.causal_conv import reference, tpu, xla
+from pallas_kernels.causal_conv import gpu, reference, tpu, xla
+
+
+def _kernel(x, weight, activation, initial_state, segments):
+    return platforms.kernels(tpu, gpu).causal_conv(x, weight, activation, initial_state, segments)
+
 
 # Each of whole rows: (x, weight, activation, initial_state, segments) -> (y, final_state).
-IMPLEMENTATIONS = {"reference": reference.causal_conv, "xla": xla.causal_conv, "pallas": tpu.causal_conv}
+IMPLEMENTATIONS = {"reference": reference.causal_conv, "xla": xla.causal_conv, "pallas": _kernel}
 ACTIVATIONS = (None, "silu")
 
 
@@ -27,9 +32,9 @@ def causal_conv(
         the document of the first real token.
     segment_ids: [B,T] int; a tap never reaches another document, beyond whose start it reads zeros. 0 marks padding, which is
         skipped: its output is 0, whatever it holds, and a tap that meets it goes on to the real token before.
-    implementation: "reference" (token by token), "xla" (shifted sums) or "pallas" (a kernel for TPUs, interpreted on CPU; float32 and
-        bfloat16 x, up to 4 taps). None takes the fastest for the platform that the program is lowered for: "pallas" on TPU where D is a
-        multiple of 128, "xla" elsewhere.
+    implementation: "reference" (token by token), "xla" (shifted sums) or "pallas" (a kernel for TPUs, interpreted on CPU, and one
+        for Hopper GPUs; float32 and bfloat16 x, up to 4 taps, on Hopper at least 2). None takes the fastest for the platform that the
+        program is lowered for: "pallas" on TPU and on Hopper where D is a multiple of 128, "xla" elsewhere.
 
     Returns (output [B,T,D] in x's dtype, final_state [B,W-1,D]): the state is the last W-1 inputs, before the convolution, of the last
     real token's document, zeros before its start; float32 (float64 for float64 x), as is every sum.
@@ -40,7 +45,7 @@ def causal_conv(
     sizes = _check(x, weight, activation, "causal_conv", "B T D", initial_state, "initial_state")
     checks.bind_shapes("causal_conv", {"segment_ids": (segment_ids, "B T")}, B=sizes["B"], T=sizes["T"])
     checks.check_segment_ids("causal_conv", segment_ids)
-    kernel = "pallas" if platforms.generation() != "hopper" and tpu.is_faster(x, weight) else None
+    kernel = "pallas" if platforms.kernels(tpu, gpu).is_faster(x, weight) else None
     run = checks.choose("causal_conv", IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
     return run(x, weight, activation, initial_state, None if segment_ids is None else segments.number(segment_ids))
 

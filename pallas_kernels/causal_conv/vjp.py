@@ -17,6 +17,7 @@ from pallas_kernels.segments import Segments
 class Passes(NamedTuple):
     """What runs the convolution of tokens that stand together, documents in a row: index [B,T] int32 counts them from 0, or None for one.
 
+    Where it is -1 there is padding: whatever x and dy hold there, y and dx are 0, and nothing else comes of it.
     forward: (activation, x [B,T,D], weight [D,W], state [B,W-1,D], index) -> y [B,T,D] in x's dtype.
     backward: (activation, x, weight, state, index, dy [B,T,D]) -> (dx [B,T,D] in x's dtype, dweight [D,W], dstate [B,W-1,D]).
     weight and state come, and their gradients go, in float32, or float64 where x is float64. The state belongs to document 0.
@@ -47,11 +48,9 @@ def causal_conv(passes: Passes, x, weight, activation, initial_state, segments: 
     state = jnp.zeros((B, weight.shape[1] - 1, D), dtype) if initial_state is None else initial_state.astype(dtype)
     if segments is None:
         return _convolve(passes, activation, x, weight, state, None, None), _last_inputs(x, state)
-    real = segments.real[:, :, None]
-    x = jnp.where(real, x, 0)  # what padding holds, nan included, ends here
     packing = _pack(segments, initial_state is not None)
-    y = _convolve(passes, activation, x, weight, state, segments.index, packing)
-    return jnp.where(real, y, 0), _last_real_inputs(x, state, segments, packing)
+    y = _convolve(passes, activation, x, weight, state, jnp.where(segments.real, segments.index, -1), packing)
+    return y, _last_real_inputs(x, state, segments, packing)
 
 
 def _pack(segments: Segments, has_state: bool) -> Packing:

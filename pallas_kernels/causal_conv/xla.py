@@ -7,9 +7,14 @@ import jax.numpy as jnp
 from pallas_kernels.causal_conv import vjp
 
 
+def _real(x, index):
+    """x [B,T,D] without what padding holds."""
+    return x if index is None else jnp.where((index >= 0)[:, :, None], x, 0)
+
+
 def _extend(x, state, index):
     """[state, x] as [B,W-1+T,D], and its documents [B,W-1+T] or None; the state belongs to document 0."""
-    extended = jnp.concatenate([state, x.astype(state.dtype)], axis=1)
+    extended = jnp.concatenate([state, _real(x, index).astype(state.dtype)], axis=1)
     return extended, None if index is None else jnp.pad(index, [(0, 0), (state.shape[1], 0)])
 
 
@@ -37,7 +42,7 @@ def _backward(activation, x, weight, state, index, dy):
         extended,
         document,
         weight,
-        dy.astype(state.dtype),
+        _real(dy, index).astype(state.dtype),
         cpu=partial(_sums_and_weight_backward, activation, min(T, 64)),
         default=partial(_sums_and_weight_backward, activation, T),
     )
@@ -77,4 +82,5 @@ def _sums_and_weight_backward(activation, block, extended, document, weight, dy)
     return dsums.swapaxes(0, 1).reshape(B, -1, D)[:, :T], dweight.T
 
 
-causal_conv = partial(vjp.causal_conv, vjp.Passes(_forward, _backward))
+PASSES = vjp.Passes(_forward, _backward)
+causal_conv = partial(vjp.causal_conv, PASSES)

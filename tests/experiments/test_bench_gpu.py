@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -73,6 +74,18 @@ def test_loops_are_weighted_by_their_trips():
     assert found["instructions"] == 2 + 3 * 16 + 3 * 32 + 4 * 16 + 2
     assert found["cycles"] == 4 + 2 + 16 * (1 + 2 + 5) + 32 * (3 + 2 + 6) + 16 * (1 + 2 + 2 + 7) + 5 + 5
     assert found["mix"]["BRA"] == 16 + 32 + 16 + 1
+
+
+@pytest.mark.parametrize("zero", ["HFMA2.MMA R2, -RZ, RZ, 0, 0", "CS2R R2, SRZ", "CS2R.32 R2, SRZ", "MOV R2, RZ"])
+def test_counters_that_start_at_nothing_and_steps_with_a_carry(zero):
+    text = SASS.replace("IMAD.MOV.U32 R2, RZ, RZ, 0x4", zero).replace("IADD3 R2, R2, 0x2", "IADD3 R2, P4, R2, 0x2")
+    assert sass.trips(sass.instructions(text)) == ([1, 1, *[16] * 3, *[64] * 3, *[16] * 4, 1, 1], 0)
+
+
+def test_a_pair_of_registers_is_set_at_once():
+    text = re.sub(r"\bR2\b", "R3", SASS)
+    for zero, unknown in (("CS2R R2, SRZ", 0), ("CS2R.32 R2, SRZ", 1), ("HFMA2.MMA R3, -RZ, RZ, 0, 5.9604644775390625e-08", 1)):
+        assert sass.trips(sass.instructions(text.replace("IMAD.MOV.U32 R3, RZ, RZ, 0x4", zero)))[1] == unknown, zero
 
 
 def test_a_loop_without_a_constant_is_counted_once_and_said():
