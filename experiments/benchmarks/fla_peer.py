@@ -77,6 +77,15 @@ def _kda(q, k, v, beta, log_decay, initial_state):
     return chunk_kda(q, k, v, g=log_decay, beta=beta, initial_state=initial_state, output_final_state=True)
 
 
+def _causal_conv(x, weight, initial_state):  # whose states have one input more, the oldest, which no tap reaches
+    import torch
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    state = torch.nn.functional.pad(initial_state.transpose(1, 2), (1, 0))
+    output, state = causal_conv1d(x, weight, initial_state=state, output_final_state=True, activation="silu")
+    return output, state[:, :, 1:].transpose(1, 2)
+
+
 def _attention(q, k, v, documents):
     from fla.ops.attn import parallel_attn
 
@@ -111,6 +120,7 @@ OPERATORS = {
     ("gated_delta_rule", "head"): _gated_delta_rule,
     ("gated_delta_rule", "channel"): _kda,
     ("attention", None): _attention,
+    ("causal_conv", None): _causal_conv,
 }
 
 

@@ -1,4 +1,4 @@
-"""On a GPU: every recurrence, and attention, at the shapes of the study's models: our kernels and XLA's form beside
+"""On a GPU: every recurrence, attention and short convolutions, at the shapes of the study's models: our kernels and XLA's form beside
 flash-linear-attention's Triton.
 
 Rows are of 32k tokens in bfloat16, forward and forward + backward, from sequences of 2,048 tokens to one of 32,768. What is timed is
@@ -24,7 +24,7 @@ from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
 from experiments.benchmarks.timing import compile_case
 
-OPERATORS = ("linear_scan", "gated_linear_attention", "gated_delta_rule", "attention")
+OPERATORS = ("linear_scan", "gated_linear_attention", "gated_delta_rule", "attention", "causal_conv")
 LENGTHS = (2048, 8192, 32768, 4096, 16384)  # most wanted first: what there is no time for is measured by the next call
 XLA_LENGTHS = (2048, 32768)  # of XLA's form, which takes long to compile and is compared with least
 SECONDS = 450.0  # after which no further row is begun
