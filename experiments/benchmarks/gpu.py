@@ -24,7 +24,6 @@ from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
 from experiments.benchmarks.timing import compile_case
 
-OPERATORS = ("linear_scan", "gated_linear_attention", "gated_delta_rule", "attention", "causal_conv")
 LENGTHS = (2048, 8192, 32768, 4096, 16384)  # most wanted first: what there is no time for is measured by the next call
 XLA_LENGTHS = (2048, 32768)  # of XLA's form, which takes long to compile and is compared with least
 SECONDS = 450.0  # after which no further row is begun
@@ -35,7 +34,7 @@ SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # for JAX to leave memory t
 
 def cases(operators: list[str], shapes: list[str], configs: list[str]) -> list:
     """Operators' cases, then whole steps. Raises ValueError for names that do not exist."""
-    one_each = select(operators or list(OPERATORS), ["xla", "pallas"], shapes or ["*340m", "*1b3"], DTYPE)
+    one_each = select(operators, ["xla", "pallas"], shapes or ["*340m", "*1b3"], DTYPE)
     peers = [dataclasses.replace(c, implementation="fla") for c in one_each if c.implementation == "xla" and _peer(c)]
     found = [
         case

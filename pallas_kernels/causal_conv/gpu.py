@@ -70,7 +70,7 @@ def causal_conv(x, weight, activation, initial_state, segments):
     checks.check_kernel_dtypes("causal_conv", x=x)
     if weight.shape[1] not in TAPS:
         raise ValueError(f"causal_conv: weight has shape {weight.shape}, needs 2 to 4 taps in its last axis for implementation='pallas'")
-    return vjp.causal_conv(vjp.Passes(_forward, _backward), x, weight, activation, initial_state, segments)
+    return vjp.causal_conv(PASSES, x, weight, activation, initial_state, segments)
 
 
 def _forward(activation, x, weight, state, index):
@@ -93,6 +93,9 @@ def _backward(activation, x, weight, state, index, dy):
     x, index, dy = (None if a is None else a[:, : padded.kept] for a in (x, index, dy))
     _, _, dstate = xla.PASSES.backward(activation, x, weight, state, index, dy)
     return dx[:, :, :D], jnp.sum(dweight, axis=(0, 1)).T[:D], dstate
+
+
+PASSES = vjp.Passes(_forward, _backward)
 
 
 def _wide(plan, x):

@@ -94,7 +94,7 @@ def test_what_is_measured_and_in_which_order():
     of_one_length = [c.implementation for c in operators if c.shape.T == gpu.LENGTHS[0]]
     assert of_one_length.index("xla") == len(of_one_length) - of_one_length.count("xla")  # what is compared with most comes last
     ours = {c.operator for c in operators if c.implementation == "pallas"}
-    assert ours == set(gpu.OPERATORS)
+    assert ours == set(cases.OPERATORS)
     for shape, pass_name, T in {(c.shape_name, c.pass_name, c.shape.T) for c in operators}:
         found = {c.implementation for c in operators if (c.shape_name, c.pass_name) == (shape, pass_name)}
         assert found == {"pallas", "fla"} | ({"xla"} if T in gpu.XLA_LENGTHS else set())

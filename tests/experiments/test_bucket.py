@@ -148,11 +148,8 @@ def test_a_half_written_checkpoint_is_passed_over_and_an_unreadable_one_moved_as
 
 def start(workdir, *arguments):
     """The trainer in a process of its own, which keeps its programs where it does by itself."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     command = [sys.executable, "-m", "experiments.train", CONFIG, f"--workdir={workdir}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=test_processes.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done
     return done.stdout
 

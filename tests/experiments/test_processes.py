@@ -19,14 +19,18 @@ ROOT = Path(__file__).parents[2]
 LONG = ("--config.train.steps=300", "--config.checkpoint.every=20", "--config.evaluation.every=300")  # long enough to lose a process
 
 
+def environment():
+    """Of a trainer in a process of its own: on a CPU, with all its programs kept where it keeps them by itself."""
+    ours = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    ours.pop("JAX_COMPILATION_CACHE_DIR", None)
+    return ours | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # what takes a second depends on what else runs
+
+
 def start(workdir, count, *arguments):
     """``count`` processes that train one run together; alone, without a word about others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # what takes a second depends on what else runs
     command = [sys.executable, "-m", "experiments.train", "--config=tests/experiments/commands.py", f"--workdir={workdir}", *arguments]
     command += ["--config.model.vocabulary=264", "--config.train.microbatch=1"]
     together = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
@@ -34,7 +38,7 @@ def start(workdir, count, *arguments):
         subprocess.Popen(
             [*command, *([*together, f"--process={i}"] if count > 1 else [])],
             cwd=ROOT,
-            env=environment,
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
