@@ -2,7 +2,8 @@
 flash-linear-attention's Triton.
 
 Rows are of 32k tokens in bfloat16, forward and forward + backward, from sequences of 2,048 tokens to one of 32,768. What is timed is
-checked first, fla's operators too. torch and fla run in a process of their own on the same card, which JAX leaves memory to.
+checked first, fla's operators too. torch and fla run in a process of their own on the same card, which JAX leaves memory to. Compilation
+takes far longer than what is measured, so it is done ahead, by all cores.
 """
 
 import contextlib
@@ -16,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import correctness, fla_peer, gpu_steps
+from experiments.benchmarks import ahead, correctness, fla_peer, gpu_steps
 from experiments.benchmarks.batches import batches, summary
 from experiments.benchmarks.cases import Case, arguments, at_lengths, both_passes, program, select
 from experiments.benchmarks.gpu_static import takes
-from experiments.benchmarks.process import Process
+from experiments.benchmarks.process import Here, Process
 from experiments.benchmarks.rows import Suite
 from experiments.benchmarks.timing import compile_case
 
@@ -30,6 +31,7 @@ SECONDS = 450.0  # after which no further row is begun
 CHECKED_T = 1024
 DTYPE = "bfloat16"
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # for JAX to leave memory to others; read when it first asks for the card
+UNCHOSEN = {"FLA_CACHE_RESULTS": "0"}  # for fla not to keep which block sizes were fastest, only their kernels
 
 
 def cases(operators: list[str], shapes: list[str], configs: list[str]) -> list:
@@ -79,13 +81,32 @@ def small(shape):
 def measure(case: Case, peer: Process) -> dict:
     """The row of an operator: checked, then timed, with its shares of what the card gives."""
     row = case.work() | {"card": rates()}
-    row |= _measure_peer(case, peer) if case.implementation == "fla" else _measure_ours(case)
+    row |= _measure_one(case, peer)
     if "failure" in row:
         return row
     row |= summary(row.pop("seconds"))
     row["bandwidth_share"] = row["bytes"] / row["median_s"] / row["card"]["bytes_per_s"]
     row["matmul_share"] = row["flops"] / row["median_s"] / row["card"]["matmul_flop_per_s"]
     return row
+
+
+def _measure_one(case: Case, peer: Process | Here) -> dict:
+    return _measure_peer(case, peer) if case.implementation == "fla" else _measure_ours(case)
+
+
+def rehearse(cases: list[Case]) -> None:
+    """All that :func:`measure` does for these, for the sake of what compilers then have on disk."""
+    here = Here()
+    for case in cases:
+        _measure_one(case, here)
+
+
+def of_one_shape(cases: list[Case]) -> list[list[Case]]:
+    """The cases, those together that have programs in common."""
+    found: dict[tuple, list[Case]] = {}
+    for case in cases:
+        found.setdefault((case.operator, case.implementation, case.shape_name), []).append(case)
+    return list(found.values())
 
 
 def _measure_ours(case: Case) -> dict:
@@ -95,10 +116,10 @@ def _measure_ours(case: Case) -> dict:
     values = arguments(case)
     compiled, facts = compile_case(case, values)
     times = batches(lambda: compiled(*values), jax.block_until_ready)
-    return row | {"compile_s": facts["compile_s"], "peak_bytes": facts["temp_bytes"] + facts["output_bytes"], "seconds": times}
+    return row | {"peak_bytes": facts["temp_bytes"] + facts["output_bytes"], "seconds": times}
 
 
-def _measure_peer(case: Case, peer: Process) -> dict:
+def _measure_peer(case: Case, peer: Process | Here) -> dict:
     """fla's operator, held against our reference."""
     reference = dataclasses.replace(case, implementation="reference", shape_name="", shape=small(case.shape), pass_name="forward_backward")
     row = correctness.verdict(_peer_errors(reference, peer), case.dtype, reference.shape)
@@ -109,7 +130,7 @@ def _measure_peer(case: Case, peer: Process) -> dict:
 
 
 @functools.cache
-def _peer_errors(reference: Case, peer: Process) -> dict[str, float]:
+def _peer_errors(reference: Case, peer: Process | Here) -> dict[str, float]:
     """The relative errors of fla's outputs, and of the gradients of its output: not all of its operators have them of the final state."""
     floating, others, cotangents = arguments(reference)
     output = {name: a if name == "output" else jnp.zeros_like(a) for name, a in cotangents.items()}
@@ -130,7 +151,7 @@ def suites() -> Iterator[list[Suite]]:
 
     Raises ValueError where there is no GPU.
     """
-    os.environ.update(SHARED)
+    os.environ.update(SHARED | ahead.keep_programs())
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise ValueError(f"--suite=gpu is measured on a GPU, and this machine has {device.device_kind}; --target=gpu:h200 needs none")
@@ -163,4 +184,5 @@ def suite(peer: Process, wanted: Callable[[Case], bool], until: float) -> Suite:
             "error": lambda row: f"{max(row['errors'].values()):.1e}",
         },
         until=until,
+        rehearse=lambda cases: ahead.rehearse(rehearse, of_one_shape(cases), SHARED | UNCHOSEN, until),
     )

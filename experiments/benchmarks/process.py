@@ -2,9 +2,12 @@
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+
+_ENVIRONMENT = threading.Lock()  # of this process, in which another one is given its own
 
 
 class Process:
@@ -15,9 +18,14 @@ class Process:
         self._start()
 
     def _start(self):
-        os.environ.update(self._environment)  # what a process finds when it is spawned,
-        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        self._pool.submit(os.getpid).result()  # which is now
+        with _ENVIRONMENT:
+            before = os.environ.copy()
+            os.environ.update(self._environment)  # what a process finds when it is spawned,
+            self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            self._pool.submit(os.getpid)  # which is now
+            for name in self._environment:
+                os.environ.pop(name)
+            os.environ.update(before)
 
     def call(self, function: Callable[..., dict], *arguments) -> dict:
         """``function(*arguments)`` in that process. Raises RuntimeError where it dies."""
@@ -29,3 +37,10 @@ class Process:
 
     def close(self):
         self._pool.shutdown()
+
+
+class Here:
+    """As :class:`Process`, in this one."""
+
+    def call(self, function: Callable[..., dict], *arguments) -> dict:
+        return function(*arguments)

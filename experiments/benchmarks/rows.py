@@ -26,7 +26,8 @@ class Suite(NamedTuple):
 
     A case says what it is by ``str`` and, for the row, by its ``identity``; ``about`` is what all rows of the suite are of, failed ones
     included. ``draw`` takes the rows and the file that they are in. Where there is ``until``, by ``time.monotonic``, no row is begun after
-    it, and what the file has of this revision is not measured again: the same command goes on where it was.
+    it, and what the file has of this revision is not measured again: the same command goes on where it was. ``rehearse`` takes the cases
+    that are to be measured, before the first of them is.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Suite(NamedTuple):
     draw: Callable[[list[dict], Path], Path] | None = None
     about: dict = {}
     until: float | None = None
+    rehearse: Callable[[list[Case]], None] | None = None
 
 
 @functools.cache
@@ -114,6 +116,8 @@ def run(cases: list[Case], suite: Suite, output: Path) -> list[dict]:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a log has no width to fit
+    if suite.rehearse:
+        suite.rehearse(cases)
     rows = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_delta_rule.gpu_chunk import COLUMNS, call, product, tile
+from pallas_kernels.gated_delta_rule.gpu_chunk import COLUMNS, call, tile
 from pallas_kernels.gated_delta_rule.gpu_walk import load, parts
+
+BLOCK = 64  # keys of a product
 
 
 def starts(transitions, increments, start, backwards=False):
@@ -25,13 +27,17 @@ def starts(transitions, increments, start, backwards=False):
     B, HV, P, V, K = increments.shape
     high, low = halves_by_xla(transitions)
     width = min(K, 128)
-    shape = (width, K) if backwards else (K, width)
+    block = (width, BLOCK) if backwards else (BLOCK, width)
     (starts,) = call(
         partial(_kernel, backwards),
         *(high, low, increments, start),
         name="pieces",
         out_type=(jax.ShapeDtypeStruct(increments.shape, jnp.float32),),
-        scratch_types=[tile(*shape), tile(*shape), plgpu.Barrier(num_arrivals=2)],
+        scratch_types=[
+            tile(2, K // BLOCK, COLUMNS, BLOCK),
+            tile(2, K // BLOCK, *block),
+            plgpu.Barrier(num_arrivals=2 * K // BLOCK),
+        ],
         grid=(B, HV, V // COLUMNS),
         grid_names=("b", "h", "columns"),
     )
@@ -44,7 +50,7 @@ def halves_by_xla(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
-def _kernel(backwards, high_ref, low_ref, increments_ref, start_ref, result_ref, high, low, loaded):
+def _kernel(backwards, high_ref, low_ref, increments_ref, start_ref, result_ref, states, transitions, loaded):
     b, h, u = (jax.lax.axis_index(name) for name in ("b", "h", "columns"))
     P = result_ref.shape[2]
     columns = pl.ds(u * COLUMNS, COLUMNS)
@@ -57,22 +63,43 @@ def _kernel(backwards, high_ref, low_ref, increments_ref, start_ref, result_ref,
     def step(m, state):
         p = P - 1 - m if backwards else m
         store(p, state)
-        halves = [_halves(x) for x in state]
+        # Through shared memory to the products: a state of 256 keys and its halves do not fit into the registers.
+        for n, block in enumerate(x[:, start : start + BLOCK] for x in state for start in range(0, x.shape[1], BLOCK)):
+            states[0, n], states[1, n] = _halves(block)
+        plgpu.commit_smem()
         following = load(increments_ref.at[b, h, p, columns])
         for i, part in enumerate(parts(result_ref)):
-            block = (part, slice(None)) if backwards else (slice(None), part)
-            for ref, buffer in ((high_ref, high), (low_ref, low)):
-                plgpu.copy_gmem_to_smem(ref.at[b, h, p].at[block], buffer, loaded)
+            for half, ref in enumerate((high_ref, low_ref)):
+                for n in range(states.shape[1]):
+                    keys = pl.ds(n * BLOCK, BLOCK)
+                    source = ref.at[b, h, p].at[(part, keys) if backwards else (keys, part)]
+                    plgpu.copy_gmem_to_smem(source, transitions.at[half, n], loaded)
             plgpu.barrier_wait(loaded)
-            products = []
-            for (x, rest), rows in zip(halves, parts(result_ref), strict=True):
-                M, M_rest = (y.at[:, rows].T if backwards else y.at[rows, :] for y in (high, low))
-                products += [(x, M), (x, M_rest), (rest, M)]
-            following[i] = product(*products, start=following[i])
+            following[i] = _product_of_halves(states, transitions, backwards, following[i])
         return following
 
     state = jax.lax.fori_loop(0, P - 1, step, load(start_ref.at[b, h, columns]))
     store(0 if backwards else P - 1, state)
+
+
+def _product_of_halves(states, transitions, turned, start):
+    """``start`` and the products of the factors' halves, [2, blocks of keys, ...] in shared memory, but that of the second ones."""
+    blocks = states.shape[1]
+
+    def run(total):
+        total[...] = start
+
+        # Unrolled, it would keep so many descriptors of operands from one piece to the next that they spill.
+        @pl.loop(0, 3 * blocks)
+        def _(m):
+            halves, n = m // blocks, m % blocks
+            y = transitions.at[halves % 2, n]
+            plgpu.wgmma(total, states.at[halves // 2, n], y.T if turned else y)
+            plgpu.wgmma_wait(0)
+
+        return total[...]
+
+    return pl.run_scoped(run, plgpu.ACC(start.shape, jnp.float32))
 
 
 def _halves(x):

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.benchmarks import batches, cases, correctness, fla_peer, gpu, gpu_steps, process, rows
+from experiments.benchmarks import ahead, batches, cases, correctness, fla_peer, gpu, gpu_steps, process, rows
+from experiments.benchmarks.process import Here
 from pallas_kernels.attention import shapes as attention_shapes
 from tests.experiments.test_bench import ROOT
 
@@ -24,13 +27,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(gpu, "rates", lambda: {"bytes_per_s": 1e9, "matmul_flop_per_s": 1e10})
     yield
     correctness._errors.cache_clear()
-
-
-class Here:
-    """A process that is this one."""
-
-    def call(self, function, *arguments):
-        return function(*arguments)
 
 
 def tiny(implementation="xla", operator="linear_scan"):
@@ -163,7 +159,72 @@ def test_a_process_that_ends_is_started_anew():
         child.call(end_process)
     assert child.call(os.getenv, "EXPERIMENTS_BENCH_TEST") == "told"
     child.close()
-    del os.environ["EXPERIMENTS_BENCH_TEST"]
+    assert "EXPERIMENTS_BENCH_TEST" not in os.environ
+
+
+def multiply(factor):
+    if factor == 0:
+        raise ValueError("nothing to compile")
+
+    def multiplied(x):
+        return factor * x
+
+    return float(jax.jit(multiplied)(np.float32(7)))
+
+
+@pytest.fixture
+def programs(monkeypatch, tmp_path):
+    """What there is of the programs of :func:`multiply` in JAX's folder of them, and how often one was found there."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", None)
+    hits = []
+
+    def listen(event, **_):
+        if event.endswith("/cache_hits"):
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    compilation_cache.reset_cache()
+    yield lambda: set((tmp_path / "hybrid_jax" / "programs").glob("jit_multiplied*-cache")), hits
+    jax.monitoring.unregister_event_listener(listen)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_what_is_compiled_ahead_is_found_in_its_turn(programs, monkeypatch, capsys):
+    kept, hits = programs
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    environment = ahead.keep_programs()
+    ahead.rehearse(multiply, [0, 2, 3], environment, until=time.monotonic() + 600)
+    assert "3 of them are compiled ahead, 2 at a time" in capsys.readouterr().out
+    assert len(kept()) == 2 and not hits
+    assert [multiply(2), multiply(3)] == [14, 21] and len(kept()) == len(hits) == 2
+    ahead.rehearse(multiply, [4, 5], environment, until=time.monotonic() - 1)  # too late
+    assert len(kept()) == 2
+
+
+def test_cases_with_programs_in_common_are_compiled_together(monkeypatch):
+    found = gpu.of_one_shape([case for case in gpu.cases([], ["hgrn_340m"], ["gla_r6:340m"]) if isinstance(case, cases.Case)])
+    assert all(len({(case.implementation, case.shape_name) for case in group}) == 1 for group in found)
+    assert {tuple(case.pass_name for case in group) for group in found} == {cases.PASSES}
+    assert len(found) == 2 * len(gpu.LENGTHS) + len(gpu.XLA_LENGTHS)
+
+
+def test_what_is_left_to_measure_is_compiled_ahead(monkeypatch, tmp_path):
+    rehearsed = []
+    monkeypatch.setattr(ahead, "rehearse", lambda perform, tasks, environment, until: rehearsed.append((perform, tasks)))
+    forward = dataclasses.replace(tiny(), pass_name="forward")
+    suite = gpu.suite(Here(), everything, until=time.monotonic() + 60)
+    rows.run([tiny()], suite, tmp_path / "gpu.jsonl")
+    rows.run([tiny(), forward], suite, tmp_path / "gpu.jsonl")
+    assert rehearsed == [(gpu.rehearse, [[tiny()]]), (gpu.rehearse, [[forward]])]
+    gpu.rehearse([tiny(), forward])  # as a process does it
+    steps = gpu_steps.suite(everything, until=0.0)
+    steps.rehearse(gpu_steps.select(["hgrn_r6:tiny"]))
+    assert rehearsed[-1] == (gpu_steps.rehearse, [gpu_steps.Case("ours", "hgrn_r6:tiny", window) for window in gpu_steps.WINDOWS])
 
 
 def test_without_a_gpu_the_command_ends_in_one_line():
