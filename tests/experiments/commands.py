@@ -2,7 +2,6 @@
 
 import io
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ from hybrid_jax import sharding
 from hybrid_jax.config import to_dict
 from tests.hybrid_jax.train_runs import small_run
 
-COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 CONFIG = f"--config={Path(__file__)}"  # this file is the configuration
 
 
@@ -44,8 +42,6 @@ def run(main, *arguments: str, devices: int | None = 1) -> Result:
         for flag in flags.FLAGS.flags_by_module_dict()[module.__name__]:
             flag.unparse()
     make_mesh = sharding.make_mesh
-    jax.config.update("jax_compilation_cache_dir", COMPILED.name)  # many runs, few programs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended, Captured() as captured:
         patch.setattr(processes, "connect", lambda: None)  # JAX has been used
         patch.setattr(sharding, "make_mesh", lambda config, given=None: make_mesh(config, given or jax.devices()[:devices]))
