@@ -29,12 +29,7 @@ def is_faster(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
 
 def attention(q, k, v, scale, window, segments: Segments | None):
     """See api.py. Raises ValueError for dtypes other than bfloat16 and for heads of more than 128 channels."""
-    for name, a in (("q", q), ("k", k), ("v", v)):
-        if a.dtype != jnp.bfloat16:
-            raise ValueError(f"attention: {name} has dtype {a.dtype}, needs bfloat16 for implementation='pallas' on a GPU")
-        if a.shape[-1] > LARGEST_HEAD:
-            wanted = f"needs {LARGEST_HEAD} at most for implementation='pallas' on a GPU"
-            raise ValueError(f"attention: {name} has heads of {a.shape[-1]}, {wanted}")
+    _check(q=q, k=k, v=v)
     B, T = q.shape[:2]
     if segments is None and _cudnn_takes(q, v):
         return checkpoint_name(_by_cudnn(q, k, v, scale, window), "attention_output")
@@ -43,8 +38,35 @@ def attention(q, k, v, scale, window, segments: Segments | None):
     else:  # what padding holds, nan included, ends here
         reach = ranges(segments, window, -T % TILE)
         q, k, v = (jnp.where(segments.real[:, :, None, None], a, 0) for a in (q, k, v))
-    padded = [jnp.pad(a, [(0, 0), (0, -T % TILE), (0, 0), (0, -a.shape[-1] % 64)]) for a in (q, k, v)]
-    return _attend(scale, *padded, reach)[:, :T, :, : v.shape[-1]]
+    q, k, v = (jnp.pad(a, [(0, 0), (0, -T % TILE), (0, 0), (0, 0)]) for a in (q, k, v))
+    return _whole_channels(scale, q, k, v, reach, jnp.zeros((), jnp.int32))[:, :T]
+
+
+def attention_stretch(q, k, v, scale, window, segments: Segments, at):
+    """The queries of the ``at``-th of equal stretches, whole tiles, against the keys of all; see stretch.py."""
+    _check(q=q, k=k, v=v)
+    T = q.shape[1]
+    return _whole_channels(scale, q, k, v, ranges(segments, window).of_queries(at * T, T), at * (T // TILE))
+
+
+def block_length(T: int) -> int:
+    """Tokens of which a stretch has to have whole blocks."""
+    return TILE
+
+
+def _check(**arrays):
+    for name, a in arrays.items():
+        if a.dtype != jnp.bfloat16:
+            raise ValueError(f"attention: {name} has dtype {a.dtype}, needs bfloat16 for implementation='pallas' on a GPU")
+        if a.shape[-1] > LARGEST_HEAD:
+            wanted = f"needs {LARGEST_HEAD} at most for implementation='pallas' on a GPU"
+            raise ValueError(f"attention: {name} has heads of {a.shape[-1]}, {wanted}")
+
+
+def _whole_channels(scale, q, k, v, reach, before):
+    """:func:`_attend` of heads of any width."""
+    padded = (jnp.pad(a, [(0, 0), (0, 0), (0, 0), (0, -a.shape[-1] % 64)]) for a in (q, k, v))
+    return _attend(scale, *padded, reach, before)[..., : v.shape[-1]]
 
 
 def _cudnn_takes(q, v) -> bool:
@@ -68,8 +90,9 @@ class Plan(NamedTuple):
     values: int
 
     @classmethod
-    def of(cls, scale, q, k, v, block: int) -> "Plan":
-        return cls(scale, q.shape[1] // TILE, block, q.shape[2] // k.shape[2], k.shape[3], v.shape[3])
+    def of(cls, scale, own, q, k, v, block: int) -> "Plan":
+        """own: q or k, of whose tokens a program has a tile."""
+        return cls(scale, own.shape[1] // TILE, block, q.shape[2] // k.shape[2], k.shape[3], v.shape[3])
 
     def call(self, body, operands, results, *, own, loads, streamed):
         """own, streamed: the scratch of the tile, of which the first ``loads`` are loaded, and of the blocks that go by."""
@@ -93,18 +116,21 @@ class Plan(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scale, q, k, v, reach: Ranges):
-    """q [B,T,H,K], k [B,T,HK,K], v [B,T,HK,V], T whole tiles, K and V multiples of 64 -> [B,T,H,V]."""
-    return _forward(scale, q, k, v, reach)[0]
+def _attend(scale, q, k, v, reach: Ranges, before):
+    """q [B,T,H,K], k [B,S,HK,K], v [B,S,HK,V], T and S whole tiles, K and V multiples of 64 -> [B,T,H,V].
+
+    before: the tiles of keys that are before the first query's.
+    """
+    return _forward(scale, q, k, v, reach, before)[0]
 
 
-def _forward(scale, q, k, v, reach):
+def _forward(scale, q, k, v, reach, before):
     """(output [B,T,H,V], the logsumexp [B,H,T] of base-2 logarithms)."""
-    plan = Plan.of(scale, q, k, v, block=TILE)
+    plan = Plan.of(scale, q, q, k, v, block=TILE)
     B, T, H, K = q.shape
     return plan.call(
         gpu_kernels.of_queries,
-        (q, k, v, reach.first, reach.last, reach.key, _first_block(reach, plan.block)),
+        (q, k, v, reach.first, reach.last, reach.key, *_blocks_of_keys(plan, reach, before)),
         (jax.ShapeDtypeStruct((B, T, H, plan.values), v.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)),
         own=[
             tokens(ROWS, K, WARPGROUPS),
@@ -117,22 +143,22 @@ def _forward(scale, q, k, v, reach):
     )
 
 
-def _attend_forward(scale, q, k, v, reach):
-    output, logsumexp = _forward(scale, q, k, v, reach)
+def _attend_forward(scale, q, k, v, reach, before):
+    output, logsumexp = _forward(scale, q, k, v, reach, before)
     output = checkpoint_name(output, "attention_output")
     logsumexp = checkpoint_name(logsumexp, "attention_logsumexp")
-    return output, (q, k, v, reach, output, logsumexp)
+    return output, (q, k, v, reach, before, output, logsumexp)
 
 
 def _attend_backward(scale, residuals, d_output):
-    q, k, v, reach, output, logsumexp = residuals
-    B, T, H, K = q.shape
+    q, k, v, reach, before, output, logsumexp = residuals
+    B, S, H, K = *k.shape[:2], *q.shape[2:]
     mean = jnp.einsum("bthv,bthv->bht", output, d_output, preferred_element_type=jnp.float32)
 
-    plan = Plan.of(scale, q, k, v, block=TILE if max(K, v.shape[3]) <= 64 else ROWS)  # what fits in registers
+    plan = Plan.of(scale, q, q, k, v, block=TILE if max(K, v.shape[3]) <= 64 else ROWS)  # what fits in registers
     (dq,) = plan.call(
         gpu_kernels.d_queries,
-        (q, k, v, d_output, reach.first, reach.last, reach.key, _first_block(reach, plan.block), logsumexp, mean),
+        (q, k, v, d_output, reach.first, reach.last, reach.key, *_blocks_of_keys(plan, reach, before), logsumexp, mean),
         (jax.ShapeDtypeStruct(q.shape, q.dtype),),
         own=[
             tokens(ROWS, K, WARPGROUPS),
@@ -144,11 +170,11 @@ def _attend_backward(scale, residuals, d_output):
         streamed=_keys_and_values(plan),
     )
 
-    plan = Plan.of(scale, q, k, v, block=ROWS)
+    plan = Plan.of(scale, k, q, k, v, block=ROWS)
     dk, dv = plan.call(
         gpu_kernels.d_keys,
-        (q, k, v, d_output, reach.first, reach.last, reach.key, _end_block(reach, plan.block), logsumexp, mean),
-        tuple(jax.ShapeDtypeStruct((B, T, H, width), q.dtype) for width in (K, plan.values)),
+        (q, k, v, d_output, reach.first, reach.last, reach.key, *_blocks_of_queries(plan, reach, before), logsumexp, mean),
+        tuple(jax.ShapeDtypeStruct((B, S, H, width), q.dtype) for width in (K, plan.values)),
         own=[tokens(ROWS, K, WARPGROUPS), tokens(ROWS, plan.values, WARPGROUPS), numbers(ROWS, jnp.int32, WARPGROUPS)],
         loads=3,
         streamed=[
@@ -158,7 +184,7 @@ def _attend_backward(scale, residuals, d_output):
             *[numbers(ROWS, jnp.float32, STAGES)] * 2,
         ],
     )
-    return dq, _of_shared_heads(dk, plan.group), _of_shared_heads(dv, plan.group), None
+    return dq, _of_shared_heads(dk, plan.group), _of_shared_heads(dv, plan.group), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -168,16 +194,20 @@ def _keys_and_values(plan):
     return [tokens(plan.block, plan.keys, STAGES), tokens(plan.block, plan.values, STAGES), numbers(plan.block, jnp.int32, STAGES)]
 
 
-def _first_block(reach: Ranges, block: int):
-    """[B,tiles]: the first block of keys whose last one the first query of a tile reaches."""
-    unreached = reach.rank[:, None, block - 1 :: block] < reach.first[:, ::TILE, None]
-    return jnp.sum(unreached, axis=2, dtype=jnp.int32)
+def _blocks_of_keys(plan, reach: Ranges, before):
+    """For each tile of queries, [B,tiles]: the first block of keys whose last one the first query reaches, and one past the tile's own."""
+    unreached = reach.rank[:, None, plan.block - 1 :: plan.block] < reach.first[:, ::TILE, None]
+    begin = jnp.sum(unreached, axis=2, dtype=jnp.int32)
+    end = (before + 1 + jnp.arange(plan.tiles, dtype=jnp.int32)) * (TILE // plan.block)
+    return begin, jnp.broadcast_to(end, begin.shape)
 
 
-def _end_block(reach: Ranges, block: int):
-    """[B,tiles]: one past the last block of queries whose first one reaches the last key of a tile."""
-    reaching = reach.first[:, None, ::block] <= reach.rank[:, TILE - 1 :: TILE, None]
-    return jnp.sum(reaching, axis=2, dtype=jnp.int32)
+def _blocks_of_queries(plan, reach: Ranges, before):
+    """For each tile of keys, [B,tiles]: its own block of queries, or the first; one past the last whose first one reaches its last key."""
+    reaching = reach.first[:, None, :: plan.block] <= reach.rank[:, TILE - 1 :: TILE, None]
+    end = jnp.sum(reaching, axis=2, dtype=jnp.int32)
+    begin = jnp.maximum(jnp.arange(plan.tiles, dtype=jnp.int32) - before, 0) * (TILE // plan.block)
+    return jnp.minimum(begin, end), end
 
 
 def _of_shared_heads(x, group):

@@ -8,7 +8,8 @@ of the other side, which a third warpgroup loads ahead of them:
     d_keys        a tile of keys, blocks of queries     dv_j = sum_i p_ij do_i    dk_j = scale * sum_i ds_ij q_i
 
 with p_ij = exp(scale q_i . k_j - logsumexp_i) and ds_ij = p_ij (do_i . v_j - mean_i). Exponentials are powers of two, and so are the
-logsumexps between the kernels. A query i attends to the key j where first_i <= key_j <= last_i (:mod:`.reach`).
+logsumexps between the kernels. A query i attends to the key j where first_i <= key_j <= last_i (:mod:`.reach`). The blocks that a tile goes
+through are from ``begin`` to before ``end``, both [B,tiles].
 """
 
 import math
@@ -42,10 +43,10 @@ def numbers(count: int, dtype, stages: int) -> plgpu.SMEM:
     return plgpu.SMEM((stages, count), dtype)
 
 
-def of_queries(plan, q, k, v, first, last, key, first_block, output, logsumexp, own, streamed, barriers):
+def of_queries(plan, q, k, v, first, last, key, begin, end, output, logsumexp, own, streamed, barriers):
     """own: q, first, last, output, logsumexp; streamed: k, v, key."""
     b, tile, h, kv_head = _program(plan, heavy_last=True)
-    begin = first_block[b, tile]
+    begin, end = begin[b, tile], end[b, tile]
     load = partial(_load_keys, plan, (k, v, key), streamed, b, kv_head, begin)
 
     def compute(wg, each_block):
@@ -79,13 +80,13 @@ def of_queries(plan, q, k, v, first, last, key, first_block, output, logsumexp, 
         plgpu.copy_smem_to_gmem(lse_smem, logsumexp.at[b, h, rows])
         plgpu.wait_smem_to_gmem(0)
 
-    _stream((tile + 1) * (TILE // plan.block) - begin, load, compute, barriers)
+    _stream(end - begin, load, compute, barriers)
 
 
-def d_queries(plan, q, k, v, d_output, first, last, key, first_block, logsumexp, mean, dq, own, streamed, barriers):
+def d_queries(plan, q, k, v, d_output, first, last, key, begin, end, logsumexp, mean, dq, own, streamed, barriers):
     """own: q, d_output, first, last, logsumexp, mean; streamed: k, v, key."""
     b, tile, h, kv_head = _program(plan, heavy_last=True)
-    begin = first_block[b, tile]
+    begin, end = begin[b, tile], end[b, tile]
     load = partial(_load_keys, plan, (k, v, key), streamed, b, kv_head, begin)
 
     def compute(wg, each_block):
@@ -112,14 +113,13 @@ def d_queries(plan, q, k, v, d_output, first, last, key, first_block, logsumexp,
         plgpu.copy_smem_to_gmem(q_smem, dq.at[b, rows, h])
         plgpu.wait_smem_to_gmem(0)
 
-    _stream((tile + 1) * (TILE // plan.block) - begin, load, compute, barriers)
+    _stream(end - begin, load, compute, barriers)
 
 
-def d_keys(plan, q, k, v, d_output, first, last, key, end_block, logsumexp, mean, dk, dv, own, streamed, barriers):
+def d_keys(plan, q, k, v, d_output, first, last, key, begin, end, logsumexp, mean, dk, dv, own, streamed, barriers):
     """own: k, v, key; streamed: q, d_output, first, last, logsumexp, mean. For one head of queries."""
     b, tile, h, kv_head = _program(plan, heavy_last=False)
-    begin = tile * (TILE // plan.block)
-    end = end_block[b, tile]
+    begin, end = begin[b, tile], end[b, tile]
 
     def load(step, slot, loaded):
         at = pl.ds((begin + step) * plan.block, plan.block)

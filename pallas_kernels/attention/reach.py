@@ -11,10 +11,15 @@ from pallas_kernels.segments import Segments
 class Ranges(NamedTuple):
     """In ranks: how many real tokens stand before a token in its row. All [B,T] int32; rank and first never fall along a row.
 
-    rank: of a token; of padding, that of the real token before it.
+    rank: of a token, as a key; of padding, that of the real token before it.
     first, last: a query attends to the keys from its document's first, or its window's, up to itself; at padding to none.
     key: a key's rank; in no range at padding.
     """
+
+    def of_queries(self, start: jax.Array, T: int) -> "Ranges":
+        """Those of the T queries from ``start`` on, and of all keys."""
+        first, last = (jax.lax.dynamic_slice_in_dim(a, start, T, axis=1) for a in (self.first, self.last))
+        return self._replace(first=first, last=last)
 
     rank: jax.Array
     first: jax.Array

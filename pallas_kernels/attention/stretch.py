@@ -4,9 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks, platforms, segments
-from pallas_kernels.attention import api, tpu, xla
+from pallas_kernels.attention import api, gpu, tpu, xla
 
-IMPLEMENTATIONS = {"xla": xla.attention_stretch, "pallas": tpu.attention_stretch}
+
+def _kernel(*arguments):
+    return platforms.kernels(tpu, gpu).attention_stretch(*arguments)
+
+
+IMPLEMENTATIONS = {"xla": xla.attention_stretch, "pallas": _kernel}
 
 
 def attention_stretch(
@@ -23,17 +28,18 @@ def attention_stretch(
     """:func:`.attention` inside ``jax.shard_map``, each device along ``axis_name`` with a stretch of the sequence, in order.
 
     q, k, v, segment_ids: of the device's stretch. Every device gathers the keys and values of all: B T HK (K + V) numbers for a row of T.
-    implementation: "xla", "pallas" (for TPU, without windows that padding may be in), or None for the one of the platform.
+    implementation: "xla", "pallas" (on TPU without windows that padding may be in; on Hopper GPUs for bfloat16 and heads of 128 at most),
+        or None for the one of the platform.
     Returns the output of the stretch.
     """
     sizes = api.check(q, k, v, window, segment_ids)
     (B, T), scale = q.shape[:2], sizes["K"] ** -0.5 if scale is None else scale
-    end = [(0, 0), (0, -T % tpu.block_length(T))]  # whole blocks a device, so that a block of queries meets blocks of keys as on one
-    may_pad = segment_ids is not None or end[1][1] > 0
-    if implementation == "pallas" and window is not None and may_pad:
+    kernels = platforms.kernels(tpu, gpu)
+    end = [(0, 0), (0, -T % kernels.block_length(T))]  # whole blocks a device, so that a block of queries meets blocks of keys as on one
+    unfit = kernels is tpu and window is not None and (segment_ids is not None or end[1][1] > 0)
+    if implementation == "pallas" and unfit:
         raise ValueError(f"attention: windows over padding, and {T} tokens are not whole blocks, take implementation='xla' or None")
-    on_tpu = platforms.generation() != "hopper" and tpu.is_faster(q, k, v)
-    kernel = "pallas" if on_tpu and not (window is not None and may_pad) else None
+    kernel = "pallas" if kernels.is_faster(q, k, v) and not unfit else None
     run = checks.choose("attention", IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     ids = jnp.pad(ids, end)

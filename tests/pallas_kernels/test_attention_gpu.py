@@ -1,5 +1,6 @@
 """Attention's kernels for Hopper, interpreted, against the reference in float32; lowered for a card; and what they refuse."""
 
+from functools import partial
 from unittest import mock
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import platforms
-from pallas_kernels.attention import attention, gpu, reference
+from pallas_kernels.attention import attention, attention_stretch, gpu, reference
+from pallas_kernels.segments import number
 from tests.helpers import random_segment_ids, tree_errors
 from tests.pallas_kernels import hopper
 
@@ -22,9 +24,9 @@ def example(seed, B, T, H, HK, K, V):
     return {name: jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for name, shape in shapes.items()}
 
 
-def value_and_gradients(arguments, **options):
+def value_and_gradients(arguments, run=attention, **options):
     def loss(arguments):
-        output = attention(**arguments, **options)
+        output = run(**arguments, **options)
         wave = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape)
         return jnp.sum(output.astype(jnp.float32) * wave), output
 
@@ -32,10 +34,13 @@ def value_and_gradients(arguments, **options):
     return {"output": output, **gradients}
 
 
-def check(arguments, **options):
+by_kernels = partial(attention, implementation="pallas")
+
+
+def check(arguments, run=by_kernels, **options):
     """The kernels round where the XLA form does: to bfloat16, the weights and the gradients of the scores."""
     with hopper.kernels():
-        output = value_and_gradients(arguments, implementation="pallas", **options)
+        output = value_and_gradients(arguments, run, **options)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
     wanted = value_and_gradients(wide, implementation="reference", **options)
     narrow = tree_errors(value_and_gradients(arguments, implementation="xla", **options), wanted)
@@ -78,6 +83,22 @@ def test_a_row_of_padding_is_zero_and_gives_no_gradients():
     assert all(not np.any(np.asarray(x, np.float32)) for x in output.values())
 
 
+@pytest.mark.parametrize(
+    "T, H, window",
+    [(128, 1, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(128, 2, 150), (256, 1, None), (256, 1, 40)])],
+)
+def test_stretches(T, H, window):
+    """The queries of one stretch after the other, each against the keys of all."""
+
+    def dealt(q, k, v, segment_ids, window):
+        parts, segments = jnp.split(q, 2, axis=1), number(segment_ids)
+        return jnp.concatenate([gpu.attention_stretch(x, k, v, 64**-0.5, window, segments, at) for at, x in enumerate(parts)], axis=1)
+
+    ids = jnp.asarray(random_segment_ids(np.random.default_rng(T), 1, 2 * T, mean_length=100))
+    given = jax.tree.map(lambda x: jnp.where((ids != 0)[:, :, None, None], x, 0), example(8, 1, 2 * T, H, 1, 64, 64))
+    check(given, dealt, segment_ids=ids, window=window)
+
+
 def test_lowered_for_a_card():
     arguments = example(4, 2, 200, 4, 2, 128, 64)
     ids = jnp.asarray(random_segment_ids(np.random.default_rng(0), 2, 200))
@@ -93,9 +114,25 @@ def test_lowered_inside_shard_map():
         return value_and_gradients(arguments, segment_ids=ids, implementation="pallas")
 
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(row, row), out_specs=row)
+    assert calls_on_hopper(sharded, whole, jnp.ones((2, 64), jnp.int32)) == 3
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_stretches_are_lowered_inside_shard_map(window):
+    """Of 100 tokens, which are no whole tiles; and by None."""
+    mesh = jax.make_mesh((2,), ("seq",), axis_types=(AxisType.Auto,))
+    stretch, whole = PartitionSpec(None, "seq"), example(7, 1, 200, 2, 2, 64, 64)
+
+    def local(arguments):
+        return value_and_gradients(arguments, partial(attention_stretch, axis_name="seq", window=window))
+
+    assert calls_on_hopper(jax.shard_map(local, mesh=mesh, in_specs=stretch, out_specs=stretch, check_vma=False), whole) == 3
+
+
+def calls_on_hopper(function, *arguments):
     with mock.patch.object(platforms, "generation", lambda: "hopper"):
-        text = jax.jit(sharded).trace(whole, jnp.ones((2, 64), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
+        text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("stablehlo.custom_call @mosaic_gpu")
 
 
 @pytest.mark.parametrize("window", [None, 5])
