@@ -6,6 +6,7 @@ to matter, but not to be rounded: factors have two parts in bfloat16.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from pallas_kernels.gated_delta_rule.gpu_chunk import COLUMNS, call, tile
 from pallas_kernels.gated_delta_rule.gpu_walk import load, parts
 
 BLOCK = 64  # keys of a product
+STAGES = 4  # blocks in shared memory at a time
 
 
 def starts(transitions, increments, start, backwards=False):
@@ -27,7 +29,6 @@ def starts(transitions, increments, start, backwards=False):
     B, HV, P, V, K = increments.shape
     high, low = halves_by_xla(transitions)
     width = min(K, 128)
-    block = (width, BLOCK) if backwards else (BLOCK, width)
     (starts,) = call(
         partial(_kernel, backwards),
         *(high, low, increments, start),
@@ -35,8 +36,8 @@ def starts(transitions, increments, start, backwards=False):
         out_type=(jax.ShapeDtypeStruct(increments.shape, jnp.float32),),
         scratch_types=[
             tile(2, K // BLOCK, COLUMNS, BLOCK),
-            tile(2, K // BLOCK, *block),
-            plgpu.Barrier(num_arrivals=2 * K // BLOCK),
+            tile(STAGES, 2, *((width, BLOCK) if backwards else (BLOCK, width))),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],
         grid=(B, HV, V // COLUMNS),
         grid_names=("b", "h", "columns"),
@@ -50,10 +51,65 @@ def halves_by_xla(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
-def _kernel(backwards, high_ref, low_ref, increments_ref, start_ref, result_ref, states, transitions, loaded):
+class _Transitions(NamedTuple):
+    """Those of a head's pieces, but for the last, in blocks of BLOCK keys, numbered as they are used: STAGES of them are on their way.
+
+    halves: high and low, [P,K,K] each; buffers: [STAGES,2,...]. A transition has its columns in ``parts``, each in ``blocks``.
+    """
+
+    halves: tuple[jax.Ref, jax.Ref]
+    buffers: jax.Ref
+    loaded: jax.Ref
+    backwards: bool
+
+    @property
+    def parts(self) -> list[pl.Slice]:
+        return parts(self.halves[0])
+
+    @property
+    def blocks(self) -> int:
+        return self.halves[0].shape[-1] // BLOCK
+
+    @property
+    def total(self) -> int:
+        return (self.halves[0].shape[0] - 1) * len(self.parts) * self.blocks
+
+    def fetch(self, number) -> None:
+        P, count, width = self.halves[0].shape[0], len(self.parts), self.parts[0].size
+        m, i, n = number // (count * self.blocks), number // self.blocks % count, number % self.blocks
+        part, keys = pl.ds(i * width, width), pl.ds(n * BLOCK, BLOCK)
+        slot = number % STAGES
+        for half, ref in enumerate(self.halves):
+            source = ref.at[P - 1 - m].at[part, keys] if self.backwards else ref.at[m].at[keys, part]
+            plgpu.copy_gmem_to_smem(source, self.buffers.at[slot, half], self.loaded.at[slot])
+
+    def product(self, states, first, start):
+        """``start`` and a state's halves, [2,blocks,...] in shared memory, times a part from its block ``first`` on; not low times low."""
+
+        def run(total):
+            total[...] = start
+
+            # Unrolled, it would keep so many descriptors of operands from one piece to the next that they spill.
+            @pl.loop(0, self.blocks)
+            def _(n):
+                slot, ahead = (first + n) % STAGES, first + n + STAGES
+                plgpu.barrier_wait(self.loaded.at[slot])
+                y, y_rest = (self.buffers.at[slot, half].T if self.backwards else self.buffers.at[slot, half] for half in (0, 1))
+                x, x_rest = states.at[0, n], states.at[1, n]
+                for left, right in ((x, y), (x, y_rest), (x_rest, y)):
+                    plgpu.wgmma(total, left, right)
+                plgpu.wgmma_wait(0)
+                pl.when(ahead < self.total)(lambda: self.fetch(ahead))
+
+            return total[...]
+
+        return pl.run_scoped(run, plgpu.ACC(start.shape, jnp.float32))
+
+
+def _kernel(backwards, high_ref, low_ref, increments_ref, start_ref, result_ref, states, buffers, loaded):
     b, h, u = (jax.lax.axis_index(name) for name in ("b", "h", "columns"))
-    P = result_ref.shape[2]
-    columns = pl.ds(u * COLUMNS, COLUMNS)
+    columns, P = pl.ds(u * COLUMNS, COLUMNS), result_ref.shape[2]
+    transitions = _Transitions((high_ref.at[b, h], low_ref.at[b, h]), buffers, loaded, backwards)
 
     def store(p, state):
         ref = result_ref.at[b, h, p, columns]
@@ -68,38 +124,13 @@ def _kernel(backwards, high_ref, low_ref, increments_ref, start_ref, result_ref,
             states[0, n], states[1, n] = _halves(block)
         plgpu.commit_smem()
         following = load(increments_ref.at[b, h, p, columns])
-        for i, part in enumerate(parts(result_ref)):
-            for half, ref in enumerate((high_ref, low_ref)):
-                for n in range(states.shape[1]):
-                    keys = pl.ds(n * BLOCK, BLOCK)
-                    source = ref.at[b, h, p].at[(part, keys) if backwards else (keys, part)]
-                    plgpu.copy_gmem_to_smem(source, transitions.at[half, n], loaded)
-            plgpu.barrier_wait(loaded)
-            following[i] = _product_of_halves(states, transitions, backwards, following[i])
-        return following
+        first = m * len(following) * transitions.blocks
+        return [transitions.product(states, first + i * transitions.blocks, x) for i, x in enumerate(following)]
 
+    for number in range(min(STAGES, transitions.total)):
+        transitions.fetch(number)
     state = jax.lax.fori_loop(0, P - 1, step, load(start_ref.at[b, h, columns]))
     store(0 if backwards else P - 1, state)
-
-
-def _product_of_halves(states, transitions, turned, start):
-    """``start`` and the products of the factors' halves, [2, blocks of keys, ...] in shared memory, but that of the second ones."""
-    blocks = states.shape[1]
-
-    def run(total):
-        total[...] = start
-
-        # Unrolled, it would keep so many descriptors of operands from one piece to the next that they spill.
-        @pl.loop(0, 3 * blocks)
-        def _(m):
-            halves, n = m // blocks, m % blocks
-            y = transitions.at[halves % 2, n]
-            plgpu.wgmma(total, states.at[halves // 2, n], y.T if turned else y)
-            plgpu.wgmma_wait(0)
-
-        return total[...]
-
-    return pl.run_scoped(run, plgpu.ACC(start.shape, jnp.float32))
 
 
 def _halves(x):
