@@ -47,7 +47,6 @@ CASES = {
     "delta_net tied": ("delta_net", {"tie_word_embeddings": True}, BFLOAT16, 1),
     "gated_deltanet hybrid": ("gated_deltanet", {"attn": ATTN}, np.float32, 2),
     "kda hybrid, bounded": ("kda", {"attn": ATTN, "lower_bound": -5.0, "safe_gate": True}, BFLOAT16, 2),
-    "kda grouped, no conv": ("kda", {"num_v_heads": 4, "expand_v": 2.0, "use_short_conv": False, "lower_bound": -2.0}, np.float32, 1),
     "transformer": ("transformer", {"qkv_bias": True, "qk_norm": True}, np.float16, 1),
 }
 

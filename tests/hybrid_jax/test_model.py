@@ -38,8 +38,7 @@ OPTIONS = {
     "delta_net plain": config.DeltaNet(heads=2, conv_width=0, beta=False, qk_activation="elu", qk_norm="sum"),
     "delta_net gate, negative": config.DeltaNet(heads=2, output_gate=True, qk_activation="relu", negative_eigenvalues=True, expand_v=2.0),
     "gated_delta_net grouped": config.GatedDeltaNet(heads=2, value_heads=4, head_width=8, expand_v=2.0, negative_eigenvalues=True),
-    "kda grouped, bounded": config.KDA(2, value_heads=4, head_width=8, expand_v=2.0, negative_eigenvalues=True, log_decay_min=-5.0),
-    "kda no conv": config.KDA(heads=2, head_width=8, conv_width=0),
+    "kda grouped, bounded, plain": config.KDA(2, 4, 8, expand_v=2.0, conv_width=0, negative_eigenvalues=True, log_decay_min=-5.0),
     "gated_delta_net zero, plain": config.GatedDeltaNet(heads=2, head_width=8, conv_width=0, output_gate=False, decay_init="zero"),
 }
 SMALL = dict(layers=3, width=32, vocabulary=61, mlp_width=48, dtype="float32", remat="none", init_std=0.2)

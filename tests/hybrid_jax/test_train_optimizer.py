@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from hybrid_jax.config import KDA, ModelConfig, OptimizerConfig
-from hybrid_jax.model import build
+from hybrid_jax.model import abstract
 from hybrid_jax.train.optimizer import evaluation_params, make_optimizer, schedule
 from tests.helpers import relative_error
 
@@ -135,7 +135,8 @@ def test_other_optimizers_evaluate_the_parameters_themselves(name):
 
 def test_what_is_decayed_of_a_model_with_decays_and_biases():
     """Its matrices, embeddings and convolutions' taps; of KDA neither A_log nor dt_bias, nor the output gate's bias."""
-    params = nnx.state(build(ModelConfig(mixer=KDA(heads=2, head_width=8), layers=2, width=16, vocabulary=20, mlp_width=24)))
+    shapes = abstract(ModelConfig(mixer=KDA(heads=2, head_width=8), layers=2, width=16, vocabulary=20, mlp_width=24))[1]
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     config = OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0.3)
     (after,), _ = updates(config, [jax.tree.map(np.zeros_like, params)], params)
     flat = [dict(nnx.to_flat_state(state)) for state in (params, after)]
