@@ -24,7 +24,7 @@ def check_kernels(row, family, convolution="pallas"):
     assert found == {"attention": {"attention": ["pallas"]}}
 
 
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("retnet", "gla")]
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("retnet", "gla", "kda")]
 
 
 @pytest.mark.parametrize("family", ["hgrn", "gated_delta_net", *SLOW])  # each kernel, on a mesh
