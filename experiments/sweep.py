@@ -2,6 +2,7 @@
 
     python -m experiments.sweep --size=tiny --config.train.steps=50            # all 31 models of the study
     python -m experiments.sweep --size=tiny --models='gla_*,transformer'       # some of them
+    python -m experiments.sweep --size=tiny --models='kda_*'                   # beyond the study
     python -m experiments.sweep --size=tiny --seeds=1,2,3                      # each of them three times
     python -m experiments.sweep --size=tiny --rows=experiments/results/tiny.jsonl
 
@@ -23,18 +24,24 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from experiments import cli
+from experiments.configs import recipe
 from hybrid_jax.config import ConfigError
 
 SIZE = flags.DEFINE_string("size", "tiny", "Of the models: tiny, recall, 340m or 1b3.")
-MODELS = flags.DEFINE_list("models", ["*"], "Names, with wildcards, of files in experiments/configs.")
+MODELS = flags.DEFINE_list("models", [], "Names, with wildcards, of files in experiments/configs; by default the study's.")
 SEEDS = flags.DEFINE_list("seeds", [], "Train each model with each of these seeds; the configuration's own if not given.")
 FOLDER = flags.DEFINE_string("sweep", "runs/sweep", "Folder of the runs.")
 ROWS = flags.DEFINE_string("rows", None, "JSON lines file that each run's summary is appended to, once all have ended.")
 
 
 def chosen(patterns: list[str]) -> list[str]:
-    """The configurations that match any of the patterns, in alphabetical order. Raises ConfigError where one matches none."""
+    """The configurations that match any of the patterns, in alphabetical order; of none the study's 31.
+
+    Raises ConfigError where a pattern matches none.
+    """
     known = cli.known_configs()
+    if not patterns:
+        return [name for name in known if name.rpartition("_")[0] not in recipe.BEYOND_THE_STUDY]
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
             raise ConfigError(f"--models={pattern} matches none of {', '.join(known)}")

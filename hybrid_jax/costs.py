@@ -14,7 +14,7 @@ from hybrid_jax import config
 from hybrid_jax.config import ModelConfig
 
 # FLOPs a token for each element of a recurrence's state: decay 1, write 2, read 2, the delta rule's look before it writes 2.
-STATE_FLOPS = {"hgrn": 2, "retnet": 5, "gla": 5, "hgrn2": 5, "delta_net": 6, "gated_delta_net": 7}
+STATE_FLOPS = {"hgrn": 2, "retnet": 5, "gla": 5, "hgrn2": 5, "delta_net": 6, "gated_delta_net": 7, "kda": 7}
 
 
 def parameters(model: ModelConfig) -> int:
@@ -31,7 +31,7 @@ def state_elements(model: ModelConfig) -> int:
             return model.width * ratio
         case config.HGRN2(expand_ratio=K):
             return model.width * K
-        case config.GatedDeltaNet() as m:
+        case config.GatedDeltaNet() | config.KDA() as m:
             return (m.value_heads or m.heads) * m.head_width * int(m.head_width * m.expand_v)
         case config.Attention():
             return 0
@@ -52,7 +52,7 @@ def convolution_channels(model: ModelConfig) -> int:
         case config.GLA():
             kv_share = (m.kv_heads or m.heads) / m.heads
             return int(model.width * (m.expand_k * (1 + kv_share) + m.expand_v * kv_share))
-        case config.GatedDeltaNet():
+        case config.GatedDeltaNet() | config.KDA():
             return m.head_width * (2 * m.heads + int((m.value_heads or m.heads) * m.expand_v))
         case config.DeltaNet():
             return int(model.width * (2 * m.expand_k + m.expand_v))

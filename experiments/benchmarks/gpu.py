@@ -49,7 +49,7 @@ def cases(operators: list[str], shapes: list[str], configs: list[str]) -> list:
 
 
 def wanted_first(case: Case | gpu_steps.Case) -> bool:
-    """Whether a case is of what the study trained: sequences of 2,048 tokens; 340M steps of the Transformer and of hybrids at 6:1."""
+    """Whether a case is of sequences of 2,048 tokens, as the study trained; of steps the 340M Transformer's and the hybrids' at 6:1."""
     if isinstance(case, Case):
         return case.shape.T == LENGTHS[0] and case.implementation != "xla"
     return case.window == LENGTHS[0] and case.config.endswith(("transformer:340m", "_r6:340m"))

@@ -18,6 +18,7 @@ from experiments.benchmarks.batches import batches, summary
 from experiments.benchmarks.cases import TOKENS
 from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
+from experiments.configs import recipe
 from hybrid_jax.config import RunConfig
 from hybrid_jax.hf.options import fla_options
 from hybrid_jax.sharding import make_mesh
@@ -26,12 +27,11 @@ from hybrid_jax.train.feed import LocalRows, batch_shapes
 from hybrid_jax.train.step import compile_step, make_program
 from hybrid_jax.train.throughput import peak_flops, training_flops
 
-FAMILIES = ("hgrn", "hgrn2", "retnet", "gla", "delta_net", "gated_delta_net")
 CONFIGS = [
     "transformer:340m",
-    *(f"{family}_{ratio}:340m" for ratio in ("pure", "r6", "r3") for family in FAMILIES),
+    *(f"{family}_{ratio}:340m" for ratio in ("pure", "r6", "r3") for family in recipe.FAMILIES),
     "transformer:1b3",
-    *(f"{family}_r6:1b3" for family in FAMILIES),
+    *(f"{family}_r6:1b3" for family in recipe.FAMILIES),
 ]
 WINDOWS = (2048, 8192)
 ALL = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}  # of the card, for JAX

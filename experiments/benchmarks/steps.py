@@ -1,6 +1,6 @@
-"""The training steps of the study's models, compiled for the chips of a TPU host without a TPU: which kernels, how much memory.
+"""The training steps of models, compiled for the chips of a TPU host without a TPU: which kernels, how much memory.
 
-By default the hybrids of each of the six recurrences with full attention at every sixth layer, their state dealt over the chips (fsdp),
+By default the hybrids of each recurrence with full attention at every sixth layer, their state dealt over the chips (fsdp),
 a sequence on each.
 """
 
@@ -16,13 +16,14 @@ from experiments import cli
 from experiments.benchmarks import hlo, tpu_static
 from experiments.benchmarks.rows import Suite
 from experiments.benchmarks.tpu_static import TARGETS, compiler
+from experiments.configs import recipe
 from hybrid_jax.config import RunConfig
 from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train.advice import implementations_of
 from hybrid_jax.train.feed import batch_shapes
 from hybrid_jax.train.step import compile_step, make_program
 
-CONFIGS = [f"{name}_r6:{size}" for size in ("340m", "1b3") for name in ("hgrn", "hgrn2", "retnet", "gla", "delta_net", "gated_delta_net")]
+CONFIGS = [f"{name}_r6:{size}" for size in ("340m", "1b3") for name in recipe.FAMILIES]
 WINDOW = 4096
 
 

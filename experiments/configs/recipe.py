@@ -1,7 +1,7 @@
 """The shared recipe: the study's models at its two sizes, and two for a laptop: text and a little recall, and mostly recall.
 
 Sizes, heads and widths are the study's (or flash-linear-attention's defaults where the study names none). What the study
-does not state is our choice and marked so below.
+does not state is our choice and marked so below. KDA is beyond the study: its heads are our choice.
 """
 
 from ml_collections import ConfigDict
@@ -18,13 +18,16 @@ MIXERS = {
     "gla": {"tiny": {"heads": 2}, "recall": {"heads": 2, "conv_width": 4}},
     "delta_net": {"tiny": {"heads": 4}, "recall": {"heads": 4}, "1b3": {"heads": 16}},
     "gated_delta_net": {"tiny": {"heads": 2, "head_width": 48}, "recall": {"heads": 2, "head_width": 24}, "1b3": {"heads": 8}},
+    "kda": {"tiny": {"heads": 2, "head_width": 48}, "recall": {"heads": 2, "head_width": 24}, "1b3": {"heads": 16}},
     "attention": {},
 }
+FAMILIES = tuple(name for name in MIXERS if name != "attention")  # the recurrences
+BEYOND_THE_STUDY = ("kda",)
 ATTENTION = {"tiny": {"heads": 4}, "recall": {"heads": 4}, "340m": {"heads": 16}, "1b3": {"heads": 32}}
 
 
 def get_config(mixer: str, size: str, ratio: int | None = None) -> ConfigDict:
-    """The training run of one model of the study.
+    """The training run of one model.
 
     mixer: a name in ``hybrid_jax.config.MIXERS``. size: one of :data:`SIZES`. ratio: one layer in ``ratio`` is full
     attention; None: none is. Raises ConfigError for another size.

@@ -14,6 +14,7 @@ COLORS = {
     "gla": "#4C78A8",
     "delta_net": "#F58518",
     "gated_delta_net": "#E45756",
+    "kda": "#72B7B2",
     "attention": INK,
 }
 MARKERS = dict(zip(RATIOS, "ov^sD*", strict=True))

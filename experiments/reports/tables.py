@@ -14,6 +14,7 @@ FAMILIES = {
     "gla": "GLA",
     "delta_net": "DeltaNet",
     "gated_delta_net": "Gated DeltaNet",
+    "kda": "KDA",
     "attention": "Transformer",
 }
 

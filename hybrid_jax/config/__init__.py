@@ -6,7 +6,7 @@ turns it into a :class:`RunConfig` and refuses, by name, any field that is unkno
 """
 
 from hybrid_jax.config.errors import ConfigError
-from hybrid_jax.config.mixers import GLA, HGRN, HGRN2, MIXERS, NAMES, Attention, DeltaNet, FeatureMap, GatedDeltaNet, Mixer, RetNet
+from hybrid_jax.config.mixers import GLA, HGRN, HGRN2, KDA, MIXERS, NAMES, Attention, DeltaNet, FeatureMap, GatedDeltaNet, Mixer, RetNet
 from hybrid_jax.config.model import ModelConfig
 from hybrid_jax.config.plain import from_dict, to_dict
 from hybrid_jax.config.run import (
@@ -40,6 +40,7 @@ __all__ = [
     "GatedDeltaNet",
     "HGRN",
     "HGRN2",
+    "KDA",
     "MIXERS",
     "Mixer",
     "NAMES",

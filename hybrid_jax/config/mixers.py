@@ -88,7 +88,7 @@ class GLA:
 
     def check(self, width: int) -> None:
         _check_expanded_heads("gla", self, width)
-        need(self.log_decay_min is None or self.log_decay_min < 0, f"gla log_decay_min={self.log_decay_min} must be negative (None: none)")
+        _check_log_decay_min("gla", self)
         _check_convolution("gla", self)
 
 
@@ -127,17 +127,44 @@ class GatedDeltaNet:
     decay_init: Literal["intended", "zero"] = "intended"
 
     def check(self, width: int) -> None:
-        values = self.heads if self.value_heads is None else self.value_heads
-        need(values >= 1, f"gated_delta_net value_heads={self.value_heads} must be at least 1 (None: as many as heads)")
-        divides(self.heads, values, f"gated_delta_net heads={self.heads} must divide value_heads={values}")
-        need(self.head_width >= 1, f"gated_delta_net head_width={self.head_width} must be at least 1")
-        value_width = self.head_width * self.expand_v
-        need(value_width == int(value_width) >= 1, f"gated_delta_net expand_v={self.expand_v} gives a value width of {value_width}")
+        _check_value_heads("gated_delta_net", self)
         _check_convolution("gated_delta_net", self)
 
 
-def _check_convolution(name: str, mixer: "HGRN | HGRN2 | GLA | DeltaNet | GatedDeltaNet") -> None:
+@dataclass(frozen=True)
+class KDA:
+    """Kimi Delta Attention: the delta rule with a decay a key channel. The study has none; the sizes are DeltaNet's."""
+
+    heads: int = 8
+    value_heads: int | None = None  # None: as many as heads
+    head_width: int = 128
+    expand_v: float = 1.0
+    conv_width: int = 4
+    negative_eigenvalues: bool = False
+    log_decay_min: float | None = None  # fla's lower_bound: log decays are a sigmoid's share of it; None: -exp(A_log) softplus(.)
+
+    def check(self, width: int) -> None:
+        _check_value_heads("kda", self)
+        _check_log_decay_min("kda", self)
+        _check_convolution("kda", self)
+
+
+def _check_convolution(name: str, mixer: "HGRN | HGRN2 | GLA | DeltaNet | GatedDeltaNet | KDA") -> None:
     need(mixer.conv_width != 1 and mixer.conv_width >= 0, f"{name} conv_width={mixer.conv_width} must be 0 (none) or at least 2")
+
+
+def _check_log_decay_min(name: str, mixer: "GLA | KDA") -> None:
+    least = mixer.log_decay_min
+    need(least is None or least < 0, f"{name} log_decay_min={least} must be negative (None: none)")
+
+
+def _check_value_heads(name: str, mixer: "GatedDeltaNet | KDA") -> None:
+    values = mixer.heads if mixer.value_heads is None else mixer.value_heads
+    need(values >= 1, f"{name} value_heads={mixer.value_heads} must be at least 1 (None: as many as heads)")
+    divides(mixer.heads, values, f"{name} heads={mixer.heads} must divide value_heads={values}")
+    need(mixer.head_width >= 1, f"{name} head_width={mixer.head_width} must be at least 1")
+    value_width = mixer.head_width * mixer.expand_v
+    need(value_width == int(value_width) >= 1, f"{name} expand_v={mixer.expand_v} gives a value width of {value_width}")
 
 
 def _check_expanded_heads(name: str, mixer: "RetNet | GLA | DeltaNet", width: int) -> None:
@@ -156,7 +183,7 @@ def _check_shared_heads(name: str, mixer: "RetNet | GLA | Attention") -> None:
     divides(kv_heads, mixer.heads, f"{name} kv_heads={mixer.kv_heads} must divide heads={mixer.heads} (None: as many)")
 
 
-Mixer = HGRN | HGRN2 | RetNet | GLA | DeltaNet | GatedDeltaNet | Attention
+Mixer = HGRN | HGRN2 | RetNet | GLA | DeltaNet | GatedDeltaNet | KDA | Attention
 MIXERS: dict[str, type] = {
     "hgrn": HGRN,
     "hgrn2": HGRN2,
@@ -164,6 +191,7 @@ MIXERS: dict[str, type] = {
     "gla": GLA,
     "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
+    "kda": KDA,
     "attention": Attention,
 }
 NAMES: dict[type, str] = {cls: name for name, cls in MIXERS.items()}

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from hybrid_jax import layout
-from hybrid_jax.config import GLA, ModelConfig, RetNet
+from hybrid_jax.config import GLA, KDA, ModelConfig, RetNet
 from hybrid_jax.model import abstract
 
 TOP = {
@@ -23,6 +23,7 @@ TOP = {
 }
 MODULES = {"decay_in": "gk_proj.0", "decay_out": "gk_proj.1", "q_conv": "q_conv1d", "k_conv": "k_conv1d", "v_conv": "v_conv1d"}
 MODULES |= {"i_conv": "i_conv1d", "f_conv": "f_conv1d"}
+OF_KDA = {"decay_in": "f_proj.0", "decay_out": "f_proj.1", "gate_in": "g_proj.0", "gate_out": "g_proj.1"}
 
 
 class Slot(NamedTuple):
@@ -51,7 +52,7 @@ def slots(model: ModelConfig, options: Mapping[str, Any]) -> dict[str, Slot]:
     ``options`` are those of fla's config.json: with fuse_norm (the default) a norm that is also gated has another name.
     """
     fused = options.get("fuse_norm", True) and isinstance(model.mixer, (GLA, RetNet)) and model.mixer.output_gate
-    modules = MODULES | ({"g_norm": "g_norm_swish_gate"} if fused else {})
+    modules = MODULES | ({"g_norm": "g_norm_swish_gate"} if fused else {}) | (OF_KDA if isinstance(model.mixer, KDA) else {})
     stages = layout.stages(model.layer_kinds)
     found = {}
     for path, parameter in nnx.to_flat_state(abstract(model)[1]):

@@ -96,6 +96,20 @@ FAMILIES: dict[str, Family] = {
         short_conv=True,
         layers=21,
     ),
+    "kda": Family(
+        config.KDA,
+        "KDA",
+        {
+            "num_heads": ("heads", 16),
+            "num_v_heads": ("value_heads", None),
+            "head_dim": ("head_width", 128),
+            "expand_v": ("expand_v", 1.0),
+            "allow_neg_eigval": ("negative_eigenvalues", False),
+            "lower_bound": ("log_decay_min", None),
+        },
+        {},
+        short_conv=True,
+    ),
     "transformer": Family(
         config.Attention,
         "Transformer",
@@ -195,6 +209,7 @@ def model_config(options: Mapping[str, Any], dtype: str) -> ModelConfig:
     hybrid = kind.mixer is not config.Attention
     known = {*SHARED, *refused, *kind.fields, *NO_EFFECT, *TRANSFORMERS, "num_heads"}
     known |= {"attn", "use_short_conv", "conv_size", "share_conv_kernel"} if hybrid else set()
+    known |= {"safe_gate"} if kind.mixer is config.KDA else set()
     unknown = sorted(options.keys() - known)
     if unknown:
         name = unknown[0]
@@ -220,6 +235,8 @@ def _mixer(kind: Family, options: Mapping[str, Any]) -> dict[str, Any]:
             fields[field] = "silu"
     if kind.mixer is config.HGRN2:
         fields["expand_ratio"] = _key_width(options)
+    if options.get("safe_gate") and options.get("lower_bound") is None:  # beside one it is how fla computes, and first draws A_log
+        raise ConfigError("safe_gate=True needs lower_bound, by which fla's gate is safe: give one, such as lower_bound=-5")
     if "conv_width" in kind.mixer.__dataclass_fields__:
         used = options.get("use_short_conv", kind.short_conv)
         if used and options.get("share_conv_kernel"):
@@ -273,6 +290,8 @@ def fla_options(model: ModelConfig) -> dict[str, Any]:
     options |= {option: mixer[field] for option, (field, _) in kind.fields.items()}
     if "conv_width" in mixer:
         options |= {"use_short_conv": mixer["conv_width"] > 0, "conv_size": mixer["conv_width"] or 4}
+    if kind.mixer is config.KDA:  # fla's faster kernel, which takes no lower bound than this, and its first A_log of bounded gates
+        options["safe_gate"] = model.mixer.log_decay_min is not None and model.mixer.log_decay_min >= -5.0
     full = [layer for layer, layer_kind in enumerate(model.layer_kinds) if layer_kind == "attention"]
     if kind.mixer is not config.Attention:
         options["attn"] = None

@@ -1,7 +1,10 @@
-"""Forget gates kept in log space."""
+"""Gates in float32: what a state forgets, in log space, and how strongly it is written to."""
+
+import math
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 def lower_bounds(logits: jax.Array) -> jax.Array:
@@ -18,3 +21,19 @@ def bounded_log_sigmoid(f: jax.Array, bound: jax.Array | None) -> jax.Array:
     positive = jnp.where(bound > 0, bound, 0.5)  # keeps log(0), and its gradient, out of the branch not taken
     bounded = jnp.logaddexp(jnp.log(positive), jnp.log1p(-positive) + log_gate)
     return jnp.where(bound > 0, bounded, log_gate)
+
+
+def initial_decay(heads: int, channels: int, least: float, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+    """A_log [heads] and dt_bias [channels] of g = -exp(A_log) softplus(. + dt_bias), as Mamba-2 draws them (arXiv 2405.21060).
+
+    exp(A_log) ~ U(least, 16), softplus(dt_bias) ~ log U(1e-3, 1e-1).
+    """
+    A = jax.random.uniform(rngs.params(), (heads,), minval=max(least, jnp.finfo(jnp.float32).tiny), maxval=16.0)
+    dt = jnp.exp(jax.random.uniform(rngs.params(), (channels,), minval=math.log(1e-3), maxval=math.log(1e-1)))
+    return jnp.log(A), dt + jnp.log(-jnp.expm1(-dt))  # the inverse of softplus
+
+
+def write_strength(logits: jax.Array, negative_eigenvalues: bool) -> jax.Array:
+    """beta of a delta rule, float32: sigmoid(logits), or twice that, so that I - beta k k^T may turn what is at k around."""
+    beta = jax.nn.sigmoid(logits.astype(jnp.float32))
+    return 2 * beta if negative_eigenvalues else beta

@@ -13,6 +13,7 @@ from hybrid_jax.mixers.gated_delta_net import GatedDeltaNet
 from hybrid_jax.mixers.gla import GLA
 from hybrid_jax.mixers.hgrn import HGRN
 from hybrid_jax.mixers.hgrn2 import HGRN2
+from hybrid_jax.mixers.kda import KDA
 from hybrid_jax.mixers.retnet import RetNet
 from hybrid_jax.mixers.rings import Rings
 
@@ -24,6 +25,7 @@ MIXERS = {
     "gla": GLA,
     "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
+    "kda": KDA,
 }
 
 
@@ -32,4 +34,6 @@ def build(mixer: Mixer, model: ModelConfig, rngs):
     return MIXERS[NAMES[type(mixer)]](mixer, model, rngs=rngs)
 
 
-__all__ = ["MIXERS", "Attention", "Context", "DeltaNet", "GLA", "GatedDeltaNet", "HGRN", "HGRN2", "Memory", "RetNet", "Rings", "build"]
+__all__ = [
+    "MIXERS", "Attention", "Context", "DeltaNet", "GLA", "GatedDeltaNet", "HGRN", "HGRN2", "KDA", "Memory", "RetNet", "Rings", "build",
+]  # fmt: skip

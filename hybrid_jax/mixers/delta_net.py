@@ -38,14 +38,12 @@ class DeltaNet(nnx.Module):
 
     def _qkv(self, x: jax.Array, context: Context, memory: Memory):
         """Queries and keys [B,T,H,K], activated and normalised, values [B,T,H,V], and the convolutions' tails."""
-        (q, k, v), tails = (self.q_proj(x), self.k_proj(x), self.v_proj(x)), ()
-        activation = ACTIVATIONS[self.config.qk_activation]
-        if self.q_conv is None:
-            q, k, v = activation(q), activation(k), jax.nn.silu(v)
-        else:
-            (q, k, v), tails = convolve((self.q_conv, self.k_conv, self.v_conv), (q, k, v), context, memory)
-            if self.config.qk_activation != "silu":  # silu is done by the convolution
-                q, k = activation(q), activation(k)
+        convs = self.q_conv, self.k_conv, self.v_conv
+        (q, k, v), tails = convolve(convs, (self.q_proj(x), self.k_proj(x), self.v_proj(x)), context, memory)
+        if self.v_conv is None:
+            v = jax.nn.silu(v)
+        if self.q_conv is None or self.config.qk_activation != "silu":  # which the convolution does
+            q, k = (ACTIVATIONS[self.config.qk_activation](a) for a in (q, k))
         q, k, v = (split_heads(a, self.config.heads) for a in (q, k, v))
         normalize = l2_normalize if self.config.qk_norm == "l2" else sum_normalize
         return by_head(normalize, q), by_head(normalize, k), v, tails

@@ -1,26 +1,16 @@
 """Gated DeltaNet: the delta rule with a decay a head (Yang et al., 2024, arXiv 2412.06464)."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm, l2_normalize
+from hybrid_jax.layers.gates import initial_decay, write_strength
 from hybrid_jax.mixers.context import Context, Memory
 from hybrid_jax.mixers.projections import by_head, convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
 from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_delta_rule import gated_delta_rule
-
-
-def initial_decay(heads: int, how: str, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-    """(A_log, dt_bias), each [H]: A ~ U(0, 16) and softplus(dt_bias) ~ log U(1e-3, 1e-1), or both parameters zero."""
-    if how == "zero":
-        return jnp.zeros(heads), jnp.zeros(heads)
-    A = jax.random.uniform(rngs.params(), (heads,), minval=jnp.finfo(jnp.float32).tiny, maxval=16.0)
-    dt = jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=math.log(1e-3), maxval=math.log(1e-1)))
-    return jnp.log(A), dt + jnp.log(-jnp.expm1(-dt))  # the inverse of softplus
 
 
 class GatedDeltaNet(nnx.Module):
@@ -36,7 +26,10 @@ class GatedDeltaNet(nnx.Module):
         self.q_proj, self.k_proj, self.v_proj = proj(keys), proj(keys), proj(values)
         self.q_conv, self.k_conv, self.v_conv = conv(keys), conv(keys), conv(values)
         self.a_proj, self.b_proj = proj(self.value_heads), proj(self.value_heads)
-        A_log, dt_bias = initial_decay(self.value_heads, mixer.decay_init, rngs)
+        if mixer.decay_init == "zero":
+            A_log, dt_bias = jnp.zeros((2, self.value_heads))
+        else:
+            A_log, dt_bias = initial_decay(self.value_heads, self.value_heads, 0.0, rngs)
         self.A_log = nnx.Param(A_log, axes=("heads",))
         self.dt_bias = nnx.Param(dt_bias, axes=("heads",))
         self.g_proj = proj(values) if mixer.output_gate else None
@@ -44,16 +37,11 @@ class GatedDeltaNet(nnx.Module):
         self.o_proj = heads_out(values, model, rngs)
 
     def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
-        (q, k, v), tails = (self.q_proj(x), self.k_proj(x), self.v_proj(x)), ()
-        if self.q_conv is None:
-            q, k, v = jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(v)
-        else:
-            (q, k, v), tails = convolve((self.q_conv, self.k_conv, self.v_conv), (q, k, v), context, memory)
+        convs = self.q_conv, self.k_conv, self.v_conv
+        (q, k, v), tails = convolve(convs, (self.q_proj(x), self.k_proj(x), self.v_proj(x)), context, memory, without=jax.nn.silu)
         rate = jax.nn.softplus(self.a_proj(x).astype(jnp.float32) + self.dt_bias[...])
-        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
-        if self.config.negative_eigenvalues:
-            beta = 2 * beta
         log_decay = -jnp.exp(self.A_log[...]) * rate
+        beta = write_strength(self.b_proj(x), self.config.negative_eigenvalues)
         q, k = (by_head(l2_normalize, split_heads(a, self.config.heads)) for a in (q, k))
         v = split_heads(v, self.value_heads)
         o, state = recur(gated_delta_rule, q, k, v, beta, log_decay, context=context, state=memory.state)

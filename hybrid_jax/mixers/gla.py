@@ -5,9 +5,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax import config
-from hybrid_jax.layers import Linear, RMSNorm
+from hybrid_jax.layers import RMSNorm
 from hybrid_jax.mixers.context import Context, Memory
-from hybrid_jax.mixers.projections import FEATURE_MAPS, by_head, convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
+from hybrid_jax.mixers.projections import (
+    FEATURE_MAPS,
+    by_head,
+    convolve,
+    heads_in,
+    heads_out,
+    low_rank,
+    merge_heads,
+    short_convolution,
+    split_heads,
+)
 from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 
@@ -26,20 +36,17 @@ class GLA(nnx.Module):
         kv_values = values // self.heads * self.kv_heads
         proj = heads_in(model, rngs)
         conv = short_convolution(mixer.conv_width, "silu", model, rngs)
-        init = dict(std=model.init_std, dtype=jnp.dtype(model.dtype), rngs=rngs)
         self.q_proj, self.k_proj, self.v_proj = proj(queries), proj(keys), proj(kv_values)
         self.q_conv, self.k_conv, self.v_conv = conv(queries), conv(keys), conv(kv_values)
-        self.decay_in = Linear(model.width, GATE_RANK, ("embed", "rank"), **init)
-        self.decay_out = Linear(GATE_RANK, keys, ("rank", "heads"), bias=True, **init)
+        self.decay_in, self.decay_out = low_rank(GATE_RANK, keys, model, rngs, bias=True)
         self.g_proj = proj(values) if mixer.output_gate else None
         self.feature_map = FEATURE_MAPS[mixer.feature_map]
         self.g_norm = RMSNorm(values // self.heads, model.norm_eps, scale=mixer.norm_scale)
         self.o_proj = heads_out(values, model, rngs)
 
     def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
-        (q, k, v), tails = (self.q_proj(x), self.k_proj(x), self.v_proj(x)), ()
-        if self.q_conv is not None:
-            (q, k, v), tails = convolve((self.q_conv, self.k_conv, self.v_conv), (q, k, v), context, memory)
+        convs = self.q_conv, self.k_conv, self.v_conv
+        (q, k, v), tails = convolve(convs, (self.q_proj(x), self.k_proj(x), self.v_proj(x)), context, memory)
         q, k = self.feature_map(q), self.feature_map(k)
         log_decay = jax.nn.log_sigmoid(self.decay_out(self.decay_in(x)).astype(jnp.float32)) / GATE_NORMALIZER
         if self.log_decay_min is not None:

@@ -26,9 +26,7 @@ class HGRN(nnx.Module):
         self.o_proj = heads_out(inner, model, rngs)
 
     def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
-        (i, f), tails = (self.i_proj(x), self.f_proj(x)), ()
-        if self.i_conv is not None:
-            (i, f), tails = convolve((self.i_conv, self.f_conv), (i, f), context, memory)
+        (i, f), tails = convolve((self.i_conv, self.f_conv), (self.i_proj(x), self.f_proj(x)), context, memory)
         log_decay = bounded_log_sigmoid(f, context.lower_bound)
         write = jax.nn.silu(i.astype(jnp.float32)) * -jnp.expm1(log_decay)
         h, state = recur(linear_scan, jnp.exp(log_decay), write.astype(x.dtype), context=context, state=memory.state)

@@ -29,9 +29,8 @@ class HGRN2(nnx.Module):
         self.o_proj = heads_out(model.width, model, rngs)
 
     def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
-        (q, f, v), tails = (self.q_proj(x), self.f_proj(x), self.i_proj(x)), ()
-        if self.q_conv is not None:
-            (q, f, v), tails = convolve((self.q_conv, self.f_conv, self.i_conv), (q, f, v), context, memory)
+        convs = self.q_conv, self.f_conv, self.i_conv
+        (q, f, v), tails = convolve(convs, (self.q_proj(x), self.f_proj(x), self.i_proj(x)), context, memory)
         log_decay = bounded_log_sigmoid(f, context.lower_bound)
         k = -jnp.expm1(log_decay).astype(x.dtype)
         q, k, v, log_decay = (split_heads(a, self.heads) for a in (jax.nn.silu(q), k, v, log_decay))

@@ -43,8 +43,25 @@ def short_convolution(width: int, activation: str | None, model: ModelConfig, rn
     return lambda channels: make(channels) if width else None
 
 
-def convolve(convs: tuple[ShortConvolution, ...], xs: tuple[jax.Array, ...], context: Context, memory: Memory):
-    """Each x through its convolution, going on from its tail: (outputs, the tails after them)."""
+def low_rank(rank: int, outputs: int, model: ModelConfig, rngs: nnx.Rngs, bias: bool = False) -> tuple[Linear, Linear]:
+    """Two projections, from the model's width to ``rank`` and on to O = heads times head width, where there may be a bias."""
+    init = dict(std=model.init_std, dtype=jnp.dtype(model.dtype), rngs=rngs)
+    return Linear(model.width, rank, ("embed", "rank"), **init), Linear(rank, outputs, ("rank", "heads"), bias=bias, **init)
+
+
+def convolve(
+    convs: tuple[ShortConvolution | None, ...],
+    xs: tuple[jax.Array, ...],
+    context: Context,
+    memory: Memory,
+    without: Callable[[jax.Array], jax.Array] = lambda x: x,
+):
+    """Each x through its convolution, going on from its tail: (outputs, the tails after them).
+
+    Of a mixer without convolutions: each x through ``without``, and no tails.
+    """
+    if convs[0] is None:
+        return tuple(without(x) for x in xs), ()
     tails = memory.tails or (None,) * len(convs)
     return zip(*(conv(x, context.segment_ids, tail) for conv, x, tail in zip(convs, xs, tails, strict=True)), strict=True)
 

@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.benchmarks import ahead, batches, cases, correctness, fla_peer, gpu, gpu_steps, process, rows
 from experiments.benchmarks.process import Here
+from experiments.configs import recipe
 from pallas_kernels.attention import shapes as attention_shapes
 from tests.experiments.test_bench import ROOT
 
@@ -97,14 +98,14 @@ def test_what_is_measured_and_in_which_order():
     assert [(c.implementation, c.window) for c in steps] == [("ours", 2048), ("fla", 2048), ("ours", 8192), ("fla", 8192)]
     config = steps[0].run_config("none")
     assert (config.train.batch, config.train.microbatch, config.data.window, config.model.remat) == (16, 16, 2048, "none")
-    assert len(gpu_steps.select(gpu_steps.CONFIGS)) == 4 * (1 + 3 * 6 + 1 + 6)
+    assert len(gpu_steps.select(gpu_steps.CONFIGS)) == 4 * (1 + 3 * 7 + 1 + 7)
 
 
-def test_the_first_round_is_of_what_the_study_trained():
+def test_the_first_round_is_of_sequences_as_the_study_has():
     found = [case for case in gpu.cases([], [], []) if gpu.wanted_first(case)]
     steps = [case for case in found if isinstance(case, gpu_steps.Case)]
-    assert {case.config for case in steps} == {"transformer:340m", *(f"{family}_r6:340m" for family in gpu_steps.FAMILIES)}
-    assert all(case.window == 2048 for case in steps) and len(steps) == 2 * 7
+    assert {case.config for case in steps} == {"transformer:340m", *(f"{family}_r6:340m" for family in recipe.FAMILIES)}
+    assert all(case.window == 2048 for case in steps) and len(steps) == 2 * 8
     assert {(case.implementation, case.shape.T) for case in found if isinstance(case, cases.Case)} == {("pallas", 2048), ("fla", 2048)}
     with_others = [one for suite in gpu.rounds(Here(), 0.0) for case in gpu.cases([], [], []) for one in suite.cases(case)]
     assert sorted(with_others, key=str) == sorted(gpu.cases([], [], []), key=str) and set(with_others[: len(found)]) == set(found)

@@ -8,7 +8,7 @@ from experiments.benchmarks import steps, tpu_static
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[tpu]'")
 HBM = {"tpu:v5e": 16, "tpu:v6e": 32}  # GiB a device
-CONVOLVED = ("delta_net", "gated_delta_net")
+CONVOLVED = ("delta_net", "gated_delta_net", "kda")
 
 
 def compiled(case, target):
@@ -24,7 +24,7 @@ def check_kernels(row, family, convolution="pallas"):
     assert found == {"attention": {"attention": ["pallas"]}}
 
 
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("retnet", "gla")]
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("retnet", "gla", "kda")]
 
 
 @pytest.mark.parametrize("family", ["hgrn", "gated_delta_net", *SLOW])  # each kernel, on a mesh
@@ -36,7 +36,7 @@ def test_a_tiny_step_runs_the_kernels(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", steps.CONFIGS)
-def test_steps_of_the_study_fit_and_run_the_kernels(config):
+def test_steps_fit_and_run_the_kernels(config):
     target = "tpu:v6e" if config.endswith(":340m") else "tpu:v5e"
     row = compiled(steps.Case(config), target)
     assert row["held_bytes"] < HBM[target] * 2**30
@@ -44,6 +44,6 @@ def test_steps_of_the_study_fit_and_run_the_kernels(config):
 
 
 def test_a_config_that_does_not_exist_is_refused():
-    assert len(steps.select(steps.CONFIGS)) == 12
+    assert len(steps.select(steps.CONFIGS)) == 14
     with pytest.raises(ValueError, match="no configuration file 'configs/gpt.py'"):
         steps.select(["gpt:340m"])

@@ -1,4 +1,4 @@
-"""The 31 configurations of the study, and what `describe` says of them."""
+"""The 31 configurations of the study and those beyond it, and what `describe` says of them."""
 
 import ast
 import re
@@ -12,7 +12,8 @@ from experiments.configs import recipe
 from hybrid_jax import config, costs
 
 FILES = [cli.PACKAGE / "configs" / f"{name}.py" for name in cli.known_configs()]
-LINEAR = ["hgrn", "hgrn2", "retnet", "gla", "delta_net", "gated_delta_net"]
+STUDY = ["hgrn", "hgrn2", "retnet", "gla", "delta_net", "gated_delta_net"]
+LINEAR = [*STUDY, "kda"]
 RATIOS = {"pure": None, "r24": 24, "r12": 12, "r6": 6, "r3": 3}
 
 
@@ -20,7 +21,7 @@ def load(name: str, size: str) -> config.RunConfig:
     return cli.load_run([f"--config=configs/{name}.py:{size}"], "").config
 
 
-def test_every_model_of_the_study_has_a_file():
+def test_every_model_has_a_file():
     assert [file.stem for file in FILES] == sorted([f"{mixer}_{ratio}" for mixer in LINEAR for ratio in RATIOS] + ["transformer"])
 
 
@@ -42,7 +43,8 @@ def test_docstring_gives_the_commands_and_the_true_counts(file):
         said, unit = re.search(rf"--config=configs/{file.stem}\.py{suffix} +# ([\d.]+) ([MB])", doc).groups()
         count = costs.parameters(load(file.stem, size).model)
         assert float(said) == pytest.approx(count / {"M": 1e6, "B": 1e9}[unit], abs=0.051 if unit == "M" else 0.00051)
-    assert "The study reports" in doc
+    beyond = file.stem.rpartition("_")[0] in set(LINEAR) - set(STUDY)
+    assert ("Beyond the study" in doc) == beyond and ("The study reports" in doc) == (not beyond)
 
 
 def test_unknown_size_names_the_sizes():

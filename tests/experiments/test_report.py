@@ -9,9 +9,11 @@ import pytest
 from absl import flags
 
 from experiments import cli, report
+from experiments.configs import recipe
 from experiments.reports import collect, figures, published, tables
 from experiments.reports.collect import Score
-from hybrid_jax.config import ConfigError, to_dict
+from hybrid_jax import costs, mixers
+from hybrid_jax.config import MIXERS, ConfigError, to_dict
 from tests.experiments.commands import run
 
 RUNS = ("gla_pure", "gla_r6", "hgrn2_pure", "hgrn2_r6", "transformer")
@@ -143,6 +145,11 @@ def test_the_studys_numbers_agree_among_themselves():
             if tasks:
                 assert len(tasks) == 6 and statistics.fmean(tasks) == pytest.approx(scores["lm/average"], abs=1.1e-3), (size, family, ratio)
     assert not published.scores("width 128")
+
+
+def test_every_mixer_has_its_place():
+    assert MIXERS.keys() == mixers.MIXERS.keys() == recipe.MIXERS.keys() == tables.FAMILIES.keys() == figures.COLORS.keys()
+    assert costs.STATE_FLOPS.keys() == set(recipe.FAMILIES) == MIXERS.keys() - {"attention"}
 
 
 def test_costs_are_the_models_own():

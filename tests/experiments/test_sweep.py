@@ -36,9 +36,15 @@ def started(tmp_path, monkeypatch):
 
 def test_wildcards_choose_models_in_order():
     assert sweep.chosen(["hgrn_r*", "transformer"]) == ["hgrn_r12", "hgrn_r24", "hgrn_r3", "hgrn_r6", "transformer"]
-    assert len(sweep.chosen(["*"])) == 31
+    assert len(sweep.chosen(["*"])) == 36
     with pytest.raises(ConfigError, match="--models=mamba. matches none of delta_net_pure"):
         sweep.chosen(["gla_r6", "mamba*"])
+
+
+def test_by_default_the_models_are_the_studys():
+    study = ["hgrn", "hgrn2", "retnet", "gla", "delta_net", "gated_delta_net"]
+    names = [f"{family}_{ratio}" for family in study for ratio in ("pure", "r24", "r12", "r6", "r3")]
+    assert sweep.chosen(sweep.MODELS.default) == sorted([*names, "transformer"])
 
 
 def test_a_failed_run_is_named_and_the_others_are_kept(started, capsys, tmp_path):

@@ -19,6 +19,7 @@ FAMILIES = {
     "gla": dict(num_heads=2),
     "delta_net": dict(num_heads=2),
     "gated_deltanet": dict(num_heads=2, head_dim=8),
+    "kda": dict(num_heads=2, head_dim=8),
     "transformer": dict(num_heads=4, num_kv_heads=2),
 }
 

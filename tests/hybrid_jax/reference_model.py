@@ -168,20 +168,35 @@ def delta_net(m: config.DeltaNet, model, p, x, bound):
     return gated_norm(o, x, p, "o_norm", model.norm_eps)
 
 
-def gated_delta_net(m: config.GatedDeltaNet, model, p, x, bound):
+def delta_rule(m: config.GatedDeltaNet | config.KDA, p, x):
+    """q, k [T,HV,K] of length one, v [T,HV,V], beta [T,HV]."""
     HV = m.value_heads or m.heads
     q, k, v = (linear(x, p[f"{n}_proj"]) for n in "qkv")
     q, k, v = (conv(a, p[f"{n}_conv"], silu) if m.conv_width else silu(a) for n, a in zip("qkv", (q, k, v), strict=True))
     q, k = (np.repeat(heads(a, m.heads), HV // m.heads, axis=1) for a in (q, k))
     q, k = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (q, k))
+    return q, k, heads(v, HV), sigmoid(linear(x, p["b_proj"])) * (2 if m.negative_eigenvalues else 1)
+
+
+def gated_delta_net(m: config.GatedDeltaNet, model, p, x, bound):
+    q, k, v, beta = delta_rule(m, p, x)
     g = -np.exp(p["A_log"]) * np.log1p(np.exp(linear(x, p["a_proj"]) + p["dt_bias"]))
-    beta = sigmoid(linear(x, p["b_proj"])) * (2 if m.negative_eigenvalues else 1)
     decay = np.broadcast_to(np.exp(g)[..., None], k.shape)
     activation = {"silu": silu, "sigmoid": sigmoid}[m.gate_activation]
-    return gated_norm(recurrence(q, k, heads(v, HV), decay, beta), x, p, "o_norm", model.norm_eps, activation)
+    return gated_norm(recurrence(q, k, v, decay, beta), x, p, "o_norm", model.norm_eps, activation)
 
 
-MIXERS = {f.__name__: f for f in (attention, hgrn, hgrn2, retnet, gla, delta_net, gated_delta_net)}
+def kda(m: config.KDA, model, p, x, bound):
+    q, k, v, beta = delta_rule(m, p, x)
+    f = heads(linear(linear(x, p["decay_in"]), p["decay_out"]) + p["dt_bias"], v.shape[1])
+    A = np.exp(p["A_log"])[:, None]
+    g = -A * np.log1p(np.exp(f)) if m.log_decay_min is None else m.log_decay_min * sigmoid(A * f)
+    o = rms_norm(recurrence(q, k, v, np.exp(g), beta), p["o_norm"]["scale"], model.norm_eps)
+    gate = sigmoid(linear(linear(x, p["gate_in"]), p["gate_out"]))
+    return linear(o.reshape(len(x), -1) * gate, p["o_proj"])
+
+
+MIXERS = {f.__name__: f for f in (attention, hgrn, hgrn2, retnet, gla, delta_net, gated_delta_net, kda)}
 
 
 def logits(model: config.ModelConfig, params: dict, layer_params, tokens) -> np.ndarray:

@@ -91,8 +91,11 @@ def test_more_layouts(mixer, layout):
     check(mixer, layout)
 
 
-@pytest.mark.parametrize("mixer", [config.RetNet(), config.GLA(conv_width=4), config.DeltaNet(), config.GatedDeltaNet(), config.HGRN()])
-def test_the_cache_of_the_studys_models_is_of_the_size_that_costs_say(mixer):
+@pytest.mark.parametrize(
+    "mixer",
+    [config.RetNet(), config.GLA(conv_width=4), config.DeltaNet(), config.GatedDeltaNet(), config.HGRN(), config.KDA(4, 8, expand_v=2.0)],
+)
+def test_the_cache_is_of_the_size_that_costs_say(mixer):
     model = config.ModelConfig(mixer=mixer, ratio=6, vocabulary=64, attention=config.Attention(heads=16, kv_heads=4))
     cache = jax.eval_shape(lambda params: nnx.merge(abstract(model)[0], params).empty_cache(3, 1000), abstract(model)[1])
     size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache.stages))

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from hybrid_jax import config
 
+LINEAR = [mixer() for mixer in config.MIXERS.values() if mixer is not config.Attention]
+
 
 @given(
-    st.sampled_from([mixer() for mixer in config.MIXERS.values() if mixer is not config.Attention] + [config.GLA(log_decay_min=-1.0)]),
+    st.sampled_from([*LINEAR, config.GLA(log_decay_min=-1.0), config.KDA(log_decay_min=-5.0)]),
     st.sampled_from([None, 24, 12, 6, 3]),
     st.booleans(),
     st.integers(1, 10**6),
@@ -46,6 +48,10 @@ REFUSED = [
     ({"model": {"mixer": {"name": "retnet", "kv_heads": 3}}}, "retnet kv_heads=3 must divide heads=8"),
     ({"model": {"mixer": {"name": "gated_delta_net", "value_heads": 6}}}, "heads=4 must divide value_heads=6"),
     ({"model": {"mixer": {"name": "delta_net", "conv_width": 1}}}, "must be 0 (none) or at least 2"),
+    ({"model": {"mixer": {"name": "kda", "value_heads": 12}}}, "kda heads=8 must divide value_heads=12"),
+    ({"model": {"mixer": {"name": "kda", "expand_v": 0.3}}}, "kda expand_v=0.3 gives a value width of 38.4"),
+    ({"model": {"mixer": {"name": "kda", "log_decay_min": 0}}}, "kda log_decay_min=0.0 must be negative"),
+    ({"model": {"mixer": {"name": "kda", "conv_width": -1}}}, "kda conv_width=-1 must be 0 (none) or at least 2"),
     ({"model": {"attention": {"kv_heads": 0}, "ratio": 6}}, "attention kv_heads=0 must divide heads=16 (None: as many)"),
     ({"model": {"mixer": {"name": "gla", "kv_heads": 0}}}, "gla kv_heads=0 must divide heads=4 (None: as many)"),
     ({"model": {"mixer": {"name": "gated_delta_net", "value_heads": 0}}}, "value_heads=0 must be at least 1"),

@@ -9,6 +9,7 @@ STATES = [
     (config.HGRN(), 2048),
     (config.HGRN2(), 262144),
     (config.DeltaNet(heads=16), 262144),
+    (config.KDA(heads=16), 262144),
     (config.GLA(), 524288),
     (config.GatedDeltaNet(heads=8), 524288),
     (config.RetNet(), 1048576),
@@ -33,6 +34,17 @@ def test_cache_of_a_window_stops_growing():
     model = config.ModelConfig(mixer=config.Attention(heads=16, kv_heads=4, window=100))
     assert costs.cache_bytes(model, 50) == 24 * 2 * 50 * 256 * 2
     assert costs.cache_bytes(model, 5000) == 24 * 2 * 100 * 256 * 2
+
+
+def test_flops_of_a_token_of_kda():
+    kda = config.KDA(heads=2, value_heads=4, head_width=6, expand_v=2.0, conv_width=3)
+    model = config.ModelConfig(mixer=kda, layers=1, width=32, vocabulary=50, mlp_width=40, tied=True)
+    projections = 32 * (2 * 12 + 48 + 4) + 48 * 32  # q, k, v, beta; output
+    gates = 32 * 12 + 12 * 24 + 4 + 24 + 32 * 12 + 12 * 48 + 48  # decay in, out, A, dt; gate in, out, bias
+    weights = projections + gates + 3 * (2 * 12 + 48) + 12 + 2 * 32 + 3 * 32 * 40 + 32 + 50 * 32
+    assert costs.parameters(model) == weights
+    assert costs.flops_per_token(model, 100) == 2 * weights + 7 * 4 * 6 * 12
+    assert costs.state_bytes(model) == 4 * 4 * 6 * 12 + 2 * 2 * (2 * 12 + 48)
 
 
 def test_flops_of_a_token():

@@ -46,6 +46,7 @@ CASES = {
     "gla conv, not fused": ("gla", {"use_short_conv": True, "fuse_norm": False}, np.float32, 1),
     "delta_net tied": ("delta_net", {"tie_word_embeddings": True}, BFLOAT16, 1),
     "gated_deltanet hybrid": ("gated_deltanet", {"attn": ATTN}, np.float32, 2),
+    "kda hybrid, bounded": ("kda", {"attn": ATTN, "lower_bound": -5.0, "safe_gate": True}, BFLOAT16, 2),
     "transformer": ("transformer", {"qkv_bias": True, "qk_norm": True}, np.float16, 1),
 }
 

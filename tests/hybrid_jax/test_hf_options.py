@@ -30,6 +30,11 @@ REFUSED = [
     ("delta_net", {"use_output_norm": False}, "use_output_norm=False is not supported"),
     ("delta_net", {"norm_first": True}, "norm_first=True is not supported"),
     ("delta_net", {"qk_norm": "max"}, "qk_norm='max' must be one of"),
+    ("kda", {"safe_gate": True}, "safe_gate=True needs lower_bound"),
+    ("kda", {"lower_bound": 1.0}, "kda log_decay_min=1.0 must be negative"),
+    ("kda", {"num_v_heads": 3}, "kda heads=2 must divide value_heads=3"),
+    ("kda", {"conv_bias": True}, "conv_bias=True is not supported: it is no known option of fla's KDA models"),
+    ("gated_deltanet", {"safe_gate": True, "lower_bound": -5.0}, "lower_bound=-5.0 is not supported: it is no known option"),
     ("transformer", {"rope_scaling": {"type": "linear"}}, "rope_scaling=.* is not supported"),
     ("transformer", {"attn": ATTN}, "attn=.* is not supported: it is no known option of fla's Transformer"),
     ("hgrn", {"attn": "all"}, "attn='all' is not supported"),
@@ -60,6 +65,8 @@ def test_old_names_of_options():
 def test_fla_defaults_where_config_json_is_silent():
     model = model_config({"model_type": "gated_deltanet"}, "bfloat16")
     assert model == ModelConfig(mixer=config.GatedDeltaNet(heads=6, expand_v=2.0), layers=21, width=2048)
+    kda = model_config({"model_type": "kda"}, "bfloat16")
+    assert kda == ModelConfig(mixer=config.KDA(heads=16), layers=24, width=2048, norm_eps=1e-6)
     retnet = model_config({"model_type": "retnet"}, "bfloat16")
     assert (retnet.mlp_hidden, retnet.mixer) == (2816, config.RetNet(heads=8))
     assert model_config({"model_type": "gla", "hidden_ratio": None}, "bfloat16").mlp_hidden == 5632
@@ -79,6 +86,7 @@ MODELS = {
     "gla": config.GLA(heads=4, kv_heads=2, expand_k=1.0, log_decay_min=-0.5, conv_width=4, feature_map="silu"),
     "delta_net": config.DeltaNet(heads=4, output_gate=True, beta=False, qk_activation="elu", qk_norm="sum", conv_width=0),
     "gated_deltanet": config.GatedDeltaNet(heads=2, value_heads=4, head_width=8, gate_activation="sigmoid", negative_eigenvalues=True),
+    "kda": config.KDA(heads=2, value_heads=4, head_width=8, expand_v=2.0, negative_eigenvalues=True, log_decay_min=-5.0),
     "transformer": config.Attention(heads=4, kv_heads=2, qkv_bias=True, qk_norm=True, window=9, rope_theta=500.0),
 }
 
@@ -90,6 +98,15 @@ def test_our_models_written_for_fla_are_read_as_themselves(name):
     written = fla_options(model)
     assert written["model_type"] == name
     assert model_config(written, "bfloat16") == model
+
+
+@pytest.mark.parametrize("least, safe", [(None, False), (-5.0, True), (-0.5, True), (-5.5, False)])
+def test_the_faster_kernel_of_fla_is_asked_for_where_it_can_be(least, safe):
+    """It takes a lower bound from -5 on; none of it changes what is computed."""
+    model = ModelConfig(mixer=config.KDA(log_decay_min=least), layers=2)
+    written = fla_options(model)
+    assert (written["lower_bound"], written["safe_gate"]) == (least, safe)
+    assert model_config(written | {"safe_gate": False}, "bfloat16") == model_config(written, "bfloat16")
 
 
 def test_what_fla_has_not_is_not_written():

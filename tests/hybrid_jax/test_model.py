@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_jax import config, layout
+from hybrid_jax import config, layout, mixers
 from hybrid_jax import model as models
 from pallas_kernels import platforms, segments
 from tests.helpers import relative_error, tree_errors
@@ -22,6 +22,7 @@ FAMILIES = {
     "gla": config.GLA(heads=2),
     "delta_net": config.DeltaNet(heads=2),
     "gated_delta_net": config.GatedDeltaNet(heads=2, head_width=12),
+    "kda": config.KDA(heads=2, head_width=12),
 }
 OPTIONS = {
     "hgrn wide, conv": config.HGRN(expand_ratio=2, conv_width=4),
@@ -37,6 +38,7 @@ OPTIONS = {
     "delta_net plain": config.DeltaNet(heads=2, conv_width=0, beta=False, qk_activation="elu", qk_norm="sum"),
     "delta_net gate, negative": config.DeltaNet(heads=2, output_gate=True, qk_activation="relu", negative_eigenvalues=True, expand_v=2.0),
     "gated_delta_net grouped": config.GatedDeltaNet(heads=2, value_heads=4, head_width=8, expand_v=2.0, negative_eigenvalues=True),
+    "kda grouped, bounded, plain": config.KDA(2, 4, 8, expand_v=2.0, conv_width=0, negative_eigenvalues=True, log_decay_min=-5.0),
     "gated_delta_net zero, plain": config.GatedDeltaNet(heads=2, head_width=8, conv_width=0, output_gate=False, decay_init="zero"),
 }
 SMALL = dict(layers=3, width=32, vocabulary=61, mlp_width=48, dtype="float32", remat="none", init_std=0.2)
@@ -210,6 +212,21 @@ def test_initial_values():
     zero = dataclasses.replace(model.config, mixer=config.GatedDeltaNet(heads=8, head_width=16, decay_init="zero"))
     mixer = models.build(zero).stages[0].runs[0].mixer
     assert not mixer.A_log[...].any() and not mixer.dt_bias[...].any()
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_initial_decays_of_kda(bounded):
+    kda = config.KDA(heads=256, head_width=2, expand_v=8.0, log_decay_min=-5.0 if bounded else None)
+    mixer = mixers.build(kda, config.ModelConfig(mixer=kda, width=32), nnx.Rngs(1))
+    A, dt = jnp.exp(mixer.A_log[...]), jax.nn.softplus(mixer.dt_bias[...])
+    assert A.shape == (256,) and dt.shape == (512,)
+    if bounded:
+        assert (A == 1).all()
+    else:
+        assert 1 < A.min() and A.max() < 16 and abs(float(A.mean()) - 8.5) < 1.1  # 256 draws from U(1, 16): s.d. of the mean 0.27
+    assert 0.999e-3 < dt.min() and dt.max() < 1.001e-1 and abs(float(jnp.log(dt).mean()) - math.log(1e-2)) < 0.25  # s.d. 0.06
+    assert not mixer.gate_out.bias[...].any() and mixer.decay_out.bias is None
+    assert abs(float(jnp.std(mixer.decay_out.kernel[...])) - 0.02) < 1e-3  # 8192 draws
 
 
 def test_same_seed_same_model():

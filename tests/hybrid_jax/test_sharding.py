@@ -21,10 +21,11 @@ MIXERS = {
     "gla": {"heads": 4},
     "delta_net": {"heads": 4},
     "gated_delta_net": {"heads": 4, "head_width": 8},
+    "kda": {"heads": 4, "head_width": 8},
 }
 
 
-SHORT = [("gated_delta_net", ["fsdp 2, seq 2, tensor 2"])]  # with a convolution, gates and vectors of its own
+SHORT = [("kda", ["fsdp 2, seq 2, tensor 2"])]  # with convolutions, gates, a bias and vectors of its own
 FULL = [(name, list(MESHES)) for name in MIXERS]
 
 
@@ -53,7 +54,7 @@ def leaves(tree):
 
 
 def test_each_parameter_lies_as_its_axes_say():
-    params = abstract(config.ModelConfig(mixer=config.GatedDeltaNet(), ratio=6, layers=12))[1]
+    params = abstract(config.ModelConfig(mixer=config.KDA(), ratio=6, layers=12))[1]
     found = {name: s.spec for name, s in leaves(sharding.param_shardings(abstract_mesh(fsdp=2, tensor=2), params)).items()}
     expected = {
         "embedding.table": P("tensor", "fsdp"),
@@ -62,6 +63,10 @@ def test_each_parameter_lies_as_its_axes_say():
         "stages.0.runs.0.mixer.o_proj.kernel": P(None, None, "tensor", "fsdp"),
         "stages.0.runs.0.mixer.q_conv.weight": P(None, None, "tensor", None),
         "stages.0.runs.0.mixer.A_log": P(None, None, "tensor"),
+        "stages.0.runs.0.mixer.dt_bias": P(None, None, "tensor"),
+        "stages.0.runs.0.mixer.decay_in.kernel": P(None, None, "fsdp", None),
+        "stages.0.runs.0.mixer.decay_out.kernel": P(None, None, None, "tensor"),
+        "stages.0.runs.0.mixer.gate_out.bias": P(None, None, "tensor"),
         "stages.0.runs.1.mlp.down_proj.kernel": P(None, None, "tensor", "fsdp"),
         "norm.scale": P(None),
     }

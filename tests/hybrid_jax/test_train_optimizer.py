@@ -6,7 +6,8 @@ import optax
 import pytest
 from flax import nnx
 
-from hybrid_jax.config import OptimizerConfig
+from hybrid_jax.config import KDA, ModelConfig, OptimizerConfig
+from hybrid_jax.model import abstract
 from hybrid_jax.train.optimizer import evaluation_params, make_optimizer, schedule
 from tests.helpers import relative_error
 
@@ -130,3 +131,15 @@ def test_other_optimizers_evaluate_the_parameters_themselves(name):
     params = weights()
     optimizer = make_optimizer(OptimizerConfig(name=name), STEPS, params)
     assert evaluation_params(OptimizerConfig(name=name), params, jax.eval_shape(optimizer.init, params)) is params
+
+
+def test_what_is_decayed_of_a_model_with_decays_and_biases():
+    """Its matrices, embeddings and convolutions' taps; of KDA neither A_log nor dt_bias, nor the output gate's bias."""
+    shapes = abstract(ModelConfig(mixer=KDA(heads=2, head_width=8), layers=2, width=16, vocabulary=20, mlp_width=24))[1]
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    config = OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0.3)
+    (after,), _ = updates(config, [jax.tree.map(np.zeros_like, params)], params)
+    flat = [dict(nnx.to_flat_state(state)) for state in (params, after)]
+    changed = {path[-1] for path in flat[0] if not np.array_equal(flat[0][path][...], flat[1][path][...])}
+    assert changed == {"kernel", "table", "weight"}
+    assert {path[-1] for path in flat[0]} - changed == {"A_log", "dt_bias", "bias", "scale"}

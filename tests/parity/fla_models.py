@@ -51,13 +51,15 @@ sys.modules["flash_attn"].flash_attn_func = flash_attn_func
 sys.modules["flash_attn"].flash_attn_varlen_func = flash_attn_varlen_func
 
 import fla.models  # noqa: E402
-from fla.layers import delta_net, gated_deltanet, gla, hgrn, hgrn2, multiscale_retention  # noqa: E402
+from fla.layers import delta_net, gated_deltanet, gla, hgrn, hgrn2, kda, multiscale_retention  # noqa: E402
 from fla.modules import FusedRMSNormGated, RMSNorm, RotaryEmbedding, ShortConvolution, activations, mlp  # noqa: E402
 from fla.ops.delta_rule.naive import delta_rule_recurrence  # noqa: E402
 from fla.ops.gated_delta_rule.gate import naive_gdn_gate  # noqa: E402
 from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule  # noqa: E402
 from fla.ops.gla.naive import naive_recurrent_gla  # noqa: E402
 from fla.ops.hgrn.naive import naive_recurrent_hgrn  # noqa: E402
+from fla.ops.kda.gate import naive_kda_gate, naive_kda_lowerbound_gate  # noqa: E402
+from fla.ops.kda.naive import naive_recurrent_kda  # noqa: E402
 from fla.ops.retention.naive import naive_retention  # noqa: E402
 
 rotary = sys.modules[RotaryEmbedding.__module__]
@@ -94,6 +96,16 @@ def gated_delta_op(q, k, v, g, beta, A_log, dt_bias, allow_neg_eigval=False, cu_
     beta = beta.sigmoid() * (2 if allow_neg_eigval else 1)
     gate = naive_gdn_gate(g, A_log, dt_bias)
     return packed(lambda *x: naive_recurrent_gated_delta_rule(*x)[0])(q, k, v, beta, gate, cu_seqlens=cu_seqlens)
+
+
+def kda_op(q, k, v, g, beta, A_log, dt_bias, allow_neg_eigval=False, lower_bound=None, cu_seqlens=None, **_):
+    q, k = l2_normalize(q), l2_normalize(k)
+    beta = beta.sigmoid() * (2 if allow_neg_eigval else 1)
+    if lower_bound is None:
+        gate = naive_kda_gate(g, A_log, dt_bias)
+    else:
+        gate = naive_kda_lowerbound_gate(g, A_log, dt_bias, lower_bound)
+    return packed(lambda *x: naive_recurrent_kda(*x)[0])(q, k, v, gate, beta, cu_seqlens=cu_seqlens)
 
 
 def convolve(x, weight, activation):
@@ -137,6 +149,7 @@ hgrn.chunk_hgrn = hgrn.fused_recurrent_hgrn = hgrn_op
 multiscale_retention.chunk_retention = multiscale_retention.fused_recurrent_retention = retention_op
 delta_net.chunk_delta_rule = delta_net.fused_recurrent_delta_rule = delta_op
 gated_deltanet.chunk_gated_delta_rule = gated_deltanet.fused_recurrent_gated_delta_rule = gated_delta_op
+kda.chunk_kda = kda.fused_recurrent_kda = kda_op
 gated_deltanet.causal_conv1d = lambda x, weight, activation, **_: (convolve(x, weight, activation), None)
 ShortConvolution.forward = short_convolution
 RMSNorm.forward, FusedRMSNormGated.forward = norm_forward, gated_norm_forward
@@ -162,7 +175,7 @@ def build(model_type: str, seed: int = 0, **options) -> torch.nn.Module:
 
 
 def _classes():
-    for prefix in ("HGRN", "HGRN2", "RetNet", "GLA", "DeltaNet", "GatedDeltaNet", "Transformer"):
+    for prefix in ("HGRN", "HGRN2", "RetNet", "GLA", "DeltaNet", "GatedDeltaNet", "KDA", "Transformer"):
         yield getattr(fla.models, f"{prefix}Config"), getattr(fla.models, f"{prefix}ForCausalLM")
 
 

@@ -69,6 +69,9 @@ CASES |= {
     ),
     "gated_deltanet no gate, no conv": ("gated_deltanet", dict(num_heads=2, head_dim=8, use_gate=False, use_short_conv=False)),
     "gated_deltanet sigmoid gate": ("gated_deltanet", dict(num_heads=2, head_dim=8, output_gate_activation="sigmoid")),
+    "kda grouped, negative": ("kda", dict(num_heads=2, num_v_heads=4, head_dim=8, expand_v=2.0, allow_neg_eigval=True, conv_size=3)),
+    "kda bounded, no conv": ("kda", dict(num_heads=2, head_dim=8, lower_bound=-5.0, safe_gate=True, use_short_conv=False)),
+    "kda bounded, eps of its own": ("kda", dict(num_heads=2, head_dim=8, lower_bound=-0.5, norm_eps=1e-2, fuse_norm=False)),
     "transformer window, norm, bias": (
         "transformer",
         dict(num_heads=4, qkv_bias=True, qk_norm=True, window_size=7, rope_theta=500.0, tie_word_embeddings=True),
