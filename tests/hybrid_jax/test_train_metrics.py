@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 from hybrid_jax.config import ConfigError, LogConfig
 from hybrid_jax.data.token_source import ArraySource
@@ -244,6 +245,23 @@ def test_smoothing_leaves_gaps_out_and_looks_back_a_tenth():
     smooth = plot.smoothed(values)
     assert smooth[0] == 10 and np.isnan(smooth[1]) and smooth[5] == 5
     assert smooth[39] == np.mean(range(35, 40))
+
+@pytest.mark.parametrize("bits", [[8.1], [8.1, 3.0]])
+def test_axes_of_steps_are_whole_and_leave_room_for_the_last_value(bits):
+    found = {"xz_bits_per_byte": 2.0, "unigram_bits_per_byte": 4.7, "mqar_accuracy": 1.0, "loss": 1.0}
+    rows = [{"step": 10 * i, "evaluation": found | {"bits_per_byte": value}} for i, value in enumerate(bits, 1)]
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.75))
+    plot._losses(axes[0], [{"step": step, "loss": 1.0} for step in range(1, 11)], rows)
+    plot._bits(axes[1], rows)
+    plot._recall(axes[2], rows)
+    figure.canvas.draw()
+    for one in axes:
+        assert all(tick == round(tick) for tick in one.get_xticks())
+    for one in axes[1:]:
+        label = next(text for text in one.texts if text.get_text() in (f"{bits[-1]:.3f}", "100.0%"))
+        assert label.get_window_extent().y1 < one.get_window_extent().y1
+    pyplot.close(figure)
+
 
 
 def test_positions_are_binned_on_a_log_scale():
