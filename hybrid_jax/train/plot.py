@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 from etils import epath
+from hybrid_jax.amounts import count
 
 from hybrid_jax.train.metrics import read_rows
 from hybrid_jax.train.workdir import files
@@ -63,7 +64,7 @@ def save(figure, file: epath.Path) -> None:
 
 def _title(workdir: epath.Path, rows: list[dict]) -> str:
     last = max((row["step"] for row in rows), default=0)
-    return f"{workdir.resolve().name}, {last:,} steps"
+    return f"{workdir.resolve().name}, {count(last, 'step')}"
 
 
 def _losses(axes, training: list[dict], evaluations: list[dict]) -> None:

@@ -6,6 +6,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from hybrid_jax.amounts import duration, quantity
+
 
 class Display:
     """Shows a run of ``steps`` steps, on the first process alone."""
@@ -41,24 +43,3 @@ class Display:
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: "42 s", "12 min", "3 h 20 min", "5 days 2 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} days {hours % 24} h"
-
-
-def quantity(number: float) -> str:
-    """A number for people: 950, 12.3k, 4.56M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"

@@ -23,6 +23,7 @@ from typing import TextIO
 import fsspec
 from etils import epath
 
+from hybrid_jax.amounts import gigabytes
 from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig, from_dict, to_dict
 
 # What of its model makes no difference to parameters that a run is given at its start, and starts from.
@@ -250,8 +251,3 @@ def check_room(workdir: epath.Path, config: CheckpointConfig, one: int) -> None:
             f"{workdir} has {gigabytes(free)} free, and the run's checkpoints need {gigabytes(need)} ({gigabytes(one)} each): "
             f"make room, give a --workdir on another disk, or keep fewer (--config.checkpoint.keep, now {config.keep})"
         )
-
-
-def gigabytes(size: int) -> str:
-    """Bytes for people, such as "4.2 GB"."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
+from hybrid_jax.amounts import count, duration, quantity
 from hybrid_jax.config import ConfigError, LogConfig
 from hybrid_jax.data.token_source import ArraySource
 from hybrid_jax.data.tokenizers import ByteTokenizer
 from hybrid_jax.train import advice, plot, throughput
 from hybrid_jax.train.metrics import Metrics, by_doubling, read_rows
-from hybrid_jax.train.progress import Display, duration, quantity
+from hybrid_jax.train.progress import Display
 from hybrid_jax.train.report import Report
 from hybrid_jax.train.step import Metrics as StepMetrics
 from hybrid_jax.train.workdir import RunError
@@ -116,6 +117,11 @@ def test_durations(seconds, text):
 @pytest.mark.parametrize(("number", "text"), [(0.5, "0.5"), (950, "950"), (12345, "12.3k"), (4.56e6, "4.56M"), (2e10, "20B")])
 def test_quantities(number, text):
     assert quantity(number) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps"), (40000, "40,000 steps")])
+def test_counts(number, text):
+    assert count(number, "step") == text
 
 
 def row(**changes):
