@@ -1,14 +1,13 @@
 """One picture of a run: how the loss fell, what the evaluations say, where in the window, and recall."""
 
 import io
-import json
 
 import numpy as np
 from etils import epath
-from hybrid_jax.amounts import count
 
+from hybrid_jax.amounts import count
 from hybrid_jax.train.metrics import read_rows
-from hybrid_jax.train.workdir import files
+from hybrid_jax.train.workdir import read_evaluations
 
 TRAINING, HELD_OUT, RECALL, REFERENCE, INK = "#4C78A8", "#E45756", "#54A24B", "#8A8A8A", "#333333"
 ABOVE = 1.15  # of the largest value: how high an axis goes, with room for a label
@@ -40,7 +39,7 @@ def plot_run(workdir: epath.Path) -> epath.Path:
     rows = read_rows(workdir / "metrics.jsonl")
     training = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "evaluation" in row]
-    full = sorted((json.loads(file.read_text()) for file in files(workdir, "eval-*.json")), key=lambda e: e["step"])
+    full = list(read_evaluations(workdir).values())
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)

@@ -12,7 +12,7 @@ from hybrid_jax.train import step as train_step
 from hybrid_jax.train.metrics import Metrics, by_doubling
 from hybrid_jax.train.progress import Display
 from hybrid_jax.train.throughput import peak_flops, training_flops
-from hybrid_jax.train.workdir import RunError
+from hybrid_jax.train.workdir import RunError, evaluation_file
 
 
 class Report:
@@ -73,7 +73,7 @@ class Report:
         if self.metrics:
             self.metrics.write(step, {"evaluation": {key: value for key, value in results.items() if key != "loss_by_position"}})
             self.metrics.flush()  # before the file that says that this evaluation is done
-            write_evaluation(self.workdir, step, results)
+            write_evaluation(evaluation_file(self.workdir, step), step, results)
 
     def flush(self) -> None:
         """Return when all that was reported is in the workdir; before a checkpoint from which a run may go on."""

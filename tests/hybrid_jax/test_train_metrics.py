@@ -234,7 +234,7 @@ def write_run(workdir, steps):
             if steps >= 30 and step % (steps // 3) == 0:
                 found = {"loss": 1.5, "bits_per_byte": 2.2, "xz_bits_per_byte": 2.0, "unigram_bits_per_byte": 4.7, "mqar_accuracy": 0.5}
                 print(json.dumps({"step": step, "evaluation": found}), file=file)
-                positions = {"step": step, "loss_by_position": [None, *(3.0 / np.arange(1, 64)).tolist()]}
+                positions = {"step": step, "tokens": 64, "loss_by_position": [None, *(3.0 / np.arange(1, 64)).tolist()]}
                 (workdir / f"eval-{step}.json").write_text(json.dumps(positions))
 
 
@@ -245,12 +245,6 @@ def test_a_picture_of_any_run(tmp_path, steps):
     content = file.read_bytes()
     assert file == tmp_path / "summary.png" and content.startswith(b"\x89PNG") and len(content) > 20_000
 
-
-def test_smoothing_leaves_gaps_out_and_looks_back_a_tenth():
-    values = np.array([10.0, np.nan, *range(2, 40)])
-    smooth = plot.smoothed(values)
-    assert smooth[0] == 10 and np.isnan(smooth[1]) and smooth[5] == 5
-    assert smooth[39] == np.mean(range(35, 40))
 
 @pytest.mark.parametrize("bits", [[8.1], [8.1, 3.0]])
 def test_axes_of_steps_are_whole_and_leave_room_for_the_last_value(bits):
@@ -268,6 +262,12 @@ def test_axes_of_steps_are_whole_and_leave_room_for_the_last_value(bits):
         assert label.get_window_extent().y1 < one.get_window_extent().y1
     pyplot.close(figure)
 
+
+def test_smoothing_leaves_gaps_out_and_looks_back_a_tenth():
+    values = np.array([10.0, np.nan, *range(2, 40)])
+    smooth = plot.smoothed(values)
+    assert smooth[0] == 10 and np.isnan(smooth[1]) and smooth[5] == 5
+    assert smooth[39] == np.mean(range(35, 40))
 
 
 def test_positions_are_binned_on_a_log_scale():
