@@ -69,7 +69,8 @@ def start_without_config(main: Callable[[], int | None], argv: list[str] | None 
     def run() -> int | None:
         given = parse(argv, sys.modules[main.__module__].__doc__)
         if given:
-            raise ConfigError(f"this command takes no {given[0].split('=')[0]}; the configuration is read from the run's folder")
+            instead = "; the configuration is read from the run's folder" if "workdir" in flags.FLAGS else ""
+            raise ConfigError(f"this command takes no {given[0].split('=')[0]}{instead}")
         return main()
 
     end(guarded(run))
