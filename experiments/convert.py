@@ -7,6 +7,7 @@
 There and back is bit for bit. Tokenizer files come along, in WORKDIR/huggingface.
 """
 
+import contextlib
 from pathlib import Path
 
 from absl import flags
@@ -40,10 +41,13 @@ def main() -> int:
     from hybrid_jax.train.workdir import read_config
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(highlight=False)) as bar:
-        task = bar.add_task("reading" if FROM_HF.value is not None else "writing", total=None)
+    bar = Progress(*columns, console=Console(highlight=False))
+    task = bar.add_task("reading" if FROM_HF.value is not None else "writing", total=None)
+    with contextlib.ExitStack() as shown:
 
         def advance(elements: int, total: int) -> None:
+            if not bar.live.is_started:  # what can not be converted is refused before the first tensor
+                shown.enter_context(bar)
             bar.update(task, advance=elements, total=total)
 
         if FROM_HF.value is not None:
