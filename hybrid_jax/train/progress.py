@@ -5,6 +5,7 @@ import sys
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from hybrid_jax.amounts import duration, quantity
 
@@ -17,9 +18,10 @@ class Display:
         self._shown = jax.process_index() == 0
         self._bar = None
         if self._shown and sys.stdout.isatty():
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            whole = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)  # however narrow the terminal is
+            columns = (BarColumn(), MofNCompleteColumn(table_column=whole), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=Console(highlight=False))
-            self._task = self._bar.add_task("", total=steps, completed=step)
+            self._task = self._bar.add_task("compiling", total=steps, completed=step)
             self._bar.start()
 
     def step(self, step: int, row: dict, seconds_left: float, line: bool) -> None:

@@ -137,10 +137,11 @@ def test_a_log_file_gets_plain_lines(capsys):
     assert lines == ["step  10/300  loss 2.0000  10k tokens/s  MFU 25.0%  60 min left  2 skipped  gradient 1  rate 0.1"]
 
 
-def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+@pytest.mark.parametrize("columns", ["120", "62"])
+def test_a_terminal_gets_a_bar(capsys, monkeypatch, columns):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", columns)
     display = Display(300, 0)
     display.step(150, row(), 100.0, line=False)
     display.say("a line that stays")
