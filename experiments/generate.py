@@ -38,7 +38,7 @@ def main() -> int:
         raise ConfigError("give the --workdir of a training run, such as --workdir=runs/gla_r6-tiny, or a Hugging Face folder")
     workdir = run_folder(folder.WORKDIR.value)
     if not (workdir / "config.json").exists():
-        raise ConfigError(f"{workdir} holds no model: it has no config.json; give the --workdir of a training run, or a Hugging Face folder")
+        raise ConfigError(f"{workdir} holds no model: it has no config.json; give that of a training run, or a Hugging Face folder")
 
     import hybrid_jax
     from hybrid_jax.data.tokenizers import load_tokenizer
