@@ -34,6 +34,8 @@ NO_MEMORY = (
     "devices; evaluation with a smaller --batch"
 )
 
+# Of a path that was given: no right to it, or a file where a folder is to be, or the other way round.
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -107,6 +109,9 @@ def guarded(action: Callable[[], int | None]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
     except OSError as error:
+        if error.errno in UNUSABLE and error.filename:
+            print(f"error: {error.filename} can not be used ({error.strerror}): give another path, or mend that one", file=sys.stderr)
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" for {error.filename}" if error.filename else ""

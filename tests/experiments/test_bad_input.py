@@ -1,6 +1,8 @@
 """Every mistake gets one clear line that names the cause and the remedy, before time or data is lost."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,8 +13,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from experiments import cli, train
 from experiments import eval as evaluation
-from experiments import train
 from hybrid_jax.data.build import build_store
 from hybrid_jax.train.workdir import saved_steps
 from tests.experiments.commands import CONFIG, Result, run, run_train
@@ -304,6 +306,19 @@ def test_a_flag_that_the_command_does_not_have_is_told_before_jax_is_imported(mo
 @pytest.mark.parametrize("words", [["launch.aot", TINY, "--topology=v5e:2x2"], ["experiments.bench", "--target=tpu:v6e"]])
 def test_a_missing_compiler_is_told_before_jax_is_imported(words):
     check(without_jax(*words), 2, "needs the TPU compiler, libtpu: pip install -e '.\\[tpu\\]'")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR])
+def test_a_path_that_can_not_be_used_is_named(code, capsys):
+    def action():
+        raise OSError(code, os.strerror(code), "runs/there")
+
+    check(Result(cli.guarded(action), "", capsys.readouterr().err), 2, rf"runs/there can not be used \({os.strerror(code)}\)")
+
+
+def test_other_errors_of_the_system_are_not_hidden():
+    with pytest.raises(FileNotFoundError):
+        cli.guarded(lambda: Path("nowhere").read_text())
 
 
 def test_ctrl_c_before_a_run_has_begun_is_one_line(tmp_path, monkeypatch):
