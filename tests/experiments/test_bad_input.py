@@ -110,7 +110,7 @@ STORES = {
     "empty": (an_empty_folder, [], ["token store store is empty", "experiments.tokenize"]),
     "something else": (another_folder, [], ["is not a token store", "experiments.tokenize"]),
     "half-written": (a_half_written_store, [], ["half-written", "run the same experiments.tokenize command again"]),
-    "cut short": (a_store_cut_short, [], ["shards", "copy the store again"]),
+    "cut short": (a_store_cut_short, [], ["of its 1 shard", "copy the store again"]),
     "vocabulary too large": (a_store, ["--config.model.vocabulary=200"], ["vocabulary of 257, the model has 200", "at least 257"]),
     "window longer than the text": (a_store, ["--config.data.window=1000000"], ["window of 1000000", "shorter"]),
 }
