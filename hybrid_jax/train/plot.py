@@ -71,7 +71,8 @@ def _losses(axes, training: list[dict], evaluations: list[dict]) -> None:
     # A skipped step's loss is not finite: a gap in the curve.
     losses = np.array([np.nan if row["loss"] is None else row["loss"] for row in training], np.float64)
     axes.plot(steps, losses, color=TRAINING, alpha=0.3, linewidth=1)
-    axes.plot(steps, smoothed(losses), color=TRAINING, linewidth=1.8, label="training batches")
+    marker = "o" if len(steps) == 1 else None  # a line has two ends
+    axes.plot(steps, smoothed(losses), color=TRAINING, marker=marker, markersize=4, linewidth=1.8, label="training batches")
     if evaluations:
         held_out = [row["evaluation"]["loss"] for row in evaluations]
         axes.plot([row["step"] for row in evaluations], held_out, "o-", color=HELD_OUT, markersize=4, linewidth=1.2, label="held-out text")
@@ -81,6 +82,8 @@ def _losses(axes, training: list[dict], evaluations: list[dict]) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlim(left=max(1, steps[0]))
+    else:
+        axes.set_xlim(left=0)
     axes.legend()
 
 

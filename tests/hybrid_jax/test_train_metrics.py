@@ -248,16 +248,18 @@ def test_a_picture_of_any_run(tmp_path, steps):
 
 
 @pytest.mark.parametrize("bits", [[8.1], [8.1, 3.0]])
-def test_axes_of_steps_are_whole_and_leave_room_for_the_last_value(bits):
+@pytest.mark.parametrize("steps", [1, 10])
+def test_axes_of_steps_are_whole_and_leave_room_for_the_last_value(bits, steps):
     found = {"xz_bits_per_byte": 2.0, "unigram_bits_per_byte": 4.7, "mqar_accuracy": 1.0, "loss": 1.0}
-    rows = [{"step": 10 * i, "evaluation": found | {"bits_per_byte": value}} for i, value in enumerate(bits, 1)]
+    rows = [{"step": steps * i, "evaluation": found | {"bits_per_byte": value}} for i, value in enumerate(bits, 1)]
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.75))
-    plot._losses(axes[0], [{"step": step, "loss": 1.0} for step in range(1, 11)], rows)
+    plot._losses(axes[0], [{"step": step, "loss": 1.0} for step in range(1, steps + 1)], rows)
     plot._bits(axes[1], rows)
     plot._recall(axes[2], rows)
     figure.canvas.draw()
     for one in axes:
-        assert all(tick == round(tick) for tick in one.get_xticks())
+        ticks = [label.get_text() for label in one.get_xticklabels()]
+        assert len(set(ticks)) == len(ticks) and all(tick == round(tick) for tick in one.get_xticks())
     for one in axes[1:]:
         label = next(text for text in one.texts if text.get_text() in (f"{bits[-1]:.3f}", "100.0%"))
         assert label.get_window_extent().y1 < one.get_window_extent().y1
