@@ -84,3 +84,18 @@ def test_files_that_are_named_are_there(page):
     assert alone <= {
         file.name for folder in ("hybrid_jax", "pallas_kernels", "experiments", "tests") for file in (ROOT / folder).rglob("*.py")
     }
+
+
+@pytest.mark.parametrize("size, written", [("tiny", ":tiny"), ("340m", ""), ("1b3", ":1b3")])
+def test_the_readmes_sizes_are_those_of_the_configurations(size, written):
+    """Whose docstrings have the true ones: `experiments/test_configs.py`."""
+    unit, counts = "M", []
+    for file in (ROOT / "experiments" / "configs").glob("*.py"):
+        if (size != "tiny" or not file.stem.endswith(("r12", "r24"))) and (
+            found := re.search(rf"\.py{written} +# ([\d.]+) ([MB])", file.read_text())
+        ):
+            counts.append(found[1])
+            unit = found[2]
+    figures = 2 if unit == "B" else 0 if size == "340m" else 1
+    least, most = (f"{pick(map(float, counts)):.{figures}f} {unit}" for pick in (min, max))
+    assert len(counts) in (19, 31) and re.search(rf"^\| `:{size}`.*?\| {least} to {most} ", PAGES["README.md"], re.M), (least, most)
