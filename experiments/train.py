@@ -16,6 +16,8 @@ from contextlib import closing
 
 from experiments import cli, folder, processes
 
+STOPPING = "saving and stopping after this step; a second one stops at once, and loses what no checkpoint has"
+
 
 def main(run: cli.Run) -> int:
     import jax  # this, and all that needs it, once the command line is known to be right
@@ -58,7 +60,7 @@ def main(run: cli.Run) -> int:
     check_text(workdir, text.name, text.fingerprint)
     check_room(workdir, config.checkpoint, state_bytes(program.state))
 
-    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop() as stop:
+    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop(STOPPING) as stop:
         # ---- The state: the newest checkpoint, parameters that were given, or fresh ones.
         state, warnings = checkpoints.restore(program.state)
         if state is None:
