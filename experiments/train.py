@@ -16,7 +16,7 @@ from contextlib import closing
 
 from experiments import cli, folder, processes
 
-STOPPING = "saving and stopping after this step; a second one stops at once, and loses what no checkpoint has"
+STOPPING = "saving and stopping after this step; a second signal stops at once, and loses what no checkpoint has"
 
 
 def main(run: cli.Run) -> int:
