@@ -21,7 +21,7 @@ class Display:
             whole = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)  # however narrow the terminal is
             columns = (BarColumn(), MofNCompleteColumn(table_column=whole), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=Console(highlight=False))
-            self._task = self._bar.add_task("compiling", total=steps, completed=step)
+            self._task = self._bar.add_task("starting", total=steps, completed=step)
             self._bar.start()
 
     def step(self, step: int, row: dict, seconds_left: float, line: bool) -> None:
