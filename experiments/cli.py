@@ -183,7 +183,8 @@ def load_run(arguments: list[str], command: str, workdir: str | None = None) -> 
         config = ConfigDict(to_dict(read_config(run_folder(workdir))))
         return Run(from_dict(RunConfig, _override(config, arguments).to_dict()), epath.Path(workdir).name, command)
     if len(given) != 1:
-        raise ConfigError(f"give one --config=configs/NAME.py[:size], such as --config=configs/gla_r6.py:tiny ({len(given)} were given)")
+        several = f" ({len(given)} were given)" if given else ""
+        raise ConfigError(f"give one --config=configs/NAME.py[:size], such as --config=configs/gla_r6.py:tiny{several}")
     path, _, size = given[0].partition(":")
     file = find_config(path)
     config, size = _get_config(file, size)
