@@ -33,48 +33,49 @@ pip install -e '.[cuda13]', and to count instructions nvidia-cuda-nvdisasm.
 """
 
 import contextlib
-import sys
 from pathlib import Path
 
-import jax
-from absl import app, flags, logging
+from absl import flags
 
-from experiments.benchmarks import cases, correctness, decode, gpu, gpu_static, gpu_steps, memory, rows, steps, timing, tpu_static
-
-SUITES = {suite.name: suite for suite in (timing.SUITE, memory.SUITE, decode.SUITE)}
-TARGETS = tpu_static.TARGETS | gpu_static.TARGETS
-TARGET_SUITES = {
-    "tpu": {"operators": tpu_static.suite, "step": steps.suite},
-    "gpu": {"operators": gpu_static.suite, "step": gpu_steps.static_suite},
-}
+from experiments import cli
+from experiments.benchmarks import targets
+from hybrid_jax.amounts import count
+from hybrid_jax.config import ConfigError
 
 CASES = ("operators", "implementations", "shapes", "dtype")  # flags that say what of the operators is measured
 TAKES = {"decode": ("configs", "contexts", "batch"), "step": ("configs",), "gpu": ("operators", "shapes", "configs")}  # and those of suites
+HERE = ("operators", "memory", "decode", "gpu")  # suites that the local device measures
+AHEAD = ("operators", "step")  # and those of a --target
+TARGETS = {"tpu": targets.TPUS, "gpu": targets.GPUS}
 
-_SUITE = flags.DEFINE_enum("suite", "operators", sorted({*SUITES, "gpu", *TARGET_SUITES["tpu"]}), "What to measure.")
-_TARGETS = flags.DEFINE_list("target", [], f"Chips to compile for in place of measuring here: {', '.join(TARGETS)}.")
-_OPERATORS = flags.DEFINE_list("operators", [], f"Of {', '.join(cases.OPERATORS)}; all by default.")
+_SUITE = flags.DEFINE_enum("suite", "operators", sorted({*HERE, *AHEAD}), "What to measure.")
+_TARGETS = flags.DEFINE_list("target", [], f"Chips to compile for in place of measuring here: {', '.join(targets.TPUS | targets.GPUS)}.")
+_OPERATORS = flags.DEFINE_list("operators", [], "Folders of pallas_kernels, such as linear_scan; all by default.")
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", [], "Such as xla, pallas; all by default, and those two with --target.")
 _SHAPES = flags.DEFINE_list("shapes", [], "Names from the operators' shapes.py, such as *340m; all by default.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(correctness.TOLERANCE), "Of the floating-point arguments.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the floating-point arguments.")
 _CONFIGS = flags.DEFINE_list("configs", [], "Of --suite=decode, gpu and step: models of experiments/configs, as NAME:SIZE.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048", "8192"], "Of --suite=decode: tokens of context.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Of --suite=decode: texts written side by side.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file to append to; by default one of experiments/results, by platform or target.")
 
 
-def main(argv) -> int:
-    logging.set_verbosity(logging.WARNING)
+def main() -> int:
+    kind = _check_flags()
+
+    import jax
+
+    from experiments.benchmarks import rows
+
     with contextlib.ExitStack() as stack:
         try:
-            if len(argv) > 1:
-                raise ValueError(f"unexpected argument {argv[1]!r}; the flags are in --help")
-            _check_flags()
-            suites, results = _suites(stack)
-            selected = _selected(results)
-        except (ValueError, tpu_static.NoCompiler) as error:
-            sys.exit(f"experiments.bench: {error}")
-        output = Path(_OUTPUT.value or Path(__file__).parent / "results" / f"{results}.jsonl")
+            selected = _selected()
+            suites, results = _suites(stack, kind)
+        except ValueError as error:  # about a name, and it says which
+            raise ConfigError(str(error)) from None
+        if _SUITE.value in ("operators", "memory") and results == "cpu" and not _IMPLEMENTATIONS.value:
+            selected = [case for case in selected if case.implementation != "pallas"]  # interpreted there: their time says nothing
+        output = Path(_OUTPUT.value or cli.PACKAGE / "results" / f"{results}.jsonl")
         # Operators' float32 rows are float32 throughout: TPUs and GPUs would multiply with fewer bits by default.
         exact = _DTYPE.value == "float32" and _SUITE.value not in ("decode", "gpu")
         stack.enter_context(jax.default_matmul_precision("highest" if exact else "default"))
@@ -84,55 +85,75 @@ def main(argv) -> int:
             if suite.draw:
                 print(f"drawn in {suite.draw(done, output)}")
     failures = [row for row in done if "failure" in row]
-    print(f"{len(done)} rows, {len(failures)} of them failures, appended to {output}")
+    print(f"{count(len(done), 'row')}, {count(len(failures), 'failure')} among them, appended to {output}")
     return 1 if failures else 0
 
 
-def _check_flags() -> None:
-    """Raise ValueError for a flag that the suite does not take."""
+def _check_flags() -> str | None:
+    """The kind of the targets, "tpu" or "gpu"; None where there are none. Raises ConfigError for flags that do not go together."""
     takes = TAKES.get(_SUITE.value, CASES)
-    for name in {name for names in (CASES, *TAKES.values()) for name in names}.difference(takes):
+    for name in sorted({name for names in (CASES, *TAKES.values()) for name in names}.difference(takes)):
         if flags.FLAGS[name].present:
             given = ", ".join(f"--{name}" for name in takes)
-            raise ValueError(f"--{name} has no meaning for --suite={_SUITE.value}, which takes {given}")
-
-
-def _suites(stack: contextlib.ExitStack) -> tuple[list[rows.Suite], str]:
-    """The suite that is asked for, of each target, and the name of its rows' file. Raises ValueError where there is no such one."""
-    targets = _TARGETS.value
-    for target in targets:
-        if target not in TARGETS:
-            raise ValueError(f"--target={target}: no such chip; choose from {', '.join(TARGETS)}")
-    kinds = {target.split(":")[0] for target in targets}
+            raise ConfigError(f"--{name} has no meaning for --suite={_SUITE.value}, which takes {given}")
+    kinds = dict.fromkeys(_kind(target) for target in _TARGETS.value)
     if len(kinds) > 1:
-        raise ValueError(f"--target={','.join(targets)}: TPUs and GPUs have rows of their own; take one kind at a time")
-    kind = "".join(kinds)
-    on = TARGET_SUITES[kind] if kind else {*SUITES, "gpu"}
-    if _SUITE.value not in on:
-        elsewhere = any(_SUITE.value in suites for suites in TARGET_SUITES.values())
-        remedy = "needs a --target" if elsewhere else "is measured on the local device: leave out --target"
-        raise ValueError(f"--suite={_SUITE.value} {remedy}")
-    if targets:
-        return [stack.enter_context(on[_SUITE.value](target)) for target in targets], f"{kind}_static"
-    if _SUITE.value == "gpu":
-        return stack.enter_context(gpu.suites()), "gpu"
-    return [SUITES[_SUITE.value]], jax.devices()[0].platform
+        raise ConfigError(f"--target={','.join(_TARGETS.value)}: TPUs and GPUs have rows of their own; take one kind at a time")
+    if _SUITE.value not in (AHEAD if kinds else HERE):
+        remedy = "is measured on the local device: leave out --target" if kinds else "needs a --target"
+        raise ConfigError(f"--suite={_SUITE.value} {remedy}")
+    if "tpu" in kinds:
+        targets.need_libtpu(_TARGETS.value[0])
+    if "gpu" in kinds:
+        targets.cuda_root()
+    return next(iter(kinds), None)
 
 
-def _selected(results: str) -> list:
-    """The suite's cases that are asked for."""
+def _kind(target: str) -> str:
+    for kind, known in TARGETS.items():
+        if target in known:
+            return kind
+    raise ConfigError(f"--target={target}: no such chip; choose from {', '.join(targets.TPUS | targets.GPUS)}")
+
+
+def _selected() -> list:
+    """The suite's cases that are asked for. Raises ValueError where there are none of a name."""
     if _SUITE.value == "decode":
+        from experiments.benchmarks import decode
+
         return decode.select(_CONFIGS.value or decode.CONFIGS, _CONTEXTS.value, _BATCH.value)
     if _SUITE.value == "gpu":
+        from experiments.benchmarks import gpu
+
         return gpu.cases(_OPERATORS.value, _SHAPES.value, _CONFIGS.value)
     if _SUITE.value == "step":
+        from experiments.benchmarks import steps
+
         return steps.select(_CONFIGS.value or steps.CONFIGS)
+    from experiments.benchmarks import cases
+
     implementations = _IMPLEMENTATIONS.value or (["xla", "pallas"] if _TARGETS.value else [])
-    selected = cases.select(_OPERATORS.value, implementations, _SHAPES.value, _DTYPE.value)
-    if not implementations and results == "cpu":  # where kernels are interpreted: their time says nothing
-        selected = [case for case in selected if case.implementation != "pallas"]
-    return selected
+    return cases.select(_OPERATORS.value, implementations, _SHAPES.value, _DTYPE.value)
+
+
+def _suites(stack: contextlib.ExitStack, kind: str | None) -> tuple[list, str]:
+    """The suite that is asked for, of each target, and the name of its rows' file."""
+    from experiments.benchmarks import decode, gpu, gpu_static, gpu_steps, memory, steps, timing, tpu_static
+
+    if kind:
+        ahead = {
+            "tpu": {"operators": tpu_static.suite, "step": steps.suite},
+            "gpu": {"operators": gpu_static.suite, "step": gpu_steps.static_suite},
+        }[kind]
+        return [stack.enter_context(ahead[_SUITE.value](target)) for target in _TARGETS.value], f"{kind}_static"
+    if _SUITE.value == "gpu":
+        return stack.enter_context(gpu.suites()), "gpu"
+
+    import jax
+
+    here = {"operators": timing.SUITE, "memory": memory.SUITE, "decode": decode.SUITE}
+    return [here[_SUITE.value]], jax.devices()[0].platform
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.start_without_config(main)

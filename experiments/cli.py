@@ -34,6 +34,8 @@ NO_MEMORY = (
     "devices; evaluation with a smaller --batch"
 )
 
+# Of a path that was given: no right to it, or a file where a folder is to be, or the other way round.
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -69,7 +71,8 @@ def start_without_config(main: Callable[[], int | None], argv: list[str] | None 
     def run() -> int | None:
         given = parse(argv, sys.modules[main.__module__].__doc__)
         if given:
-            raise ConfigError(f"this command takes no {given[0].split('=')[0]}; the configuration is read from the run's folder")
+            instead = "; the configuration is read from the run's folder" if "workdir" in flags.FLAGS else ""
+            raise ConfigError(f"this command takes no {given[0].split('=')[0]}{instead}")
         return main()
 
     end(guarded(run))
@@ -106,6 +109,9 @@ def guarded(action: Callable[[], int | None]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
     except OSError as error:
+        if error.errno in UNUSABLE and error.filename:
+            print(f"error: {error.filename} can not be used ({error.strerror}): give another path, or mend that one", file=sys.stderr)
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" for {error.filename}" if error.filename else ""
@@ -177,7 +183,8 @@ def load_run(arguments: list[str], command: str, workdir: str | None = None) -> 
         config = ConfigDict(to_dict(read_config(run_folder(workdir))))
         return Run(from_dict(RunConfig, _override(config, arguments).to_dict()), epath.Path(workdir).name, command)
     if len(given) != 1:
-        raise ConfigError(f"give one --config=configs/NAME.py[:size], such as --config=configs/gla_r6.py:tiny ({len(given)} were given)")
+        several = f" ({len(given)} were given)" if given else ""
+        raise ConfigError(f"give one --config=configs/NAME.py[:size], such as --config=configs/gla_r6.py:tiny{several}")
     path, _, size = given[0].partition(":")
     file = find_config(path)
     config, size = _get_config(file, size)

@@ -7,6 +7,7 @@
 There and back is bit for bit. Tokenizer files come along, in WORKDIR/huggingface.
 """
 
+import contextlib
 from pathlib import Path
 
 from absl import flags
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from experiments import checkpoint, cli, folder
 from hybrid_jax.config import ConfigError
-from hybrid_jax.train.workdir import run_folder
+from hybrid_jax.train.workdir import read_config, run_folder
 
 FROM_HF = flags.DEFINE_string("from_hf", None, "The Hugging Face folder to read; --workdir becomes a run that starts from it.")
 TO_HF = flags.DEFINE_string("to_hf", None, "The folder to write as a Hugging Face checkpoint, from the run in --workdir.")
@@ -34,23 +35,25 @@ def main() -> int:
     if "://" in (FROM_HF.value or TO_HF.value):
         raise ConfigError(f"{FROM_HF.value or TO_HF.value} is no folder of a file system: copy it (gcloud storage cp --recursive)")
     workdir = run_folder(folder.WORKDIR.value)
+    run = None if TO_HF.value is None else read_config(workdir)
 
     from hybrid_jax import costs
     from hybrid_jax.hf import convert
-    from hybrid_jax.train.workdir import read_config
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(highlight=False)) as bar:
-        task = bar.add_task("reading" if FROM_HF.value is not None else "writing", total=None)
+    bar = Progress(*columns, console=Console(highlight=False))
+    task = bar.add_task("reading" if FROM_HF.value is not None else "writing", total=None)
+    with contextlib.ExitStack() as shown:
 
         def advance(elements: int, total: int) -> None:
+            if not bar.live.is_started:  # what can not be converted is refused before the first tensor
+                shown.enter_context(bar)
             bar.update(task, advance=elements, total=total)
 
         if FROM_HF.value is not None:
             run = convert.from_hf(Path(FROM_HF.value), workdir, advance)
         else:
             step = convert.to_hf(workdir, Path(TO_HF.value), checkpoint.STEP.value, TO_DTYPE.value, advance)
-            run = read_config(workdir)
     size = f"{costs.parameters(run.model):,} parameters"
     if FROM_HF.value is not None:
         print(f"{workdir}: {size} at step 0. To go on from there: python -m experiments.train --workdir={workdir}")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli, folder
-from hybrid_jax import costs, layout
+from hybrid_jax import layout
 from hybrid_jax.config import ModelConfig
 
 CONTEXT = flags.DEFINE_integer("context", None, "Tokens of a sequence; default: the training window.", lower_bound=1)
@@ -27,12 +27,14 @@ def layer_map(model: ModelConfig) -> str:
 
 def rows(model: ModelConfig, context: int) -> list[tuple[str, str]]:
     """What is printed: (name, value)."""
+    from hybrid_jax import costs
+
     forward = costs.flops_per_token(model, context)
     full = [layer for layer, kind in enumerate(model.layer_kinds) if kind == "attention"]
     return [
         ("parameters", f"{costs.parameters(model):,}"),
         ("layers", layer_map(model)),
-        ("full-attention layers", ", ".join(map(str, full)) if len(full) < model.layers else "all"),
+        ("full-attention layers", "all" if len(full) == model.layers else ", ".join(map(str, full)) or "none"),
         ("width, MLP, vocabulary", f"{model.width}, {model.mlp_hidden}, {model.vocabulary}{' (tied)' if model.tied else ''}"),
         ("recurrent state a sequence", f"{costs.state_bytes(model):,} bytes at any length"),
         (f"KV cache a sequence of {context:,}", f"{costs.cache_bytes(model, context):,} bytes"),

@@ -4,8 +4,9 @@
     python -m experiments.eval --workdir=runs/gla_r6-tiny --step=100       # a named one
     python -m experiments.eval --workdir=runs/gla_r6-tiny --tokens=1000000 # on more of the held-out text
 
-Prints a table, writes WORKDIR/eval-STEP.json and draws WORKDIR/summary.png anew, also while the run is under way.
-Without --tokens the numbers are those that training wrote for that step. Further suites, one at a time:
+Prints a table, writes WORKDIR/eval-STEP.json and draws WORKDIR/summary.png anew, also while the run is under way. The numbers are
+those that training wrote for that step. With --tokens they are of as many tokens, in a file of their own, eval-STEP-N-tokens.json; the
+picture and `experiments.report` take the evaluation of the most tokens. Further suites, one at a time:
 
     python -m experiments.eval --workdir=RUN --suite=held_out --lengths=256,1024,4096        # loss out to longer windows, with a picture
     python -m experiments.eval --workdir=RUN --suite=mqar --pairs=4,8,16 --lengths=64,256    # recall of more pairs, from farther back
@@ -25,7 +26,7 @@ from etils import epath
 
 from experiments import checkpoint, cli, folder, processes, suites
 from hybrid_jax.config import ConfigError, RunConfig
-from hybrid_jax.train.workdir import read_config, run_folder
+from hybrid_jax.train.workdir import evaluation_file, read_config, run_folder
 
 SUITE = flags.DEFINE_enum("suite", None, sorted(suites.SUITES), "What to measure in place of the run's own evaluation.")
 TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens to score, at most; default: the run's evaluation.tokens.", lower_bound=1)
@@ -37,11 +38,12 @@ def main() -> int:
     workdir = run_folder(folder.WORKDIR.value)
     given = [name for name in flags.FLAGS if flags.FLAGS[name].present]
     suites.check(SUITE.value, given)
+    config = read_config(workdir)
     processes.connect()
     if SUITE.value is None:
-        evaluate_as_training_does(workdir, read_config(workdir))
+        evaluate_as_training_does(workdir, config)
     else:
-        evaluate_by_suite(workdir, read_config(workdir), SUITE.value)
+        evaluate_by_suite(workdir, config, SUITE.value)
     return 0
 
 
@@ -67,7 +69,8 @@ def evaluate_as_training_does(workdir: epath.Path, config: RunConfig) -> None:
         results = make_evaluate(config, abstract(config.model)[0], mesh, held_out)(params)
     if jax.process_index():
         return
-    file = write_evaluation(workdir, step, results)
+    file = evaluation_file(workdir, step, results["tokens"] if TOKENS.value else None)
+    write_evaluation(file, step, results)
     summary.show_evaluation(f"{workdir.name}, step {step:,}", results)
     print(f"written to {file}, drawn in {plot_run(workdir)}")
 

@@ -34,9 +34,13 @@ TOKENIZER = flags.DEFINE_string("tokenizer", None, 'In place of the model\'s own
 def main() -> int:
     if sum(value is not None for value in (PROMPT.value, PROMPT_TOKENS.value, INTERACTIVE.value or None)) != 1:
         raise ConfigError("give one of --prompt=TEXT, --prompt_tokens=IDS and --interactive")
+    if PROMPT.value == "":
+        raise ConfigError("--prompt is empty: give at least one character")
     if folder.WORKDIR.value is None:
         raise ConfigError("give the --workdir of a training run, such as --workdir=runs/gla_r6-tiny, or a Hugging Face folder")
     workdir = run_folder(folder.WORKDIR.value)
+    if not (workdir / "config.json").exists():
+        raise ConfigError(f"{workdir} holds no model: it has no config.json; give that of a training run, or a Hugging Face folder")
 
     import hybrid_jax
     from hybrid_jax.data.tokenizers import load_tokenizer

@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
+from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError
 from hybrid_jax.train.workdir import run_folder
 
@@ -37,7 +38,7 @@ def main() -> int:
 
     runs = [collect.read(found) for found in folders]
     file = write.report(runs, COSTS_AT.value or max(run.config.data.window for run in runs), Path(OUTPUT.value))
-    print(f"{len(runs)} runs, written to {file}")
+    print(f"{count(len(runs), 'run')}, written to {file}")
     return 0
 
 

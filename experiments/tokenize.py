@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments import cli
+from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError
 from hybrid_jax.data import DataError
 from hybrid_jax.data.build import build_store
@@ -102,11 +103,11 @@ def main() -> int:
     if not manifest["complete"]:
         missing = manifest["missing"]
         print(f"shard {SHARD.value} is done ({seconds:.0f} s)")
-        print(f"{len(missing):,} of {manifest['parts']:,} parts of the store are not there yet, such as one of {missing[0]}")
+        print(f"not there yet: {len(missing):,} of {count(manifest['parts'], 'part')} of the store, such as one of {missing[0]}")
         print("the shard that makes the last of them finishes the store; if none is at work any more, run without --shard")
         return 0
     for split, numbers in manifest["splits"].items():
-        print(f"{split}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens, {numbers['bytes']:,} bytes of text")
+        print(f"{split}: {count(numbers['documents'], 'document')}, {numbers['tokens']:,} tokens, {numbers['bytes']:,} bytes of text")
     tokenizer = manifest["tokenizer"]
     print(f"{OUTPUT.value} is finished ({seconds:.0f} s): tokenizer {tokenizer['name']}, vocabulary {tokenizer['vocabulary']}")
     print(f"train on it: python -m experiments.train --config=configs/gla_r6.py --config.data.source={OUTPUT.value}")

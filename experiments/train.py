@@ -16,10 +16,13 @@ from contextlib import closing
 
 from experiments import cli, folder, processes
 
+STOPPING = "saving and stopping after this step; a second signal stops at once, and loses what no checkpoint has"
+
 
 def main(run: cli.Run) -> int:
     import jax  # this, and all that needs it, once the command line is known to be right
 
+    from hybrid_jax.amounts import gigabytes
     from hybrid_jax.data.sources import make_sources
     from hybrid_jax.evals.evaluate import make_evaluate
     from hybrid_jax.hf.convert import carried_tokenizer
@@ -31,7 +34,7 @@ def main(run: cli.Run) -> int:
     from hybrid_jax.train.report import Report
     from hybrid_jax.train.signals import Stop
     from hybrid_jax.train.step import TrainState, compile_step, make_program, state_bytes
-    from hybrid_jax.train.workdir import check_room, check_text, claim, evaluation_file, finished, gigabytes, keep_programs
+    from hybrid_jax.train.workdir import check_room, check_text, claim, evaluation_file, finished, keep_programs
 
     config, workdir, steps = run.config, folder.of(run.name), run.config.train.steps
 
@@ -57,7 +60,7 @@ def main(run: cli.Run) -> int:
     check_text(workdir, text.name, text.fingerprint)
     check_room(workdir, config.checkpoint, state_bytes(program.state))
 
-    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop() as stop:
+    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop(STOPPING) as stop:
         # ---- The state: the newest checkpoint, parameters that were given, or fresh ones.
         state, warnings = checkpoints.restore(program.state)
         if state is None:

@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError, MeshConfig
 from pallas_kernels.attention import attention, attention_stretch
 from pallas_kernels.causal_conv import causal_conv, causal_conv_stretch
@@ -48,7 +49,7 @@ def mesh_shape(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, i
     rest, remainder = divmod(devices, fixed)
     if remainder or (rest != 1 and -1 not in sizes.values()):
         shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-        raise ConfigError(f"mesh {shown} does not fit {devices} devices; the sizes must multiply to {devices} (-1: the rest)")
+        raise ConfigError(f"mesh {shown} does not fit {count(devices, 'device')}; the sizes must multiply to {devices} (-1: the rest)")
     shape = {axis: rest if size == -1 else size for axis, size in sizes.items()}
     if shape["data"] % slices:
         raise ConfigError(f"mesh.data={shape['data']} can not be dealt to {slices} slices; give --config.mesh.data={slices}, or a multiple")

@@ -11,6 +11,7 @@ import math
 import re
 from typing import NamedTuple
 
+from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError, RunConfig
 
 
@@ -71,8 +72,8 @@ class Accelerator(NamedTuple):
         return 1 if self.chips <= self.generation.single_host else self.chips // 4
 
     def describe(self, slices: int) -> str:
-        count, hosts = f"{slices} x " if slices > 1 else "", slices * self.hosts
-        return f"{count}{self.name}: {count}{self.chips} chips ({self.topology}) on {hosts} host{'s' if hosts > 1 else ''}"
+        times = f"{slices} x " if slices > 1 else ""
+        return f"{times}{self.name}: {times}{count(self.chips, 'chip')} ({self.topology}) on {count(slices * self.hosts, 'host')}"
 
 
 def names(*, on_gke: bool) -> list[str]:

@@ -27,6 +27,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli, folder
+from experiments.benchmarks import targets
 from hybrid_jax.config import ConfigError
 from launch import accelerators
 
@@ -44,6 +45,7 @@ def main(run: cli.Run) -> int:
         raise ConfigError("give --topology=GENERATION:TOPOLOGY, such as --topology=v5e:16x16")
     target = accelerators.find_topology(TOPOLOGY.value, SLICES.value)
     config = run.config if MESH.value is None else accelerators.with_mesh(run.config, MESH.value)
+    targets.need_libtpu(target.name)
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: a TPU or GPU of this machine is not wanted
 
     from experiments.benchmarks import rows, tpu_static
@@ -63,13 +65,10 @@ def main(run: cli.Run) -> int:
     def measure(case: report.Case) -> dict:
         return rows.append(rows.measure("aot", compiled, case), output)
 
-    try:
-        with tpu_static.compiler(target.name, schedule=False) as compiler:
-            if SWEEP.value:
-                return report.sweep(run.name, found, target, COMPILES.value, measure)
-            return report.one(report.Case(run.name, config, target), measure)
-    except tpu_static.NoCompiler as error:
-        raise ConfigError(str(error)) from None
+    with tpu_static.compiler(target.name, schedule=False) as compiler:
+        if SWEEP.value:
+            return report.sweep(run.name, found, target, COMPILES.value, measure)
+        return report.one(report.Case(run.name, config, target), measure)
 
 
 if __name__ == "__main__":

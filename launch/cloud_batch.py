@@ -16,6 +16,7 @@ import sys
 from absl import flags
 
 from experiments import cli
+from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError
 from launch import arrays, shell
 from launch.arrays import CODE, DRY_RUN, NAME, RETRIES, SPOT, TASKS
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
     shell.do(submit(), "Google Cloud did not take the job; nothing was started", text)
     about = [NAME.value, *where()]
     print(
-        f"{NAME.value} is queued: {TASKS.value} tasks, each on a {MACHINE_TYPE.value}, which are deleted when they are done\n"
+        f"{NAME.value} is queued: {count(TASKS.value, 'task')}, each on a {MACHINE_TYPE.value} that is deleted when it is done\n"
         f"  how it is:  {shlex.join(['gcloud', 'batch', 'jobs', 'describe', *about])}\n"
         "  its logs:   https://console.cloud.google.com/batch/jobs\n"
         f"  delete it:  {shlex.join(['gcloud', 'batch', 'jobs', 'delete', *about])}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
+from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError
 from launch import arrays, shell
 from launch.arrays import DRY_RUN, NAME, RETRIES, SPOT, TASKS
@@ -123,7 +124,7 @@ def _say_how_it_goes_on() -> None:
     its = f"--selector=jobset.sigs.k8s.io/jobset-name={NAME.value}"
     log = ("--follow", "--prefix", "--tail=-1", f"--container={TASK}", f"--max-log-requests={TASKS.value}")
     print(
-        f"{NAME.value} is queued: {TASKS.value} tasks of {CPUS.value} CPUs each, which the cluster starts as it has room\n"
+        f"{NAME.value} is queued: {count(TASKS.value, 'task')} of {count(CPUS.value, 'CPU')}, which the cluster starts as it has room\n"
         f"  how it is:  {shlex.join(kubectl('get', 'jobs,pods', its))}\n"
         f"  follow it:  {shlex.join(kubectl('logs', its, *log))}\n"
         f"  delete it:  {shlex.join(kubectl('delete', 'jobset', NAME.value))}"

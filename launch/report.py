@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hybrid_jax.amounts import count
 from hybrid_jax.config import RunConfig
 from hybrid_jax.train import advice
 from launch import ahead
@@ -77,8 +78,9 @@ def _what(case: Case) -> str:
     slices = f"{target.slices} x " if target.slices > 1 else ""
     rows = batch // (shape["data"] * shape["fsdp"])
     return (
-        f"{case.name} on {slices}{target.name}, {target.chips} chips, mesh {mesh_text(shape)}: a step of {batch} x {window} tokens, "
-        f"{min(rows, config.train.microbatch)} of a device's {rows} sequences at once, remat {remat}"
+        f"{case.name} on {slices}{target.name}, {count(target.chips, 'chip')}, "
+        f"mesh {mesh_text(shape)}: a step of {batch} x {window} tokens, "
+        f"{count(rows, 'sequence')} a device, {min(rows, config.train.microbatch)} at once, remat {remat}"
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError
 from hybrid_jax.train.workdir import RunError
 from launch import hosts, shell
@@ -263,7 +264,7 @@ def status(tpu: Tpu) -> int:
     if now == "ACTIVE":
         found = host_states(tpu)
         for each in sorted(set(found.states)):
-            print(f"{found.states.count(each)} hosts: {each if each in ('running', 'killed') else f'ended with exit code {each}'}")
+            print(f"{count(found.states.count(each), 'host')}: {each if each in ('running', 'killed') else f'ended with exit code {each}'}")
         print("\n".join(sorted(found.commands)) or "nothing was started on it")
     return 0
 

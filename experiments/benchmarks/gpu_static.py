@@ -32,32 +32,10 @@ from experiments.benchmarks.cases import Case, arguments, at_lengths, both_passe
 from experiments.benchmarks.correctness import check
 from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
-from experiments.benchmarks.tpu_static import NoCompiler
+from experiments.benchmarks.targets import GPUS, Gpu, cuda_root
 from pallas_kernels import platforms
 
-PLUGIN = "jax_plugins.xla_cuda13"
 LENGTHS = (2048, 32768)  # that a model's shape is measured at
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A card, by its datasheet (dense rates) and the CUDA programming guide's table of compute capability 9.0.
-
-    flop_per_s: of the matrix units, by dtype (float32's is tf32's).
-    """
-
-    kind: str
-    multiprocessors: int
-    clock_hz: float
-    memory_bytes: int
-    bytes_per_s: float
-    flop_per_s: dict[str, float]
-
-
-TARGETS = {
-    "gpu:h200": Target("NVIDIA H200", 132, 1.98e9, 141 * 10**9, 4.8e12, {"bfloat16": 989e12, "float32": 494e12}),
-    "gpu:h100": Target("NVIDIA H100 80GB HBM3", 132, 1.98e9, 80 * 10**9, 3.35e12, {"bfloat16": 989e12, "float32": 494e12}),
-}
 # Of a multiprocessor of compute capability 9.0.
 REGISTERS, SHARED_BYTES, THREADS, CTAS, SCHEDULERS, WARP = 65536, 233472, 2048, 32, 4, 32
 RESERVED_BYTES = 1024  # of shared memory, in each block
@@ -82,7 +60,7 @@ gpu_device_info {{
 
 def card(target: str) -> jax.sharding.Mesh:
     """A mesh of one card of a target, in a process that has JAX's CUDA plugin."""
-    it = TARGETS[target]
+    it = GPUS[target]
     numbers = {"cores": it.multiprocessors, "clock": it.clock_hz / 1e9, "bandwidth": int(it.bytes_per_s), "memory": it.memory_bytes}
     config = CONFIG.format(kind=it.kind, **numbers)
     devices = topologies.get_topology_desc(target, "cuda", target_config=config, topology="1x1x1").devices
@@ -110,16 +88,6 @@ class Compiler(Process):
     def close(self):
         super().close()
         shutil.rmtree(self.dumps, ignore_errors=True)
-
-
-def cuda_root() -> Path:
-    """Where CUDA's assembler is, of the wheels that JAX's plugin comes with. Raises NoCompiler where there are none."""
-    found = importlib.util.find_spec("nvidia")
-    roots = [Path(place) / "cu13" for place in found.submodule_search_locations] if found else []
-    for root in roots:
-        if importlib.util.find_spec(PLUGIN.split(".")[0]) and importlib.util.find_spec(PLUGIN) and (root / "bin" / "ptxas").exists():
-            return root
-    raise NoCompiler("a GPU as target needs JAX's CUDA plugin and CUDA's assembler: pip install -e '.[cuda13]'")
 
 
 def compile_cost(case: Case, target: str, dumps: Path, precision: str | None) -> dict:
@@ -176,7 +144,7 @@ def ctas_per_sm(kernel: sass.Kernel) -> int | None:
     return min(REGISTERS // registers, SHARED_BYTES // (kernel.smem_bytes + RESERVED_BYTES), THREADS // kernel.threads, CTAS)
 
 
-def floors(row: dict, target: Target, dtype: str) -> dict:
+def floors(row: dict, target: Gpu, dtype: str) -> dict:
     """Of a row: seconds that it takes at least, by what each of the card's resources does in one, and which of them binds."""
     issued = stalled = 0.0
     for kernel in row["kernels"]:
@@ -220,7 +188,7 @@ def measure(case: Case, compiler: Compiler) -> dict:
     if "failure" in row:
         return row
     row |= compiler.written(compile_cost, case, jax.config.jax_default_matmul_precision)
-    return row | floors(row, TARGETS[compiler.target], case.dtype)
+    return row | floors(row, GPUS[compiler.target], case.dtype)
 
 
 def _kernels(row: dict) -> str:
@@ -237,7 +205,7 @@ def takes(case: Case) -> bool:
 
 @contextlib.contextmanager
 def suite(target: str) -> Iterator[Suite]:
-    """The suite of a target, its compiler running meanwhile. Raises NoCompiler where the wheels are not installed."""
+    """The suite of a target, its compiler running meanwhile. Raises ConfigError where the wheels are not installed."""
     with contextlib.closing(Compiler(target)) as running:
         yield Suite(
             "gpu_static",

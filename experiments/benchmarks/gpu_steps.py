@@ -18,6 +18,7 @@ from experiments.benchmarks.batches import batches, summary
 from experiments.benchmarks.cases import TOKENS
 from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
+from experiments.benchmarks.targets import GPUS
 from experiments.configs import recipe
 from hybrid_jax.config import RunConfig
 from hybrid_jax.hf.options import fla_options
@@ -157,7 +158,7 @@ def compile_for(case: Case, target: str, dumps: Path) -> dict:
     """Of a row: what our step holds and moves on a card that is not there, and what became of our kernels in it."""
     device = gpu_static.card(target).devices.flat[0]
     start = time.perf_counter()
-    config, _, _, compiled, held = compile_fitting(case, device, gpu_static.TARGETS[target].memory_bytes)
+    config, _, _, compiled, held = compile_fitting(case, device, GPUS[target].memory_bytes)
     seconds, text = time.perf_counter() - start, compiled.as_text()
     kernels = {kernel.name: {"registers": kernel.registers, "spill_bytes": kernel.spill_bytes} for kernel in sass.kernels(dumps)}
     return {
@@ -175,7 +176,7 @@ def compile_for(case: Case, target: str, dumps: Path) -> dict:
 
 @contextlib.contextmanager
 def static_suite(target: str) -> Iterator[Suite]:
-    """The steps of a target, compiled for it. Raises NoCompiler where the wheels are not installed."""
+    """The steps of a target, compiled for it. Raises ConfigError where the wheels are not installed."""
     with contextlib.closing(gpu_static.Compiler(target)) as running:
         yield Suite(
             "gpu_step_static",

@@ -15,7 +15,8 @@ import jax
 from experiments import cli
 from experiments.benchmarks import hlo, tpu_static
 from experiments.benchmarks.rows import Suite
-from experiments.benchmarks.tpu_static import TARGETS, compiler
+from experiments.benchmarks.targets import TPUS
+from experiments.benchmarks.tpu_static import compiler
 from experiments.configs import recipe
 from hybrid_jax.config import RunConfig
 from hybrid_jax.sharding import make_mesh
@@ -59,7 +60,7 @@ def select(configs: list[str]) -> list[Case]:
 
 def compile_for(case: Case, target: str) -> dict:
     """Compile a case for all chips of a target's smallest topology: what its row says of it."""
-    devices = tpu_static.devices(TARGETS[target].topology)
+    devices = tpu_static.devices(TPUS[target].topology)
     config = case.run_config(len(devices))
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
@@ -87,7 +88,7 @@ def implementations(row: dict) -> str:
 
 @contextlib.contextmanager
 def suite(target: str) -> Iterator[Suite]:
-    """The suite of a target. Raises NoCompiler where libtpu is not installed."""
+    """The suite of a target. Raises ConfigError where libtpu is not installed."""
     with compiler(target, schedule=False) as running:
         yield Suite(
             "tpu_step",

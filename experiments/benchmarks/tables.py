@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from experiments.benchmarks.cases import OPERATORS, PASSES
-from experiments.benchmarks.tpu_static import TARGETS
+from experiments.benchmarks.targets import TPUS
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "docs/tpu.md", ROOT / "docs/gpu.md")
 CASE = ("target", "operator", "shape", "config", "window", "implementation", "pass")  # what a row is of, as far as it has it
-TPUS = tuple(TARGETS)
 
 
 def newest(name: str, suite: str) -> list[dict]:

@@ -7,9 +7,7 @@ libtpu reads its options once, when it is loaded, so a process of its own compil
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
-import importlib.util
 import shutil
 import tempfile
 import time
@@ -26,31 +24,8 @@ from experiments.benchmarks.cases import Case, arguments, both_passes, program
 from experiments.benchmarks.correctness import check
 from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
+from experiments.benchmarks.targets import TPUS, need_libtpu
 
-
-class NoCompiler(Exception):
-    """libtpu is not installed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A TPU generation: the smallest topology of a host, and the clock of its cores.
-
-    The clock is peak bfloat16 FLOP/s over those of a cycle. It only turns bundles into seconds, to compare with HBM's.
-    """
-
-    topology: str
-    version: pltpu.ChipVersion
-    clock_hz: float
-
-
-TARGETS = {
-    "tpu:v4": Target("v4:2x2x1", pltpu.ChipVersion.TPU_V4, 1.05e9),
-    "tpu:v5e": Target("v5e:2x2", pltpu.ChipVersion.TPU_V5E, 1.5e9),
-    "tpu:v5p": Target("v5p:2x2x1", pltpu.ChipVersion.TPU_V5P, 1.75e9),
-    "tpu:v6e": Target("v6e:2x2", pltpu.ChipVersion.TPU_V6E, 1.75e9),
-    "tpu:tpu7x": Target("tpu7x:2x2x1", pltpu.ChipVersion.TPU_7X, 2.2e9),
-}
 # For libtpu to be loaded on a machine without a TPU, beside other processes that do the same, and not to look for a host's name and
 # kind, which have no part in what it compiles.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -93,7 +68,7 @@ class Compiler(Process):
 
 def chip(target: str) -> jax.sharding.Mesh:
     """A mesh of one device of a target."""
-    return jax.sharding.Mesh(np.array(devices(TARGETS[target].topology)[:1]), ("chip",))
+    return jax.sharding.Mesh(np.array(devices(TPUS[target].topology)[:1]), ("chip",))
 
 
 def compile_cost(case: Case, target: str, dumps: Path, precision: str | None) -> dict:
@@ -162,11 +137,11 @@ def measure(case: Case, compiler: Compiler) -> dict:
     if "failure" in row:
         return row
     row |= compiler.cost(case)
-    target = TARGETS[compiler.target]
+    target = TPUS[compiler.target]
     tokens = case.shape.B * case.shape.T
     row["bundles_per_token_and_head"] = row["bundles"] / tokens / heads(case.shape)
     row["bundle_s"] = row["bundles"] / target.clock_hz
-    rate = pltpu.get_tpu_info_for_chip(target.version, row["cores"]).mem_bw_bytes_per_second * row["cores"]
+    rate = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion[target.version], row["cores"]).mem_bw_bytes_per_second * row["cores"]
     row["hbm_s"] = row["hbm_bytes"] / rate
     row["bound"] = "hbm" if row["hbm_s"] > row["bundle_s"] else "bundles"
     return row
@@ -179,16 +154,15 @@ def heads(shape) -> float:
 
 @contextlib.contextmanager
 def compiler(target: str, schedule: bool = True) -> Iterator[Compiler]:
-    """A :class:`Compiler`, closed at the end. Raises NoCompiler where libtpu is not installed."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise NoCompiler(f"{target} needs the TPU compiler, libtpu: pip install -e '.[tpu]'")
+    """A :class:`Compiler`, closed at the end. Raises ConfigError where libtpu is not installed."""
+    need_libtpu(target)
     with contextlib.closing(Compiler(target, schedule)) as compiler:
         yield compiler
 
 
 @contextlib.contextmanager
 def suite(target: str) -> Iterator[Suite]:
-    """The suite of a target, its compiler running meanwhile. Raises NoCompiler where libtpu is not installed."""
+    """The suite of a target, its compiler running meanwhile. Raises ConfigError where libtpu is not installed."""
     with compiler(target) as running:
         yield Suite(
             "tpu_static",

@@ -10,7 +10,7 @@ from etils import epath
 
 from hybrid_jax import costs
 from hybrid_jax.config import NAMES, Attention, ConfigError, ModelConfig, RunConfig
-from hybrid_jax.train.workdir import differences, evaluation_file, files, is_free, read_config, saved_steps
+from hybrid_jax.train.workdir import differences, files, is_free, read_config, read_evaluations, saved_steps
 
 RATIOS = ("pure", "24:1", "12:1", "6:1", "3:1", "full")  # in order of the share of full attention, as the study's figures have them
 SIZES = {1024: "340M", 2048: "1.3B"}  # by model.width
@@ -67,19 +67,17 @@ def ratio(model: ModelConfig) -> str:
 def read(workdir: epath.Path) -> Run:
     """The run in ``workdir``. Raises ConfigError where there is none, or nothing was measured of it."""
     config = read_config(workdir)
-    steps = [step for step in saved_steps(workdir) if evaluation_file(workdir, step).exists() or any(suite_files(workdir, step))]
-    if not steps:
+    evaluated = [(step, read_evaluations(workdir, step), suite_files(workdir, step)) for step in saved_steps(workdir)]
+    evaluated = [one for one in evaluated if any(one[1:])]
+    if not evaluated:
         raise ConfigError(
             f"{workdir} has no evaluation of any of its checkpoints: evaluate it (python -m experiments.eval --workdir={workdir}), "
             "or leave it out of --runs"
         )
-    step = steps[-1]
-    scores, notes = {}, []
-    if evaluation_file(workdir, step).exists():
-        found = json.loads(evaluation_file(workdir, step).read_text())
-        names = {"loss": "loss", "bits_per_byte": "bits_per_byte", "mqar_accuracy": "mqar"}
-        scores |= {name: found[key] for key, name in names.items() if key in found}
-    for file in suite_files(workdir, step):
+    step, own, of_suites = evaluated[-1]
+    names = {"loss": "loss", "bits_per_byte": "bits_per_byte", "mqar_accuracy": "mqar"}
+    scores, notes = {name: own[step][key] for key, name in names.items() if key in own.get(step, ())}, []
+    for file in of_suites:
         suite = file.name.removesuffix(f"-{step}.json")
         found = json.loads(file.read_text())
         scores |= {f"{suite}/{name}": value for name, value in found["headline"].items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 from experiments.reports import collect, figures, tables
 from experiments.reports.collect import Run
 from experiments.reports.tables import Measure
+from hybrid_jax.amounts import count
 
 RECALL = ("ruler/average", "mqar")  # the first that runs have is what costs are held against
 SUITES = (  # as Measure: those of experiments.eval, a table each
@@ -35,7 +36,7 @@ def report(runs: list[Run], context: int, folder: Path) -> Path:
 
 def _about(runs: list[Run], models: tables.Models) -> str:
     return (
-        f"{len(runs)} runs of {len(models)} models. "
+        f"{count(len(runs), 'run')} of {count(len(models), 'model')}. "
         "Means over seeds, ± their standard deviation. In brackets what the study published, from one seed."
     )
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections import deque
@@ -163,14 +164,18 @@ class Overtaken(DataError):
 
 @contextlib.contextmanager
 def _errors_in_one_line(output):
-    """What a disk that is full and a bucket that cannot be reached have to say."""
+    """What a disk that is full, a folder without the right to it and a bucket that cannot be reached have to say."""
     try:
         yield
     except (OSError, ValueError) as error:  # TensorStore raises ValueError
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise DataError(f"no space left on the disk of {output}: free some and run the same command again, nothing is lost") from None
-        if "://" not in str(output) or isinstance(error, DataError):
+        if isinstance(error, DataError):
             raise
+        if "://" not in str(output):
+            if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
+                raise
+            raise DataError(f"can not write to {output} ({os.strerror(int(code[1]))}): give another --output, or the right to it") from None
         reason = str(error).split(" [")[0]
         raise DataError(f"{output}: {reason}: check the address and your right to write it, and run the same command again") from None
 

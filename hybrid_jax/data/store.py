@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
+from hybrid_jax.amounts import count
 from hybrid_jax.data import DataError
 from hybrid_jax.data.folders import CONTEXT, folder_url, open_folder
 from hybrid_jax.data.token_source import TokenSource
@@ -61,7 +62,7 @@ def open_array(url: str, size: int, dtype: np.dtype) -> ts.TensorStore:
         raise DataError(f"{url} is {array.dtype.name}{list(array.shape)}, its manifest says {np.dtype(dtype).name}[{size}]: {remedy}")
     shards = [key for key in array.kvstore.list().result() if key.startswith(b"c/")]
     if len(shards) != -(-size // SHARD):
-        raise DataError(f"{url} has {len(shards)} of its {-(-size // SHARD)} shards: {remedy}")
+        raise DataError(f"{url} has {len(shards)} of its {count(-(-size // SHARD), 'shard')}: {remedy}")
     return array
 
 

@@ -19,7 +19,6 @@ from hybrid_jax.data.tokenizers import ByteTokenizer
 from hybrid_jax.evals.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from hybrid_jax.train.feed import LocalRows
 from hybrid_jax.train.loss import Losses, batch_losses
-from hybrid_jax.train.workdir import evaluation_file
 
 Evaluate = Callable[[nnx.State], dict[str, Any]]
 
@@ -89,11 +88,9 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
     return evaluate
 
 
-def write_evaluation(workdir: epath.Path, step: int, results: dict[str, Any]) -> epath.Path:
-    """Write the evaluation of a step to its file in ``workdir``."""
-    file = evaluation_file(workdir, step)
+def write_evaluation(file: epath.Path, step: int, results: dict[str, Any]) -> None:
+    """Write the evaluation of a step, to where ``train.workdir.read_evaluations`` finds it."""
     file.write_text(json.dumps({"step": step, **results}, indent=2) + "\n")
-    return file
 
 
 def source_text(source: TokenSource, tokens: int) -> bytes:

@@ -6,10 +6,10 @@ from collections import Counter
 
 import jax
 
+from hybrid_jax.amounts import duration, quantity
 from hybrid_jax.config import ConfigError, LogConfig, ModelConfig, RunConfig
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.data.tokenizers import Tokenizer
-from hybrid_jax.train.progress import duration, quantity
 from hybrid_jax.train.throughput import training_flops
 from pallas_kernels.checks import implementations_in
 

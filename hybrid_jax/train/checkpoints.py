@@ -12,10 +12,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from hybrid_jax.amounts import gigabytes
 from hybrid_jax.config import CheckpointConfig, ConfigError, OptimizerConfig, RunConfig
 from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import TrainState, abstract_state, state_bytes
-from hybrid_jax.train.workdir import RunError, gigabytes, in_bucket
+from hybrid_jax.train.workdir import RunError, in_bucket
 
 
 class Checkpoints:

@@ -1,15 +1,16 @@
 """One picture of a run: how the loss fell, what the evaluations say, where in the window, and recall."""
 
 import io
-import json
 
 import numpy as np
 from etils import epath
 
+from hybrid_jax.amounts import count
 from hybrid_jax.train.metrics import read_rows
-from hybrid_jax.train.workdir import files
+from hybrid_jax.train.workdir import read_evaluations
 
 TRAINING, HELD_OUT, RECALL, REFERENCE, INK = "#4C78A8", "#E45756", "#54A24B", "#8A8A8A", "#333333"
+ABOVE = 1.15  # of the largest value: how high an axis goes, with room for a label
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -38,7 +39,7 @@ def plot_run(workdir: epath.Path) -> epath.Path:
     rows = read_rows(workdir / "metrics.jsonl")
     training = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "evaluation" in row]
-    full = sorted((json.loads(file.read_text()) for file in files(workdir, "eval-*.json")), key=lambda e: e["step"])
+    full = list(read_evaluations(workdir).values())
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)
@@ -62,7 +63,7 @@ def save(figure, file: epath.Path) -> None:
 
 def _title(workdir: epath.Path, rows: list[dict]) -> str:
     last = max((row["step"] for row in rows), default=0)
-    return f"{workdir.resolve().name}, {last:,} steps"
+    return f"{workdir.resolve().name}, {count(last, 'step')}"
 
 
 def _losses(axes, training: list[dict], evaluations: list[dict]) -> None:
@@ -70,16 +71,27 @@ def _losses(axes, training: list[dict], evaluations: list[dict]) -> None:
     # A skipped step's loss is not finite: a gap in the curve.
     losses = np.array([np.nan if row["loss"] is None else row["loss"] for row in training], np.float64)
     axes.plot(steps, losses, color=TRAINING, alpha=0.3, linewidth=1)
-    axes.plot(steps, smoothed(losses), color=TRAINING, linewidth=1.8, label="training batches")
+    marker = "o" if len(steps) == 1 else None  # a line has two ends
+    axes.plot(steps, smoothed(losses), color=TRAINING, marker=marker, markersize=4, linewidth=1.8, label="training batches")
     if evaluations:
         held_out = [row["evaluation"]["loss"] for row in evaluations]
         axes.plot([row["step"] for row in evaluations], held_out, "o-", color=HELD_OUT, markersize=4, linewidth=1.2, label="held-out text")
-    axes.set(title="Loss", xlabel="step", ylabel="nats a token")
+    axes.set(title="Loss", ylabel="nats a token")
+    _along_steps(axes)
     if len(steps) and steps[-1] >= 30:  # most of the fall is in the first steps
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlim(left=max(1, steps[0]))
+    else:
+        axes.set_xlim(left=0)
     axes.legend()
+
+
+def _along_steps(axes) -> None:
+    """An axis of whole steps."""
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -93,7 +105,8 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _bits(axes, evaluations: list[dict]) -> None:
-    axes.set(title="Held-out bits per byte", xlabel="step", ylabel="bits per byte")
+    axes.set(title="Held-out bits per byte", ylabel="bits per byte")
+    _along_steps(axes)
     if not evaluations:
         return _empty(axes, "no evaluation yet")
     steps = [row["step"] for row in evaluations]
@@ -104,9 +117,8 @@ def _bits(axes, evaluations: list[dict]) -> None:
     for name, key in (("unigram", "unigram_bits_per_byte"), ("xz -9", "xz_bits_per_byte")):
         axes.axhline(last[key], color=REFERENCE, linestyle="--", linewidth=1)
         axes.annotate(f"{name}  {last[key]:.3f}", (0.01, last[key]), xycoords=("axes fraction", "data"), va="bottom", color=REFERENCE)
-    axes.set_ylim(bottom=0, top=1.08 * max(*bits, last["unigram_bits_per_byte"]))
+    axes.set_ylim(bottom=0, top=ABOVE * max(*bits, last["unigram_bits_per_byte"]))
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _positions(axes, full: list[dict]) -> None:
@@ -141,7 +153,8 @@ def by_log_bins(losses: np.ndarray, per_doubling: int = 4) -> tuple[np.ndarray, 
 
 
 def _recall(axes, evaluations: list[dict]) -> None:
-    axes.set(title="Associative recall (MQAR), held out", xlabel="step", ylabel="answers right")
+    axes.set(title="Associative recall (MQAR), held out", ylabel="answers right")
+    _along_steps(axes)
     measured = [row for row in evaluations if "mqar_accuracy" in row["evaluation"]]
     if not measured:
         return _empty(axes, "not measured")
@@ -149,10 +162,9 @@ def _recall(axes, evaluations: list[dict]) -> None:
     accuracy = [row["evaluation"]["mqar_accuracy"] for row in measured]
     axes.plot(steps, accuracy, "o-", color=RECALL, markersize=5, linewidth=1.8)
     _annotate_last(axes, steps[-1], accuracy[-1], f"{accuracy[-1]:.1%}", RECALL)
-    axes.set_ylim(-0.03, 1.08)
+    axes.set_ylim(-0.03, ABOVE)
     axes.set_xlim(left=0)
     axes.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _annotate_last(axes, x: float, y: float, text: str, color: str) -> None:

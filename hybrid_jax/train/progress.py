@@ -5,6 +5,9 @@ import sys
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
+
+from hybrid_jax.amounts import duration, quantity
 
 
 class Display:
@@ -15,9 +18,10 @@ class Display:
         self._shown = jax.process_index() == 0
         self._bar = None
         if self._shown and sys.stdout.isatty():
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            whole = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)  # however narrow the terminal is
+            columns = (BarColumn(), MofNCompleteColumn(table_column=whole), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=Console(highlight=False))
-            self._task = self._bar.add_task("", total=steps, completed=step)
+            self._task = self._bar.add_task("starting", total=steps, completed=step)
             self._bar.start()
 
     def step(self, step: int, row: dict, seconds_left: float, line: bool) -> None:
@@ -41,24 +45,3 @@ class Display:
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: "42 s", "12 min", "3 h 20 min", "5 days 2 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} days {hours % 24} h"
-
-
-def quantity(number: float) -> str:
-    """A number for people: 950, 12.3k, 4.56M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"

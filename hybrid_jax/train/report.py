@@ -6,13 +6,14 @@ from typing import Any
 import jax
 from etils import epath
 
+from hybrid_jax.amounts import count
 from hybrid_jax.config import RunConfig
 from hybrid_jax.evals.evaluate import write_evaluation
 from hybrid_jax.train import step as train_step
 from hybrid_jax.train.metrics import Metrics, by_doubling
 from hybrid_jax.train.progress import Display
 from hybrid_jax.train.throughput import peak_flops, training_flops
-from hybrid_jax.train.workdir import RunError
+from hybrid_jax.train.workdir import RunError, evaluation_file
 
 
 class Report:
@@ -61,7 +62,7 @@ class Report:
     def _check(self, step: int, in_a_row: int) -> None:
         if in_a_row >= self.config.train.bad_steps:
             raise RunError(
-                f"stopped after step {step}: the loss or its gradient was not finite {in_a_row} steps in a row (train.bad_steps); "
+                f"stopped after step {step}: the loss or its gradient was not finite {count(in_a_row, 'step')} in a row (train.bad_steps); "
                 f"the parameters are still those of step {step - in_a_row}, and the checkpoints in {self.workdir} are whole. "
                 "In another --workdir, try a lower --config.optimizer.learning_rate, more --config.optimizer.warmup_steps, "
                 "or --config.model.dtype=float32"
@@ -73,7 +74,7 @@ class Report:
         if self.metrics:
             self.metrics.write(step, {"evaluation": {key: value for key, value in results.items() if key != "loss_by_position"}})
             self.metrics.flush()  # before the file that says that this evaluation is done
-            write_evaluation(self.workdir, step, results)
+            write_evaluation(evaluation_file(self.workdir, step), step, results)
 
     def flush(self) -> None:
         """Return when all that was reported is in the workdir; before a checkpoint from which a run may go on."""

@@ -1,5 +1,6 @@
 """Stopping when asked: SIGTERM (a scheduler, a preempted machine) and SIGINT (Ctrl-C)."""
 
+import os
 import signal
 
 import jax
@@ -11,12 +12,15 @@ class Stop:
 
     Where several processes train together, JAX's own preemption service watches for SIGTERM instead, so that all of them
     stop at the same step.
+
+    notice: what is said on stderr when a signal comes, as the step under way may take a while.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self):
+    def __init__(self, notice: str | None = None):
         self.name: str | None = None
+        self._notice = notice
 
     def __enter__(self) -> "Stop":
         self._before = {}
@@ -32,6 +36,8 @@ class Stop:
         self.name = signal.Signals(number).name
         for other in self.SIGNALS:
             signal.signal(other, signal.SIG_DFL)
+        if self._notice:  # straight to stderr: what it interrupts may be a print
+            os.write(2, f"\n{self.name}: {self._notice}\n".encode())
 
     def asked(self, step: int) -> bool:
         """Whether to stop after ``step``."""

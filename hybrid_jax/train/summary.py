@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_jax import costs
+from hybrid_jax.amounts import count, duration, gigabytes, quantity
 from hybrid_jax.config import RunConfig
 from hybrid_jax.train.plot import plot_run
-from hybrid_jax.train.progress import duration, quantity
-from hybrid_jax.train.workdir import evaluation_file, gigabytes
+from hybrid_jax.train.workdir import evaluation_file
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -62,7 +62,7 @@ def peak_memory() -> int:
 
 def show(summary: dict[str, Any], workdir: epath.Path) -> None:
     """Print a summary as a table, and what to type next."""
-    table = Table(title=f"{summary['run']} after {summary['step']:,} steps", show_header=False, title_style="bold")
+    table = Table(title=f"{summary['run']} after {count(summary['step'], 'step')}", show_header=False, title_style="bold")
     table.add_row("parameters", f"{summary['parameters']:,}")
     table.add_row("trained on", f"{quantity(summary['tokens'])} tokens, {duration(summary['seconds'])} since it was last started")
     for row in evaluation_rows(summary["evaluation"]):

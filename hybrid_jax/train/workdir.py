@@ -4,7 +4,7 @@ WORKDIR/config.json          what the run is
 WORKDIR/text.sha256          of the tokens that it is trained on
 WORKDIR/checkpoints/STEP/    Orbax
 WORKDIR/metrics.jsonl        a line for each logged step and each evaluation; tensorboard/ holds the same
-WORKDIR/eval-STEP.json       an evaluation in full
+WORKDIR/eval-STEP.json       an evaluation in full; eval-STEP-N-tokens.json one of another number of tokens, that was asked for
 WORKDIR/summary.json, summary.png
 WORKDIR/compiled/            programs, for the next start on such devices
 WORKDIR/lock                 held by the process that trains there
@@ -18,11 +18,12 @@ import json
 import os
 import platform
 import shutil
-from typing import TextIO
+from typing import Any, TextIO
 
 import fsspec
 from etils import epath
 
+from hybrid_jax.amounts import gigabytes
 from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig, from_dict, to_dict
 
 # What of its model makes no difference to parameters that a run is given at its start, and starts from.
@@ -226,9 +227,15 @@ def is_free(path: str) -> bool:
     return any(path == free or path.startswith(free + ".") for free in FREE)
 
 
-def evaluation_file(workdir: epath.Path, step: int) -> epath.Path:
-    """Where the evaluation of a step is."""
-    return workdir / f"eval-{step}.json"
+def evaluation_file(workdir: epath.Path, step: int, tokens: int | None = None) -> epath.Path:
+    """Where the evaluation of a step is: the run's own, or one of so many ``tokens``."""
+    return workdir / (f"eval-{step}.json" if tokens is None else f"eval-{step}-{tokens}-tokens.json")
+
+
+def read_evaluations(workdir: epath.Path, step: int | None = None) -> dict[int, dict[str, Any]]:
+    """{step: its evaluation, that of the most tokens}, in order; of all that were evaluated, or of one ``step``."""
+    found = [json.loads(file.read_text()) for file in files(workdir, "eval-*.json" if step is None else f"eval-{step}[-.]*")]
+    return {evaluation["step"]: evaluation for evaluation in sorted(found, key=lambda e: (e["step"], e["tokens"]))}
 
 
 def finished(workdir: epath.Path, steps: int) -> bool:
@@ -250,8 +257,3 @@ def check_room(workdir: epath.Path, config: CheckpointConfig, one: int) -> None:
             f"{workdir} has {gigabytes(free)} free, and the run's checkpoints need {gigabytes(need)} ({gigabytes(one)} each): "
             f"make room, give a --workdir on another disk, or keep fewer (--config.checkpoint.keep, now {config.keep})"
         )
-
-
-def gigabytes(size: int) -> str:
-    """Bytes for people, such as "4.2 GB"."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,6 +1,8 @@
 """Every mistake gets one clear line that names the cause and the remedy, before time or data is lost."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,8 +13,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from experiments import cli, train
 from experiments import eval as evaluation
-from experiments import train
 from hybrid_jax.data.build import build_store
 from hybrid_jax.train.workdir import saved_steps
 from tests.experiments.commands import CONFIG, Result, run, run_train
@@ -108,7 +110,7 @@ STORES = {
     "empty": (an_empty_folder, [], ["token store store is empty", "experiments.tokenize"]),
     "something else": (another_folder, [], ["is not a token store", "experiments.tokenize"]),
     "half-written": (a_half_written_store, [], ["half-written", "run the same experiments.tokenize command again"]),
-    "cut short": (a_store_cut_short, [], ["shards", "copy the store again"]),
+    "cut short": (a_store_cut_short, [], ["of its 1 shard", "copy the store again"]),
     "vocabulary too large": (a_store, ["--config.model.vocabulary=200"], ["vocabulary of 257, the model has 200", "at least 257"]),
     "window longer than the text": (a_store, ["--config.data.window=1000000"], ["window of 1000000", "shorter"]),
 }
@@ -255,6 +257,7 @@ HELP = {  # a command, flags that its help names, and flags of other commands
     "report": (["runs", "output"], ["workdir", "step", "process"]),
     "sweep": (["models", "seeds"], ["workdir", "step", "process"]),
     "tokenize": (["input", "output", "shard"], ["workdir", "step", "process"]),
+    "bench": (["suite", "target", "shapes"], ["workdir", "config", "step", "process"]),
 }
 
 
@@ -268,21 +271,54 @@ def test_help_names_what_the_command_takes_and_nothing_else(name):
 
 
 REFUSED = [  # a command, a flag that it does not have, and what is said
-    ("train", "steps", "it has --config, .*; fields .* --config.train.steps="),
-    ("train", "step", "it has --config, "),  # it goes on from the newest checkpoint, whatever is asked
-    ("describe", "processes", "it has --config, "),
-    ("sweep", "workdir", "it has "),  # each of its runs has a folder of its own
-    ("report", "workdir", "it has "),
+    ("experiments.train", "steps", "no flag --steps; it has --config, .*; fields .* --config.train.steps="),
+    ("experiments.train", "step", "no flag --step; it has --config, "),  # it goes on from the newest checkpoint, whatever is asked
+    ("experiments.eval", "length", "no flag --length; did you mean --lengths"),
+    ("experiments.generate", "promt", "no flag --promt; did you mean --prompt"),
+    ("experiments.tokenize", "out", "no flag --out; did you mean --output"),
+    ("experiments.convert", "from", "no flag --from; did you mean --from_hf"),
+    ("experiments.describe", "processes", "no flag --processes; it has --config, "),
+    ("experiments.sweep", "workdir", "no flag --workdir; it has "),  # each of its runs has a folder of its own
+    ("experiments.report", "workdir", "no flag --workdir; it has "),
+    ("experiments.bench", "operator", "no flag --operator; did you mean --operators"),
+    ("launch.aot", "mash", "no flag --mash; did you mean --mesh"),
 ]
 
 
-@pytest.mark.parametrize(("name", "flag", "said"), REFUSED)
-def test_a_flag_that_the_command_does_not_have(name, flag, said, tmp_path):
-    """In a process of its own: this one knows the flags of all commands."""
-    command = [sys.executable, "-m", f"experiments.{name}", f"--{flag}={tmp_path}/run"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    check(Result(done.returncode, done.stdout, done.stderr), 2, f"no flag --{flag}; {said}")
+def without_jax(module: str, *words: str) -> Result:
+    """A command, as where neither JAX nor libtpu is installed; in a process of its own, as this one knows the flags of all commands."""
+    program = f"""
+import runpy, sys
+sys.modules.update(jax=None, libtpu=None)
+sys.argv = {[module, *words]!r}
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(("module", "flag", "said"), REFUSED, ids=[f"{module} --{flag}" for module, flag, _ in REFUSED])
+def test_a_flag_that_the_command_does_not_have_is_told_before_jax_is_imported(module, flag, said, tmp_path):
+    check(without_jax(module, f"--{flag}={tmp_path}/run"), 2, said)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [["launch.aot", TINY, "--topology=v5e:2x2"], ["experiments.bench", "--target=tpu:v6e"]])
+def test_a_missing_compiler_is_told_before_jax_is_imported(words):
+    check(without_jax(*words), 2, "needs the TPU compiler, libtpu: pip install -e '.\\[tpu\\]'")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR])
+def test_a_path_that_can_not_be_used_is_named(code, capsys):
+    def action():
+        raise OSError(code, os.strerror(code), "runs/there")
+
+    check(Result(cli.guarded(action), "", capsys.readouterr().err), 2, rf"runs/there can not be used \({os.strerror(code)}\)")
+
+
+def test_other_errors_of_the_system_are_not_hidden():
+    with pytest.raises(FileNotFoundError):
+        cli.guarded(lambda: Path("nowhere").read_text())
 
 
 def test_ctrl_c_before_a_run_has_begun_is_one_line(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ import sys
 import jax
 import pytest
 
-from experiments.benchmarks import cases, correctness, gpu_static, hlo, sass
+from experiments.benchmarks import cases, correctness, gpu_static, hlo, sass, targets
+from hybrid_jax.config import ConfigError
 from pallas_kernels.linear_scan import gpu
 from tests.experiments.test_bench import ROOT
 
@@ -138,7 +139,7 @@ ENTRY %main (x.0: bf16[1024,1024]) -> bf16[1024,1024] {
 def test_the_longest_floor_binds():
     row = gpu_static.cost(HLO, [kernel(instructions=1000, cycles=4000), kernel(instructions=1000, cycles=4000)])
     assert row["hbm_bytes"] == 4 * 2**21 and [k["executions"] for k in row["kernels"]] == [1, 1]
-    target = gpu_static.TARGETS["gpu:h200"]
+    target = targets.GPUS["gpu:h200"]
     found = gpu_static.floors(row | {"flops": 0}, target, "bfloat16")
     assert found["hbm_s"] == 2**23 / 4.8e12
     assert found["stalls_s"] == pytest.approx(2 * 4000 / 1.98e9)  # all blocks at once
@@ -239,8 +240,8 @@ def test_a_kernel_is_checked_in_the_interpreter(monkeypatch):
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch):
-    monkeypatch.setattr(gpu_static.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(gpu_static.NoCompiler, match=r"needs JAX's CUDA plugin and CUDA's assembler: pip install -e '.\[cuda13\]'"):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs JAX's CUDA plugin and CUDA's assembler: pip install -e '.\[cuda13\]'"):
         gpu_static.suite("gpu:h200").__enter__()
 
 
@@ -255,7 +256,7 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
 )
 def test_targets_that_cannot_be(words, message):
     done = subprocess.run([sys.executable, "-m", "experiments.bench", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
 @pytest.mark.slow

@@ -232,5 +232,5 @@ def test_without_a_gpu_the_command_ends_in_one_line():
     words = [sys.executable, "-m", "experiments.bench", "--suite=gpu"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert (
-        done.returncode == 1 and "--suite=gpu is measured on a GPU, and this machine has cpu; --target=gpu:h200 needs none" in done.stderr
+        done.returncode == 2 and "--suite=gpu is measured on a GPU, and this machine has cpu; --target=gpu:h200 needs none" in done.stderr
     )

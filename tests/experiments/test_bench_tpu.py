@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from experiments.benchmarks import hlo, schedule, tpu_chart, tpu_static
+from experiments.benchmarks import hlo, schedule, targets, tpu_chart, tpu_static
+from hybrid_jax.config import ConfigError
 from tests.experiments.test_bench import ROOT
 
 BUNDLES = """\
@@ -118,8 +119,8 @@ def test_a_loop_that_xla_has_unrolled_has_fewer_trips():
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch):
-    monkeypatch.setattr(tpu_static.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(tpu_static.NoCompiler, match=r"tpu:v6e needs the TPU compiler, libtpu: pip install -e '.\[tpu\]'"):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"tpu:v6e needs the TPU compiler, libtpu: pip install -e '.\[tpu\]'"):
         tpu_static.suite("tpu:v6e").__enter__()
 
 

@@ -113,7 +113,7 @@ def test_it_is_evaluated_and_written_and_read(finished, on_disk, tmp_path, monke
 
     monkeypatch.chdir(tmp_path)
     result = run(report.main, f"--runs={workdir.parent}/g*")
-    assert result.code == 0 and "1 runs" in result.out, result
+    assert result.code == 0 and "1 run," in result.out, result
     loss = json.loads((on_disk / "eval-8.json").read_text())["loss"]
     assert f"gla,width 16,attention,full,42,8,loss,{loss}\n" in Path("report/runs.csv").read_text()
 

@@ -78,9 +78,9 @@ def test_the_model_of_a_converted_run_is_settled(workdir, tmp_path):
 )
 def test_mistakes_are_told_in_a_line(arguments, told):
     result = run_convert(*arguments)
-    assert result.code == 2 and told in result.err
+    assert result.code == 2 and told in result.err and not result.out
 
 
 def test_a_run_is_not_overwritten(workdir):
     result = run_convert(f"--from_hf={workdir.parent / 'theirs'}", f"--workdir={workdir}")
-    assert result.code == 2 and "has checkpoints already: give another --workdir" in result.err
+    assert result.code == 2 and "has checkpoints already: give another --workdir" in result.err and not result.out

@@ -42,8 +42,10 @@ def test_every_checkpoint_evaluates_to_what_training_wrote(workdir):
 
 def test_more_tokens_can_be_asked_for(workdir):
     assert run_eval(workdir, "--tokens=1000").code == 0
-    found = json.loads((workdir / "eval-8.json").read_text())
-    assert found["tokens"] == 1024 and evaluations(workdir)[8]["tokens"] == 512
+    found = json.loads((workdir / "eval-8-1024-tokens.json").read_text())
+    assert found["tokens"] == 1024 and found["step"] == 8
+    own = json.loads((workdir / "eval-8.json").read_text())  # is still what training wrote
+    assert own["tokens"] == evaluations(workdir)[8]["tokens"] == 512 and own["loss"] == evaluations(workdir)[8]["loss"]
 
 
 def test_a_model_loads_from_the_workdir(workdir):

@@ -95,9 +95,9 @@ def test_a_tokenizer_that_comes_along_or_is_given(theirs, tmp_path):
 MISTAKES = {
     "no prompt": (["--workdir={run}"], "give one of --prompt=TEXT, --prompt_tokens=IDS and --interactive"),
     "two prompts": (["--workdir={run}", "--prompt=a", "--interactive"], "give one of --prompt"),
+    "an empty prompt": (["--workdir={run}", "--prompt="], "--prompt is empty: give at least one character"),
     "no workdir": (["--prompt=a"], "give the --workdir of a training run"),
-    "no run": (["--workdir=nowhere", "--prompt=a"], "nowhere holds no run"),
-    "an empty prompt": (["--workdir={run}", "--prompt="], "prompts[0] is empty, needs at least one token"),
+    "no run": (["--workdir=nowhere", "--prompt=a"], "nowhere holds no model: it has no config.json"),
     "tokens that are none": (["--workdir={run}", "--prompt_tokens=1,x"], "--prompt_tokens=1,x must be integers"),
     "a token out of the vocabulary": (["--workdir={run}", "--prompt_tokens=1,264"], "holds token 264, needs tokens from 0 to 263"),
     "temperature": (["--workdir={run}", "--prompt=a", "--temperature=-1"], "temperature is -1.0, needs a number of at least 0"),

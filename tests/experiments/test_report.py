@@ -26,9 +26,8 @@ def write_run(folder, name, seed=1, size="1b3", loss=2.0, recall=0.5, step=10, e
     workdir = folder / f"{name}-s{seed}"
     (workdir / "checkpoints" / str(step)).mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(to_dict(config)))
-    (workdir / f"eval-{step}.json").write_text(
-        json.dumps({"step": step, "loss": loss, "bits_per_byte": loss / 2, "mqar_accuracy": recall, "loss_by_position": [loss]})
-    )
+    found = {"step": step, "tokens": 64, "loss": loss, "bits_per_byte": loss / 2, "mqar_accuracy": recall, "loss_by_position": [loss]}
+    (workdir / f"eval-{step}.json").write_text(json.dumps(found))
     for suite, scores in dict(evals).items():
         (workdir / "evals").mkdir(exist_ok=True)
         (workdir / "evals" / f"{suite}-{step}.json").write_text(json.dumps({"headline": scores, "notes": [f"{suite} with substitutes"]}))
@@ -95,6 +94,22 @@ def test_the_newest_evaluated_step_is_read(tmp_path):
     (workdir / "eval-10.json").unlink()
     with pytest.raises(ConfigError, match="has no evaluation of any of its checkpoints: evaluate it"):
         collect.read(workdir)
+
+
+def test_of_a_step_the_evaluation_of_the_most_tokens_is_read(tmp_path):
+    workdir = write_run(tmp_path, "gla_r6", step=10, loss=2.0)
+    written = json.loads((workdir / "eval-10.json").read_text())
+    for tokens, loss in ((32, 3.0), (1024, 4.0), (128, 5.0)):
+        (workdir / f"eval-10-{tokens}-tokens.json").write_text(json.dumps(written | {"tokens": tokens, "loss": loss}))
+    assert collect.read(workdir).scores["loss"] == 4.0
+    (workdir / "eval-100-2048-tokens.json").write_text(json.dumps(written | {"step": 100, "tokens": 2048, "loss": 6.0}))
+    assert collect.read(workdir).scores["loss"] == 4.0  # that of another step
+
+
+def test_one_run_is_no_runs(tmp_path):
+    write_run(tmp_path / "runs", "gla_r6")
+    assert f"1 run, written to {tmp_path}/out/report.md" in made(tmp_path).out
+    assert "1 run of 1 model. Means" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_what_models_are_called():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import hybrid_jax.train.report
+from experiments import train
 from hybrid_jax.train.metrics import read_rows
 from hybrid_jax.train.workdir import saved_steps
 from tests.experiments.commands import CONFIG, run_train
@@ -80,12 +81,13 @@ def test_the_same_command_after_the_end_shows_the_summary_again(finished, monkey
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, number):
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, capfd, number):
     workdir, handler = tmp_path / "run", signal.getsignal(number)
     with monkeypatch.context() as patch:
         stop_at(patch, 2, lambda: os.kill(os.getpid(), number))
         result = run_train(workdir)
     assert result.code == 0
+    assert capfd.readouterr().err == f"\n{number.name}: {train.STOPPING}\n"  # at once, not when the step is done
     step = saved_steps(workdir)[-1]
     assert 2 < step < 8
     assert f"{number.name}: stopped after step {step} of 8, which is saved. To continue: python -m experiments.train {CONFIG}" in result.out

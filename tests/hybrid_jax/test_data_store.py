@@ -147,5 +147,5 @@ def test_damaged(built, tmp_path):
     damaged("cut", lambda copy: (copy / "manifest.json").write_text("{"), "manifest.json is not a token store's")
     damaged("type", manifest(dtype="uint32"), r"tokens/ is uint16\[\d+\], its manifest says uint32\[\d+\]: copy the store again")
     damaged("array", lambda copy: shutil.rmtree(copy / "train" / "tokens"), "should hold an array of the token store and does not: copy")
-    damaged("shard", lambda copy: (copy / "train" / "tokens" / "c" / "0").unlink(), "has 0 of its 1 shards: copy the store again")
+    damaged("shard", lambda copy: (copy / "train" / "tokens" / "c" / "0").unlink(), "has 0 of its 1 shard: copy the store again")
     damaged("tokenizer", lambda copy: (copy / "tokenizer.json").write_bytes(bpe_tokenizer(["</s>"])), "is not the one that built the store")

@@ -83,7 +83,7 @@ def test_a_size_that_does_not_divide_is_named():
 
 def test_mesh_uses_every_device():
     assert sharding.make_mesh(config.MeshConfig(), jax.devices()[:1]).shape == {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1}
-    with pytest.raises(config.ConfigError, match="does not fit 1 devices; the sizes must multiply to 1"):
+    with pytest.raises(config.ConfigError, match="does not fit 1 device; the sizes must multiply to 1"):
         sharding.make_mesh(config.MeshConfig(tensor=4), jax.devices()[:1])
     with pytest.raises(config.ConfigError, match="data 1 x fsdp 1 x seq 1 x tensor 1 does not fit 2 devices"):
         sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1] * 2)

@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
+from hybrid_jax.amounts import count, duration, quantity
 from hybrid_jax.config import ConfigError, LogConfig
 from hybrid_jax.data.token_source import ArraySource
 from hybrid_jax.data.tokenizers import ByteTokenizer
 from hybrid_jax.train import advice, plot, throughput
 from hybrid_jax.train.metrics import Metrics, by_doubling, read_rows
-from hybrid_jax.train.progress import Display, duration, quantity
+from hybrid_jax.train.progress import Display
 from hybrid_jax.train.report import Report
 from hybrid_jax.train.step import Metrics as StepMetrics
 from hybrid_jax.train.workdir import RunError
@@ -117,6 +119,11 @@ def test_quantities(number, text):
     assert quantity(number) == text
 
 
+@pytest.mark.parametrize(("number", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps"), (40000, "40,000 steps")])
+def test_counts(number, text):
+    assert count(number, "step") == text
+
+
 def row(**changes):
     return {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 1e4, "mfu": 0.25, "skipped": 0, **changes}
 
@@ -130,10 +137,11 @@ def test_a_log_file_gets_plain_lines(capsys):
     assert lines == ["step  10/300  loss 2.0000  10k tokens/s  MFU 25.0%  60 min left  2 skipped  gradient 1  rate 0.1"]
 
 
-def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+@pytest.mark.parametrize("columns", ["120", "62"])
+def test_a_terminal_gets_a_bar(capsys, monkeypatch, columns):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", columns)
     display = Display(300, 0)
     display.step(150, row(), 100.0, line=False)
     display.say("a line that stays")
@@ -227,7 +235,7 @@ def write_run(workdir, steps):
             if steps >= 30 and step % (steps // 3) == 0:
                 found = {"loss": 1.5, "bits_per_byte": 2.2, "xz_bits_per_byte": 2.0, "unigram_bits_per_byte": 4.7, "mqar_accuracy": 0.5}
                 print(json.dumps({"step": step, "evaluation": found}), file=file)
-                positions = {"step": step, "loss_by_position": [None, *(3.0 / np.arange(1, 64)).tolist()]}
+                positions = {"step": step, "tokens": 64, "loss_by_position": [None, *(3.0 / np.arange(1, 64)).tolist()]}
                 (workdir / f"eval-{step}.json").write_text(json.dumps(positions))
 
 
@@ -237,6 +245,25 @@ def test_a_picture_of_any_run(tmp_path, steps):
     file = plot.plot_run(tmp_path)
     content = file.read_bytes()
     assert file == tmp_path / "summary.png" and content.startswith(b"\x89PNG") and len(content) > 20_000
+
+
+@pytest.mark.parametrize("bits", [[8.1], [8.1, 3.0]])
+@pytest.mark.parametrize("steps", [1, 10])
+def test_axes_of_steps_are_whole_and_leave_room_for_the_last_value(bits, steps):
+    found = {"xz_bits_per_byte": 2.0, "unigram_bits_per_byte": 4.7, "mqar_accuracy": 1.0, "loss": 1.0}
+    rows = [{"step": steps * i, "evaluation": found | {"bits_per_byte": value}} for i, value in enumerate(bits, 1)]
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.75))
+    plot._losses(axes[0], [{"step": step, "loss": 1.0} for step in range(1, steps + 1)], rows)
+    plot._bits(axes[1], rows)
+    plot._recall(axes[2], rows)
+    figure.canvas.draw()
+    for one in axes:
+        ticks = [label.get_text() for label in one.get_xticklabels()]
+        assert len(set(ticks)) == len(ticks) and all(tick == round(tick) for tick in one.get_xticks())
+    for one in axes[1:]:
+        label = next(text for text in one.texts if text.get_text() in (f"{bits[-1]:.3f}", "100.0%"))
+        assert label.get_window_extent().y1 < one.get_window_extent().y1
+    pyplot.close(figure)
 
 
 def test_smoothing_leaves_gaps_out_and_looks_back_a_tenth():

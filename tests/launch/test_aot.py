@@ -51,16 +51,26 @@ def command(*arguments, code=0):
         (("--topology=v5e:3x3",), "--topology=v5e:3x3: v5e has no 3x3 slices; it has 1x1, 2x2"),
         (("--topology=h100:8",), "the generations are v4, v5e, v5p, v6e, tpu7x"),
         (("--topology=v5e:2x2", "--mesh=rows=4"), "--mesh=rows=4: give sizes of data, fsdp, seq, tensor"),
-        (("--topology=v5e:2x2", "--mesh=data=3"), "mesh data 3 x fsdp -1 x seq 1 x tensor 1 does not fit 4 devices"),
-        (("--topology=v5e:2x2", "--slices=2"), "mesh.data=1 can not be dealt to 2 slices; give --config.mesh.data=2"),
-        (("--topology=v5e:8x8",), "train.batch=16 can not be dealt to data x fsdp = 1 x 64"),
-        (("--topology=v5e:2x2", "--config.model.vocabulary=513", "--mesh=tensor=2"), "does not divide the 'vocabulary' axis of size 513"),
         (("--topology=v5e:2x2", "--config.model.widht=64"), "did you mean 'width'?"),
     ],
 )
 def test_mistakes_are_one_line(arguments, says):
     lines = command("--config=configs/gla_r6.py:tiny", *arguments, code=2)
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("--topology=v5e:2x2", "--mesh=data=3"), "mesh data 3 x fsdp -1 x seq 1 x tensor 1 does not fit 4 devices"),
+        (("--topology=v5e:2x2", "--slices=2"), "mesh.data=1 can not be dealt to 2 slices; give --config.mesh.data=2"),
+        (("--topology=v5e:8x8",), "train.batch=16 can not be dealt to data x fsdp = 1 x 64"),
+        (("--topology=v5e:2x2", "--config.model.vocabulary=513", "--mesh=tensor=2"), "does not divide the 'vocabulary' axis of size 513"),
+    ],
+)
+def test_what_can_not_be_dealt_out_is_one_line(arguments, says):
+    test_mistakes_are_one_line(arguments, says)
 
 
 def test_a_mesh_in_short():

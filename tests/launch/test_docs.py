@@ -1,5 +1,5 @@
-"""Every launcher's command in docs/launching.md is taken by that launcher, and prints what the page says it prints with --dry_run; of
-launch.aot's commands what is known without compiling."""
+"""Every launcher's command in the pages on launching is taken by that launcher, and prints what the page says it prints with --dry_run;
+of launch.aot's commands what is known without compiling."""
 
 import math
 import re
@@ -15,7 +15,8 @@ from tests.launch.stand_ins import ROOT, World
 FLAGS = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "launch" / "aot.py").read_text())
 
 LAUNCHERS = ("tpu_vm", "gke", "slurm", "cloud_batch", "jobset")
-PAGE = re.sub(r"\\\n\s*", "", (ROOT / "docs" / "launching.md").read_text())
+PAGES = [(ROOT / "docs" / f"{name}.md").read_text() for name in ("launching", "token_store", "aot")]
+PAGE = re.sub(r"\\\n\s*", "", "\n".join(PAGES))
 BLOCK = "\n".join(re.findall(r"^ {4,}(\S.*)$", PAGE, re.M))
 LAUNCHER = rf"python -m launch\.(?:{'|'.join(LAUNCHERS)}) "
 COMMANDS = [line for line in BLOCK.splitlines() if re.match(LAUNCHER, line)]

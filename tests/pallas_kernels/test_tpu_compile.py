@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from experiments.benchmarks import cases, tpu_static
+from experiments.benchmarks import cases, targets, tpu_static
 
 pytestmark = [
     pytest.mark.slow,
@@ -15,7 +15,7 @@ KERNELS = [operator for operator in cases.OPERATORS if "pallas" in cases.api(ope
 VMEM = {"tpu:v4": 16, "tpu:v5e": 128, "tpu:v5p": 64, "tpu:v6e": 128, "tpu:tpu7x": 64}  # MiB a core
 
 
-@pytest.fixture(scope="module", params=sorted(tpu_static.TARGETS))
+@pytest.fixture(scope="module", params=sorted(targets.TPUS))
 def compiler(request):
     compiler = tpu_static.Compiler(request.param)
     yield compiler
