@@ -98,4 +98,4 @@ def test_the_readmes_sizes_are_those_of_the_configurations(size, written):
             unit = found[2]
     figures = 2 if unit == "B" else 0 if size == "340m" else 1
     least, most = (f"{pick(map(float, counts)):.{figures}f} {unit}" for pick in (min, max))
-    assert len(counts) in (19, 31) and re.search(rf"^\| `:{size}`.*?\| {least} to {most} ", PAGES["README.md"], re.M), (least, most)
+    assert len(counts) > 18 and re.search(rf"^\| `:{size}`.*?\| {least} to {most} ", PAGES["README.md"], re.M), (least, most)
