@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments import cli
 from experiments.configs import recipe
@@ -105,7 +105,8 @@ def main(overrides: list[str]) -> int:
             summaries[job.name] = train(job, folder, overrides)
             progress.advance(task)
 
-    table = Table("run", "parameters", "steps", "held-out loss", "bits per byte", "recall", "tokens/s", title=f"{SIZE.value}, {folder}")
+    names = ("run", "parameters", "steps", "held-out loss", "bits per byte", "recall", "tokens/s")
+    table = Table(*(Column(name, overflow="fold") for name in names), title=f"{SIZE.value}, {folder}")  # numbers whole in any terminal
     for name, summary in summaries.items():
         table.add_row(*row(name, summary, folder / f"{name}.log"))
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
