@@ -31,7 +31,7 @@ def rehearse(perform: Callable, tasks: list, environment: dict[str, str], until:
     workers = min(len(tasks), os.cpu_count())
     if workers < 2:
         return
-    print(f"{len(tasks)} of them are compiled ahead, {workers} at a time")
+    print(f"compiled ahead, in {workers} processes")
     own = threading.local()
     started = []
 

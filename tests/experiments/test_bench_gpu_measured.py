@@ -200,7 +200,7 @@ def test_what_is_compiled_ahead_is_found_in_its_turn(programs, monkeypatch, caps
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     environment = ahead.keep_programs()
     ahead.rehearse(multiply, [0, 2, 3], environment, until=time.monotonic() + 600)
-    assert "3 of them are compiled ahead, 2 at a time" in capsys.readouterr().out
+    assert "compiled ahead, in 2 processes" in capsys.readouterr().out
     assert len(kept()) == 2 and not hits
     assert [multiply(2), multiply(3)] == [14, 21] and len(kept()) == len(hits) == 2
     ahead.rehearse(multiply, [4, 5], environment, until=time.monotonic() - 1)  # too late
