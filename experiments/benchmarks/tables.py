@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from experiments.benchmarks.cases import OPERATORS, PASSES
-from experiments.benchmarks.targets import TPUS
+from experiments.benchmarks.targets import GPUS, TPUS
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "docs/tpu.md", ROOT / "docs/gpu.md")
@@ -115,18 +115,24 @@ def gpu_kernels() -> str:
 
 
 def gpu_steps() -> str:
-    """A configuration and window a line: what a step of 32k tokens holds and moves, and which kernels it runs."""
+    """A configuration and window a line: what a step of 32k tokens holds and moves, which kernels it runs, and what share of its time the
+    model's FLOPs are where both go at the datasheet's rates, one after the other.
+    """
     rows = newest("gpu_static", "gpu_step_static")
-    rows.sort(key=lambda row: (row["config"].endswith(":1b3"), row["config"] != "transformer:340m", row["config"], row["window"]))
+    rows.sort(key=lambda row: (row["config"].endswith(":1b3"), not row["config"].startswith("transformer"), row["config"], row["window"]))
 
     def line(row):
         operators = {operator: "+".join(names) for layer in row["implementations"].values() for operator, names in layer.items()}
         used = ", ".join(f"{operator} {names}" for operator, names in sorted(operators.items()))
         held, moved = f"{row['held_bytes'] / 1e9:.1f}", f"{row['hbm_bytes'] / 1e9:.0f}"
         spilled = sum(kernel["spill_bytes"] for kernel in row["kernels"].values())
-        return [f"`{row['config']}`", f"{row['window']:,}", used, f"`{row['remat']}`", held, moved, str(spilled)]
+        card = GPUS[row["target"]]
+        computing, moving = row["flops"] / card.flop_per_s["bfloat16"], row["hbm_bytes"] / card.bytes_per_s
+        times = f"{computing * 1e3:.0f}", f"{moving * 1e3:.0f}", f"{computing / (computing + moving):.0%}"
+        return [f"`{row['config']}`", f"{row['window']:,}", used, f"`{row['remat']}`", held, moved, *times, str(spilled)]
 
-    return markdown(["step", "T", "kernels", "remat", "holds GB", "HBM GB", "spilled bytes"], map(line, rows))
+    headings = ["step", "T", "kernels", "remat", "holds GB", "HBM GB", "FLOPs ms", "HBM ms", "MFU, in turn", "spilled bytes"]
+    return markdown(headings, map(line, rows))
 
 
 TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (tpu_operators, tpu_steps, gpu_operators, gpu_kernels, gpu_steps)}
