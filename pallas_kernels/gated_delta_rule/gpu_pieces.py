@@ -1,8 +1,8 @@
 """The states before each piece of a sequence, by Mosaic GPU: pieces are walked side by side where the batch leaves multiprocessors idle.
 
 The state after a piece is M S + Z: M, the piece's transition, is the state it comes to from the identity without values, and Z the one from
-zero. The gradients go through the pieces from the last to the first, by M^T. Here 2 K V FLOPs and 4 K V bytes a piece and key are too few
-to matter, but not to be rounded: factors have two parts in bfloat16.
+zero. The gradients go through the pieces from the last to the first, by M^T. What is rounded here is rounded once a piece: factors have two
+parts in bfloat16. Few multiprocessors have anything to do meanwhile, so transitions are on their way before their turn.
 """
 
 from functools import partial
