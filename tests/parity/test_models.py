@@ -81,7 +81,7 @@ CASES |= {
 
 def inputs():
     """name -> (what fla takes, our segment ids [2,T], which tokens are real); rows as they are, packed, and left-padded."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)  # not 0: with it a relu of retnet's stands so close to zero that rounding decides its gradient
     tokens = rng.integers(0, V, (2, T))
     plain = np.ones((2, T), np.int32)
     ids = np.repeat([1, 2, 3, 1, 2], [3, 1, T - 4, 9, T - 9]).reshape(2, T)
