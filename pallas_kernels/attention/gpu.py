@@ -199,7 +199,7 @@ def _blocks_of_keys(plan, reach: Ranges, before):
     unreached = reach.rank[:, None, plan.block - 1 :: plan.block] < reach.first[:, ::TILE, None]
     begin = jnp.sum(unreached, axis=2, dtype=jnp.int32)
     end = (before + 1 + jnp.arange(plan.tiles, dtype=jnp.int32)) * (TILE // plan.block)
-    return begin, jnp.broadcast_to(end, begin.shape)
+    return jnp.minimum(begin, end), jnp.broadcast_to(end, begin.shape)
 
 
 def _blocks_of_queries(plan, reach: Ranges, before):

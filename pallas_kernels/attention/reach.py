@@ -12,7 +12,8 @@ class Ranges(NamedTuple):
     """In ranks: how many real tokens stand before a token in its row. All [B,T] int32; rank and first never fall along a row.
 
     rank: of a token, as a key; of padding, that of the real token before it.
-    first, last: a query attends to the keys from its document's first, or its window's, up to itself; at padding to none.
+    first, last: a query attends to the keys from its document's first, or its window's, up to itself; at padding to none, and behind a
+        row's last real token to none that could be.
     key: a key's rank; in no range at padding.
     """
 
@@ -37,6 +38,7 @@ def ranges(segments: Segments, window: int | None, padding: int = 0) -> Ranges:
     first = jax.lax.cummax(jnp.where(starts, rank, 0), axis=1)
     if window is not None:
         first = jnp.maximum(first, rank - window + 1)
+    first = jnp.where(real | (rank < rank[:, -1:]), first, T)
     return Ranges(rank, first, jnp.where(real, rank, -1), jnp.where(real, rank, T))
 
 
@@ -45,4 +47,4 @@ def ranges_of_whole_rows(B: int, T: int, window: int | None, padding: int = 0) -
     place = jax.lax.broadcasted_iota(jnp.int32, (B, T + padding), 1)
     rank = jnp.minimum(place, T - 1)
     first = jnp.zeros_like(rank) if window is None else jnp.maximum(rank - window + 1, 0)
-    return Ranges(rank, first, jnp.where(place < T, rank, -1), jnp.where(place < T, rank, T))
+    return Ranges(rank, jnp.where(place < T, first, T), jnp.where(place < T, rank, -1), jnp.where(place < T, rank, T))

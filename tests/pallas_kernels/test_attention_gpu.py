@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import platforms
 from pallas_kernels.attention import attention, attention_stretch, gpu, reference
+from pallas_kernels.attention.reach import ranges
 from pallas_kernels.segments import number
 from tests.helpers import random_segment_ids, tree_errors
 from tests.pallas_kernels import hopper
@@ -97,6 +98,17 @@ def test_stretches(T, H, window):
     ids = jnp.asarray(random_segment_ids(np.random.default_rng(T), 1, 2 * T, mean_length=100))
     given = jax.tree.map(lambda x: jnp.where((ids != 0)[:, :, None, None], x, 0), example(8, 1, 2 * T, H, 1, 64, 64))
     check(given, dealt, segment_ids=ids, window=window)
+
+
+def test_what_is_behind_the_last_token_costs_nothing():
+    """Rows of 130 and of no real tokens, in three tiles of 128: blocks of 64 keys, and of queries, that each tile goes through."""
+    real = jnp.stack([jnp.arange(384) < 130, jnp.zeros(384, bool)])
+    reach = ranges(number(jnp.where(real, 1, 0)), None)
+    plan = gpu.Plan(1.0, tiles=3, block=64, group=1, keys=64, values=64)
+    begin, end = gpu._blocks_of_keys(plan, reach, 0)
+    assert (end - begin).tolist() == [[2, 4, 0], [0, 0, 0]]
+    begin, end = gpu._blocks_of_queries(plan, reach, 0)
+    assert (end - begin).tolist() == [[3, 1, 0], [0, 0, 0]]
 
 
 def test_lowered_for_a_card():
