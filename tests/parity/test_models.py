@@ -79,9 +79,9 @@ CASES |= {
 }
 
 
-def inputs():
+def inputs(seed):
     """name -> (what fla takes, our segment ids [2,T], which tokens are real); rows as they are, packed, and left-padded."""
-    rng = np.random.default_rng(1)  # not 0: with it a relu of retnet's stands so close to zero that rounding decides its gradient
+    rng = np.random.default_rng(seed)
     tokens = rng.integers(0, V, (2, T))
     plain = np.ones((2, T), np.int32)
     ids = np.repeat([1, 2, 3, 1, 2], [3, 1, T - 4, 9, T - 9]).reshape(2, T)
@@ -122,7 +122,8 @@ def test_logits_loss_and_gradients(case, fla, tmp_path):
         (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         return logits, value, gradient
 
-    for name, given, segment_ids in inputs():
+    # With the other seed a relu of RetNet's stands so close to zero that rounding decides its gradient.
+    for name, given, segment_ids in inputs(seed=1 if "relu" in case else 0):
         targets, weights = targets_of(given["labels"])
         batch = {"tokens": given["tokens"], "targets": targets, "weights": weights}
         batch = {key: jnp.asarray(x.reshape(2, T)) for key, x in batch.items()} | {"segment_ids": jnp.asarray(segment_ids)}
