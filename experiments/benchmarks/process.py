@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from unittest import mock
 
 _ENVIRONMENT = threading.Lock()  # of this process, in which another one is given its own
 
@@ -18,14 +19,9 @@ class Process:
         self._start()
 
     def _start(self):
-        with _ENVIRONMENT:
-            before = os.environ.copy()
-            os.environ.update(self._environment)  # what a process finds when it is spawned,
+        with _ENVIRONMENT, mock.patch.dict(os.environ, self._environment):  # what a process finds when it is spawned,
             self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
             self._pool.submit(os.getpid)  # which is now
-            for name in self._environment:
-                os.environ.pop(name)
-            os.environ.update(before)
 
     def call(self, function: Callable[..., dict], *arguments) -> dict:
         """``function(*arguments)`` in that process. Raises RuntimeError where it dies."""
