@@ -18,10 +18,7 @@ _GROUPS = re.compile(r"(feature|batch)_group_count=(\d+)")
 
 
 def flops(module: Module, window: int | None = None) -> int:
-    """Of one execution of the module. window: of its attention, None where that sees everything before a token.
-
-    Where a sequence is cut over devices, of the device with its end, whose queries see most.
-    """
+    """Of one execution of the module, the mean of its devices. window: of its attention, None where that sees all before a token."""
     return sum(
         execution.count * _flops(module.computations[computation], instruction, window)
         for execution in module.executions
@@ -44,11 +41,10 @@ def _flops(arrays: dict[str, Instruction], instruction: Instruction, window: int
     return _convolution(instruction.attributes, result, left, right)
 
 
-def splash_blocks(queries: int, keys: int, window: int | None = None) -> int:
-    """Blocks of scores that Splash computes of a row's last ``queries`` against its ``keys``: each, whole, that has a pair in reach."""
-    block = block_length(queries)
-    reach = keys if window is None else 1 + -(-(window - 1) // block)
-    return sum(min(i + 1, reach) for i in range((keys - queries) // block, keys // block))
+def splash_blocks(tokens: int, block: int, window: int | None = None) -> int:
+    """Blocks of scores that Splash computes of a row: each, whole, that has a pair in reach."""
+    reach = tokens if window is None else 1 + -(-(window - 1) // block)
+    return sum(min(i + 1, reach) for i in range(tokens // block))
 
 
 def _splash(kernel: str, result: str, operands: list[str], window: int | None) -> int:
@@ -61,7 +57,10 @@ def _splash(kernel: str, result: str, operands: list[str], window: int | None) -
     (*heads, queries, K), keys, V = q, k[-2], v[-1]
     has_dq = any(shape.count(",") == len(q) for shape in _SHAPE.findall(result))
     width = {"fwd": K + V, "dq": 2 * K + V, "dkv": (3 if has_dq else 2) * K + 2 * V}[kernel]
-    return 2 * math.prod(heads) * splash_blocks(queries, keys, window) * block_length(queries) ** 2 * width
+    # Of a row cut over devices, each computes half a stretch from the row's beginning and half of one from its end: its share.
+    block = block_length(queries if queries == keys else queries // 2)
+    scores = splash_blocks(keys, block, window) * block**2 * queries // keys
+    return 2 * math.prod(heads) * scores * width
 
 
 def _convolution(attributes: str, result: list[int], left: list[int], right: list[int]) -> int:

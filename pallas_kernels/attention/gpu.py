@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import platforms
 from pallas_kernels.attention import gpu_kernels
 from pallas_kernels.attention.gpu_kernels import ROWS, STAGES, TILE, WARPGROUPS, numbers, tokens
-from pallas_kernels.attention.reach import Ranges, ranges, ranges_of_whole_rows
+from pallas_kernels.attention.reach import Ranges, blocks_at, ranges, ranges_of_whole_rows
 from pallas_kernels.segments import Segments
 
 LARGEST_HEAD = 128  # channels: with more, a tile of keys and its gradients does not fit in registers
@@ -39,14 +39,14 @@ def attention(q, k, v, scale, window, segments: Segments | None):
         reach = ranges(segments, window, -T % TILE)
         q, k, v = (jnp.where(segments.real[:, :, None, None], a, 0) for a in (q, k, v))
     q, k, v = (jnp.pad(a, [(0, 0), (0, -T % TILE), (0, 0), (0, 0)]) for a in (q, k, v))
-    return _whole_channels(scale, q, k, v, reach, jnp.zeros((), jnp.int32))[:, :T]
+    return _whole_channels(scale, q, k, v, reach, jnp.arange(q.shape[1] // TILE, dtype=jnp.int32))[:, :T]
 
 
-def attention_stretch(q, k, v, scale, window, segments: Segments, at):
-    """The queries of the ``at``-th of equal stretches, whole tiles, against the keys of all; see stretch.py."""
+def attention_stretch(q, k, v, scale, window, segments: Segments, places):
+    """The queries of some of equal stretches, whole tiles, against the keys of all; see stretch.py."""
     _check(q=q, k=k, v=v)
-    T = q.shape[1]
-    return _whole_channels(scale, q, k, v, ranges(segments, window).of_queries(at * T, T), at * (T // TILE))
+    T = q.shape[1] // len(places)
+    return _whole_channels(scale, q, k, v, ranges(segments, window).of_queries(places, T), blocks_at(places, T // TILE))
 
 
 def block_length(T: int) -> int:
@@ -63,10 +63,10 @@ def _check(**arrays):
             raise ValueError(f"attention: {name} has heads of {a.shape[-1]}, {wanted}")
 
 
-def _whole_channels(scale, q, k, v, reach, before):
+def _whole_channels(scale, q, k, v, reach, places):
     """:func:`_attend` of heads of any width."""
     padded = (jnp.pad(a, [(0, 0), (0, 0), (0, 0), (0, -a.shape[-1] % 64)]) for a in (q, k, v))
-    return _attend(scale, *padded, reach, before)[..., : v.shape[-1]]
+    return _attend(scale, *padded, reach, places)[..., : v.shape[-1]]
 
 
 def _cudnn_takes(q, v) -> bool:
@@ -116,21 +116,21 @@ class Plan(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scale, q, k, v, reach: Ranges, before):
+def _attend(scale, q, k, v, reach: Ranges, places):
     """q [B,T,H,K], k [B,S,HK,K], v [B,S,HK,V], T and S whole tiles, K and V multiples of 64 -> [B,T,H,V].
 
-    before: the tiles of keys that are before the first query's.
+    places: [T/TILE] int32, ascending: which tile of the row each tile of queries is.
     """
-    return _forward(scale, q, k, v, reach, before)[0]
+    return _forward(scale, q, k, v, reach, places)[0]
 
 
-def _forward(scale, q, k, v, reach, before):
+def _forward(scale, q, k, v, reach, places):
     """(output [B,T,H,V], the logsumexp [B,H,T] of base-2 logarithms)."""
     plan = Plan.of(scale, q, q, k, v, block=TILE)
     B, T, H, K = q.shape
     return plan.call(
         gpu_kernels.of_queries,
-        (q, k, v, reach.first, reach.last, reach.key, *_blocks_of_keys(plan, reach, before)),
+        (q, k, v, reach.first, reach.last, reach.key, *_blocks_of_keys(plan, reach, places)),
         (jax.ShapeDtypeStruct((B, T, H, plan.values), v.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)),
         own=[
             tokens(ROWS, K, WARPGROUPS),
@@ -143,22 +143,22 @@ def _forward(scale, q, k, v, reach, before):
     )
 
 
-def _attend_forward(scale, q, k, v, reach, before):
-    output, logsumexp = _forward(scale, q, k, v, reach, before)
+def _attend_forward(scale, q, k, v, reach, places):
+    output, logsumexp = _forward(scale, q, k, v, reach, places)
     output = checkpoint_name(output, "attention_output")
     logsumexp = checkpoint_name(logsumexp, "attention_logsumexp")
-    return output, (q, k, v, reach, before, output, logsumexp)
+    return output, (q, k, v, reach, places, output, logsumexp)
 
 
 def _attend_backward(scale, residuals, d_output):
-    q, k, v, reach, before, output, logsumexp = residuals
+    q, k, v, reach, places, output, logsumexp = residuals
     B, S, H, K = *k.shape[:2], *q.shape[2:]
     mean = jnp.einsum("bthv,bthv->bht", output, d_output, preferred_element_type=jnp.float32)
 
     plan = Plan.of(scale, q, q, k, v, block=TILE if max(K, v.shape[3]) <= 64 else ROWS)  # what fits in registers
     (dq,) = plan.call(
         gpu_kernels.d_queries,
-        (q, k, v, d_output, reach.first, reach.last, reach.key, *_blocks_of_keys(plan, reach, before), logsumexp, mean),
+        (q, k, v, d_output, reach.first, reach.last, reach.key, *_blocks_of_keys(plan, reach, places), logsumexp, mean),
         (jax.ShapeDtypeStruct(q.shape, q.dtype),),
         own=[
             tokens(ROWS, K, WARPGROUPS),
@@ -173,7 +173,7 @@ def _attend_backward(scale, residuals, d_output):
     plan = Plan.of(scale, k, q, k, v, block=ROWS)
     dk, dv = plan.call(
         gpu_kernels.d_keys,
-        (q, k, v, d_output, reach.first, reach.last, reach.key, *_blocks_of_queries(plan, reach, before), logsumexp, mean),
+        (q, k, v, d_output, reach.first, reach.last, reach.key, *_blocks_of_queries(plan, reach, places), logsumexp, mean),
         tuple(jax.ShapeDtypeStruct((B, S, H, width), q.dtype) for width in (K, plan.values)),
         own=[tokens(ROWS, K, WARPGROUPS), tokens(ROWS, plan.values, WARPGROUPS), numbers(ROWS, jnp.int32, WARPGROUPS)],
         loads=3,
@@ -194,19 +194,19 @@ def _keys_and_values(plan):
     return [tokens(plan.block, plan.keys, STAGES), tokens(plan.block, plan.values, STAGES), numbers(plan.block, jnp.int32, STAGES)]
 
 
-def _blocks_of_keys(plan, reach: Ranges, before):
+def _blocks_of_keys(plan, reach: Ranges, places):
     """For each tile of queries, [B,tiles]: the first block of keys whose last one the first query reaches, and one past the tile's own."""
     unreached = reach.rank[:, None, plan.block - 1 :: plan.block] < reach.first[:, ::TILE, None]
     begin = jnp.sum(unreached, axis=2, dtype=jnp.int32)
-    end = (before + 1 + jnp.arange(plan.tiles, dtype=jnp.int32)) * (TILE // plan.block)
+    end = (places + 1) * (TILE // plan.block)
     return jnp.minimum(begin, end), jnp.broadcast_to(end, begin.shape)
 
 
-def _blocks_of_queries(plan, reach: Ranges, before):
-    """For each tile of keys, [B,tiles]: its own block of queries, or the first; one past the last whose first one reaches its last key."""
+def _blocks_of_queries(plan, reach: Ranges, places):
+    """For each tile of keys, [B,tiles]: the first block of queries not before it; one past the last whose first reaches its last key."""
     reaching = reach.first[:, None, :: plan.block] <= reach.rank[:, TILE - 1 :: TILE, None]
     end = jnp.sum(reaching, axis=2, dtype=jnp.int32)
-    begin = jnp.maximum(jnp.arange(plan.tiles, dtype=jnp.int32) - before, 0) * (TILE // plan.block)
+    begin = jnp.sum(places < jnp.arange(plan.tiles)[:, None], axis=1, dtype=jnp.int32) * (TILE // plan.block)
     return jnp.minimum(begin, end), end
 
 

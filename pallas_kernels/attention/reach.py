@@ -17,15 +17,25 @@ class Ranges(NamedTuple):
     key: a key's rank; in no range at padding.
     """
 
-    def of_queries(self, start: jax.Array, T: int) -> "Ranges":
-        """Those of the T queries from ``start`` on, and of all keys."""
-        first, last = (jax.lax.dynamic_slice_in_dim(a, start, T, axis=1) for a in (self.first, self.last))
-        return self._replace(first=first, last=last)
-
     rank: jax.Array
     first: jax.Array
     last: jax.Array
     key: jax.Array
+
+    def of_queries(self, places: jax.Array, T: int) -> "Ranges":
+        """Those of the queries of the stretches of T tokens at ``places``, and of all keys."""
+        return self._replace(first=stretches(self.first, places, T), last=stretches(self.last, places, T))
+
+
+def blocks_at(places: jax.Array, blocks: int) -> jax.Array:
+    """The blocks of the stretches at ``places``, each of so many, one after the other: [len(places) x blocks] int32."""
+    return (places[:, None] * blocks + jnp.arange(blocks, dtype=jnp.int32)).reshape(-1)
+
+
+def stretches(x: jax.Array, places: jax.Array, T: int) -> jax.Array:
+    """Of [B,all T,...], cut into stretches of T tokens, those at ``places``, one after the other."""
+    cut = x.reshape(len(x), -1, T, *x.shape[2:])
+    return cut[:, places].reshape(len(x), -1, *x.shape[2:])
 
 
 def ranges(segments: Segments, window: int | None, padding: int = 0) -> Ranges:

@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 from pallas_kernels import checks, platforms
+from pallas_kernels.attention.reach import blocks_at, stretches
 from pallas_kernels.segments import Segments
 
 LANES = 128
@@ -47,18 +48,18 @@ def attention(q, k, v, scale, window, segments: Segments | None):
     return jnp.where(real[:, :, None, None], output, 0)
 
 
-def attention_stretch(q, k, v, scale, window, segments: Segments, at):
-    """The queries of the ``at``-th of equal stretches, whole blocks of :func:`block_length`, against the keys of all; see stretch.py.
+def attention_stretch(q, k, v, scale, window, segments: Segments, places):
+    """The queries of some of equal stretches, whole blocks of :func:`block_length`, against the keys of all; see stretch.py.
 
     Windows count padding like any token.
     """
+    T = q.shape[1] // len(places)
     ids = jnp.where(segments.real, segments.index, -1)
-    own = jax.lax.dynamic_slice_in_dim(ids, at * q.shape[1], q.shape[1], axis=1)
 
-    def kernel(at, heads, interpret):
-        return _stretch_kernel(heads, q.shape[1], k.shape[1], window, at, interpret)
+    def kernel(places, heads, interpret):
+        return _stretch_kernel(heads, T, k.shape[1], window, places, interpret)
 
-    return _splash(kernel, at, q, k, v, scale, (own, ids))
+    return _splash(kernel, places, q, k, v, scale, (stretches(ids, places, T), ids))
 
 
 def _attend(q, k, v, scale, window, ids):
@@ -71,18 +72,18 @@ def _attend(q, k, v, scale, window, ids):
     def kernel(_, heads, interpret):
         return _kernel(heads, q.shape[1], window, block_length(T), interpret)
 
-    return _splash(kernel, jnp.zeros((), jnp.int32), q, k, v, scale, ids)[:, :T]
+    return _splash(kernel, jnp.zeros((1,), jnp.int32), q, k, v, scale, ids)[:, :T]
 
 
-def _splash(kernel, at, q, k, v, scale, ids):
-    """``kernel`` (at, heads, interpret) on whole blocks, [B,T,H,...] in and out; ids: () or those of queries and of keys."""
+def _splash(kernel, places, q, k, v, scale, ids):
+    """``kernel`` (places, heads, interpret) on whole blocks, [B,T,H,...] in and out; ids: () or those of queries and of keys."""
 
-    def run(at, q, k, v, *ids, interpret):
+    def run(places, q, k, v, *ids, interpret):
         documents = [splash.SegmentIds(*ids)] if ids else []
-        return jax.vmap(kernel(at, q.shape[1], interpret))(q, k, v, *documents)
+        return jax.vmap(kernel(places, q.shape[1], interpret))(q, k, v, *documents)
 
     heads_first = (a.swapaxes(1, 2) for a in (q * jnp.asarray(scale, q.dtype), k, v))
-    return platforms.kernel("splash_attention", run)(at, *heads_first, *ids).swapaxes(1, 2).astype(v.dtype)
+    return platforms.kernel("splash_attention", run)(places, *heads_first, *ids).swapaxes(1, 2).astype(v.dtype)
 
 
 def block_length(T: int) -> int:
@@ -101,10 +102,10 @@ def _kernel(heads, length, window, block, interpret):
     return splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret)
 
 
-def _stretch_kernel(heads, queries, keys, window, at, interpret):
-    """Of the ``at``-th stretch of queries. Splash's own tables are made block by block beforehand; these are made where ``at`` is known."""
-    block = block_length(queries)
-    i, j = at * (queries // block) + jnp.arange(queries // block)[:, None], jnp.arange(keys // block)
+def _stretch_kernel(heads, length, keys, window, places, interpret):
+    """Of stretches of ``length`` queries. Splash makes its own tables block by block beforehand; these are made where places are known."""
+    block = block_length(length)
+    i, j = blocks_at(places, length // block)[:, None], jnp.arange(keys // block)
     allowed = [lambda query, key: query >= key]
     runs, whole = j <= i, j < i
     if window is not None:
@@ -112,7 +113,7 @@ def _stretch_kernel(heads, queries, keys, window, at, interpret):
         runs &= (i - j - 1) * block + 1 < window  # of the closest pair in the two blocks
         whole &= (i - j + 1) * block - 1 < window  # of the farthest
     kinds = jnp.where(whole, 2, jnp.where(runs, 1, 0)).astype(jnp.int8)
-    places = at * queries + jnp.arange(queries, dtype=jnp.int32)
+    positions = blocks_at(places, length)
 
     def tables(runs, fetched):
         """What is fetched for a block that is passed over: the first of the next row that is not, to be there in time."""
@@ -121,10 +122,10 @@ def _stretch_kernel(heads, queries, keys, window, at, interpret):
         return jnp.where(runs, fetched, jnp.where(fetched < earlier, earlier, coming)).astype(jnp.int16)
 
     def info(data_next):
-        return mask_info.MaskInfo(data_next[None], None, kinds[None], None, places)
+        return mask_info.MaskInfo(data_next[None], None, kinds[None], None, positions)
 
     by_query = info(tables(runs, j[None]))
-    by_key = info(tables(runs.T, jnp.arange(queries // block)[None]).T)
+    by_key = info(tables(runs.T, jnp.arange(len(i))[None]).T)
     sizes = _block_sizes(block, fused=keys <= MOST_PARTIAL_DQ * block)
     return splash_kernel.SplashAttentionKernel(
         by_query,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import chunks
-from pallas_kernels.attention.reach import Ranges, ranges, ranges_of_whole_rows
+from pallas_kernels.attention.reach import Ranges, blocks_at, ranges, ranges_of_whole_rows
 from pallas_kernels.attention.reference import MASKED, cached_places, query_places
 from pallas_kernels.segments import Segments
 
@@ -37,9 +37,9 @@ class Reach(NamedTuple):
     own_block: jax.Array
     key: jax.Array
 
-    def of_queries(self, start: jax.Array, blocks: int) -> "Reach":
-        """That of ``blocks`` blocks of queries from ``start`` on, among all keys."""
-        return Reach(*(jax.lax.dynamic_slice_in_dim(a, start, blocks) for a in self[:-1]), self.key)
+    def of_queries(self, blocks: jax.Array) -> "Reach":
+        """That of some blocks of queries, among all keys."""
+        return Reach(*(a[blocks] for a in self[:-1]), self.key)
 
 
 def attention(q, k, v, scale, window, segments: Segments | None):
@@ -54,11 +54,11 @@ def attention(q, k, v, scale, window, segments: Segments | None):
     return _attend_rows(scale, q, k, v, reach, block)
 
 
-def attention_stretch(q, k, v, scale, window, segments: Segments, at):
-    """The queries of the ``at``-th of equal stretches, whole blocks of :func:`block_length`, against the keys of all; see stretch.py."""
-    block = block_length(q.shape[1])
-    blocks = q.shape[1] // block
-    reach = _reach(ranges(segments, window, -k.shape[1] % block), block).of_queries(at * blocks, blocks)
+def attention_stretch(q, k, v, scale, window, segments: Segments, places):
+    """The queries of some of equal stretches, whole blocks of :func:`block_length`, against the keys of all; see stretch.py."""
+    T = q.shape[1] // len(places)
+    block = block_length(T)
+    reach = _reach(ranges(segments, window), block).of_queries(blocks_at(places, T // block))
     return _attend_rows(scale, q, k, v, reach, block)
 
 

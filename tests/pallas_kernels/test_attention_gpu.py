@@ -89,14 +89,17 @@ def test_a_row_of_padding_is_zero_and_gives_no_gradients():
     [(128, 1, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(128, 2, 150), (256, 1, None), (256, 1, 40)])],
 )
 def test_stretches(T, H, window):
-    """The queries of one stretch after the other, each against the keys of all."""
+    """The queries of stretches from both ends, then those between, each against the keys of all."""
 
     def dealt(q, k, v, segment_ids, window):
-        parts, segments = jnp.split(q, 2, axis=1), number(segment_ids)
-        return jnp.concatenate([gpu.attention_stretch(x, k, v, 64**-0.5, window, segments, at) for at, x in enumerate(parts)], axis=1)
+        first, second, third, fourth = jnp.split(q, 4, axis=1)
+        run = partial(gpu.attention_stretch, k=k, v=v, scale=64**-0.5, window=window, segments=number(segment_ids))
+        outer = run(jnp.concatenate([first, fourth], axis=1), places=jnp.array([0, 3]))
+        inner = run(jnp.concatenate([second, third], axis=1), places=jnp.array([1, 2]))
+        return jnp.concatenate([outer[:, :T], inner, outer[:, T:]], axis=1)
 
-    ids = jnp.asarray(random_segment_ids(np.random.default_rng(T), 1, 2 * T, mean_length=100))
-    given = jax.tree.map(lambda x: jnp.where((ids != 0)[:, :, None, None], x, 0), example(8, 1, 2 * T, H, 1, 64, 64))
+    ids = jnp.asarray(random_segment_ids(np.random.default_rng(T), 1, 4 * T, mean_length=100))
+    given = jax.tree.map(lambda x: jnp.where((ids != 0)[:, :, None, None], x, 0), example(8, 1, 4 * T, H, 1, 64, 64))
     check(given, dealt, segment_ids=ids, window=window)
 
 
@@ -105,9 +108,9 @@ def test_what_is_behind_the_last_token_costs_nothing():
     real = jnp.stack([jnp.arange(384) < 130, jnp.zeros(384, bool)])
     reach = ranges(number(jnp.where(real, 1, 0)), None)
     plan = gpu.Plan(1.0, tiles=3, block=64, group=1, keys=64, values=64)
-    begin, end = gpu._blocks_of_keys(plan, reach, 0)
+    begin, end = gpu._blocks_of_keys(plan, reach, jnp.arange(3))
     assert (end - begin).tolist() == [[2, 4, 0], [0, 0, 0]]
-    begin, end = gpu._blocks_of_queries(plan, reach, 0)
+    begin, end = gpu._blocks_of_queries(plan, reach, jnp.arange(3))
     assert (end - begin).tolist() == [[3, 1, 0], [0, 0, 0]]
 
 

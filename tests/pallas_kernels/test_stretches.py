@@ -12,6 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention import attention, attention_stretch
+from pallas_kernels.attention.stretch import routes
 from pallas_kernels.causal_conv import causal_conv, causal_conv_stretch
 from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_stretch
 from pallas_kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_stretch
@@ -174,7 +175,7 @@ def test_random_documents(name, devices):
 
 @pytest.mark.parametrize("T, window, documents", [(130, None, True), pytest.param(256, 300, False, marks=pytest.mark.slow)])
 def test_attention_kernel_on_stretches(T, window, documents):
-    """Splash attention with the tables of a stretch, interpreted: blocks of 256 and of padding, windows over block borders."""
+    """Splash attention with the tables of a stretch, interpreted: blocks of 128 and of padding, windows over block borders."""
     operator = OPERATORS["attention"]._replace(options=dict(window=window))
     rng = np.random.default_rng(5)
     given = {name: jnp.asarray(x, jnp.float32) for name, x in arguments(rng, operator, 4 * T, strong=False).items()}
@@ -183,10 +184,22 @@ def test_attention_kernel_on_stretches(T, window, documents):
     assert max(errors.values()) < 1e-5, errors
 
 
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_attention_is_as_much_work_on_every_device(devices):
+    """Each half of queries meets the halves of keys before it, and its own by half."""
+    given = [[] for _ in range(devices)]
+    for first, route in enumerate(routes(devices)):
+        for source, target in route:
+            given[target].append(2 * source + first)
+    for at, halves in enumerate(given):
+        assert halves == [at, 2 * devices - 1 - at][:: -1 if at % 2 else 1]
+        assert sum(half + 0.5 for half in halves) == 2 * devices
+
+
 def test_windows_over_padding_are_refused_by_the_kernel():
     operator = OPERATORS["attention, window"]
     given = {name: jnp.asarray(x, jnp.float32) for name, x in arguments(np.random.default_rng(0), operator, 16, strong=False).items()}
-    with pytest.raises(ValueError, match="windows over padding, and 2 tokens are not whole blocks, take implementation='xla' or None"):
+    with pytest.raises(ValueError, match="windows over padding, and 2 tokens are not twice whole blocks, take implementation='xla'"):
         dealt(operator, 8, "pallas")(None, given)
 
 
