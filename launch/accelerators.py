@@ -5,14 +5,13 @@ A size is checked here before anything is created; whether a zone offers it toda
 topologies, runtimes for software, regions-zones for zones.
 """
 
-import dataclasses
 import difflib
 import math
 import re
 from typing import NamedTuple
 
 from hybrid_jax.amounts import count
-from hybrid_jax.config import ConfigError, RunConfig
+from hybrid_jax.config import ConfigError
 
 
 class Generation(NamedTuple):
@@ -113,37 +112,6 @@ def _meant(name: str, known: list[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
 
 
-class Slices(NamedTuple):
-    """Slices of one topology, connected by the data-center network."""
-
-    generation: Generation
-    topology: str  # "16x16"
-    slices: int
-
-    @property
-    def name(self) -> str:
-        """As libtpu has it."""
-        return f"{self.generation.spoken}:{self.topology}"
-
-    @property
-    def chips(self) -> int:
-        """Of all slices."""
-        return self.slices * math.prod(map(int, self.topology.split("x")))
-
-
-def find_topology(name: str, slices: int = 1) -> Slices:
-    """The topology ``name``, such as "v5p:4x4x8". Raises ConfigError with those that there are where it can not be had."""
-    spoken, _, topology = name.partition(":")
-    generation = next((each for each in GENERATIONS if each.spoken == spoken), None)
-    if generation is None:
-        known = ", ".join(each.spoken for each in GENERATIONS)
-        raise ConfigError(f"--topology={name}: give GENERATION:TOPOLOGY, such as v5e:16x16; the generations are {known}")
-    if topology not in generation.topologies.values():
-        some = ", ".join(list(generation.topologies.values())[:24])
-        raise ConfigError(f"--topology={name}: {spoken} has no {topology or 'such'} slices; it has {some}")
-    return Slices(generation, topology, slices)
-
-
 def check_zone(zone: str) -> None:
     """Raises ConfigError where ``zone`` does not look like one (a region does not)."""
     if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z0-9]+", zone):
@@ -157,12 +125,3 @@ def zone_note(accelerator: Accelerator, zone: str) -> str | None:
     """What the documentation says against looking for ``accelerator`` in ``zone``; None where it is listed."""
     zones = accelerator.generation.zones
     return None if zone in zones else f"{accelerator.generation.spoken} is listed for {', '.join(zones)}, not for {zone}"
-
-
-def with_mesh(config: RunConfig, text: str) -> RunConfig:
-    """The run with the sizes of ``text``, such as "data=4,fsdp=64". Raises ConfigError where they are none."""
-    axes = [field.name for field in dataclasses.fields(config.mesh)]
-    sizes = dict(re.findall(r"(\w+)=(-?\d+)(?:,|$)", text))
-    if not sizes or not set(sizes) <= set(axes) or text != ",".join(f"{axis}={size}" for axis, size in sizes.items()):
-        raise ConfigError(f"--mesh={text}: give sizes of {', '.join(axes)}, such as --mesh=data=4,fsdp=64")
-    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **{axis: int(size) for axis, size in sizes.items()}))

@@ -1,9 +1,10 @@
-"""The training step of a run, compiled for TPUs that are not there: what a device holds, computes, moves and sends in a step.
+"""The training step of a run, compiled for chips that are not there: what a device holds, computes, moves and sends in a step.
 
-libtpu is loaded by the process that calls :func:`compile_ahead`, one of ``experiments.benchmarks.tpu_static.Compiler``. What is
-impossible is told by :func:`check` before.
+The compiler is loaded by the process that calls :func:`compile_ahead`, one of :func:`compiler`. What is impossible is told by
+:func:`check` before.
 """
 
+import contextlib
 import importlib.metadata
 import math
 import re
@@ -13,17 +14,18 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from experiments.benchmarks import hlo, tpu_static
+from experiments.benchmarks import gpu_topology, hlo, tpu_static
 from experiments.benchmarks.collectives import collectives, total
 from experiments.benchmarks.flops import flops
+from experiments.benchmarks.process import Process
 from hybrid_jax.config import RunConfig
 from hybrid_jax.sharding import AXES, make_mesh, mesh_shape
 from hybrid_jax.train.advice import implementations_of
 from hybrid_jax.train.feed import batch_shapes
 from hybrid_jax.train.step import abstract_state, compile_step, make_program, microbatches, state_shardings
 from hybrid_jax.train.throughput import training_flops
-from launch.accelerators import Slices
 from launch.chips import CHIPS, Place, network
+from launch.topologies import Hosts, Target
 
 QUICK = -1.0  # of a row: XLA's least effort, a quarter of a run's time to compile; 0 is a run's own
 # libtpu's two ways to say so, before and after it has placed every array.
@@ -31,12 +33,25 @@ _SIZE = r"([\d.]+)([KMGT])"
 _NO_ROOM = [re.compile(rf"Used {_SIZE} of {_SIZE} hbm"), re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")]
 
 
-def devices(target: Slices) -> int:
+def devices(target: Target) -> int:
     """That JAX makes of a target's chips."""
-    return target.chips * CHIPS[target.generation.spoken].devices
+    return target.chips * CHIPS[target.kind].devices
 
 
-def check(config: RunConfig, target: Slices) -> dict[str, int]:
+def capacity(target: Target) -> float:
+    """Bytes of memory of a device."""
+    chip = CHIPS[target.kind]
+    return chip.hbm_bytes / chip.devices
+
+
+def compiler(target: Target) -> contextlib.AbstractContextManager[Process]:
+    """A process for :func:`compile_ahead`. Raises ConfigError where the compiler is not installed."""
+    if isinstance(target, Hosts):
+        return contextlib.closing(Process(gpu_topology.COMPILER, gpu_topology.environment()))
+    return tpu_static.compiler(target.name, schedule=False)
+
+
+def check(config: RunConfig, target: Target) -> dict[str, int]:
     """The shape of the run's mesh on the target. Raises ConfigError where mesh, batch, window and parameters can not be dealt out on it."""
     shape = mesh_shape(config.mesh, devices(target), target.slices)
     mesh = AbstractMesh(tuple(shape.values()), AXES)
@@ -60,7 +75,7 @@ def held_state(config: RunConfig, mesh: Mesh | AbstractMesh, state: Any) -> dict
     }
 
 
-def identity(config: RunConfig, target: Slices) -> dict[str, Any]:
+def identity(config: RunConfig, target: Target) -> dict[str, Any]:
     """Of a row: what is compiled, for what."""
     return {
         "topology": target.name,
@@ -73,11 +88,16 @@ def identity(config: RunConfig, target: Slices) -> dict[str, Any]:
     }
 
 
-def compile_ahead(config: RunConfig, target: Slices, effort: float) -> dict[str, Any]:
+def compile_ahead(config: RunConfig, target: Target, effort: float) -> dict[str, Any]:
     """Compile a run's step for a target: what its row says of it. Only ``no_room`` and the state where it does not fit."""
-    placed = tpu_static.devices(target.name, target.slices)
+    if isinstance(target, Hosts):
+        placed = gpu_topology.devices(f"gpu:{target.kind}", target.hosts, target.cards)
+        by = {"plugin": importlib.metadata.version("jax-cuda13-plugin")}
+    else:
+        placed = tpu_static.devices(target.name, target.slices)
+        by = {"libtpu": importlib.metadata.version("libtpu")}
     mesh = make_mesh(config.mesh, placed)
-    row = {"device": placed[0].device_kind, "libtpu": importlib.metadata.version("libtpu"), "effort": effort}
+    row = {"device": placed[0].device_kind, "effort": effort} | by
     jax.config.update("jax_optimization_level", "O0" if effort == QUICK else "UNKNOWN")
     with jax.set_mesh(mesh):
         start = time.perf_counter()
@@ -90,6 +110,8 @@ def compile_ahead(config: RunConfig, target: Slices, effort: float) -> dict[str,
                 raise
             return row | {"compile_s": time.perf_counter() - start, "no_room": sizes}
         row["compile_s"] = time.perf_counter() - start
+    if held > (room := capacity(target)):  # which XLA does not mind where the chip is a GPU
+        return row | {"no_room": (held, room)}
     return row | _held(row["held"], compiled, held) | _work(config, target, mesh, compiled.as_text(), effort, row["held"])
 
 
@@ -107,9 +129,9 @@ def _held(state: dict[str, int], compiled, held: int) -> dict[str, Any]:
     return {"held_bytes": held + program, "held": state | {"temporaries": held - sum(state.values()), "program": program}}
 
 
-def _work(config: RunConfig, target: Slices, mesh: Mesh, text: str, effort: float, state: dict[str, int]) -> dict[str, Any]:
+def _work(config: RunConfig, target: Target, mesh: Mesh, text: str, effort: float, state: dict[str, int]) -> dict[str, Any]:
     """What a device computes, moves and sends, and how long each takes at the least."""
-    chip, module, shape = CHIPS[target.generation.spoken], hlo.Module(text), dict(mesh.shape)
+    chip, module, shape = CHIPS[target.kind], hlo.Module(text), dict(mesh.shape)
     found = collectives(module, mesh.size)
     computed, model = flops(module, config.model.full_attention.window), training_flops(config) / mesh.size
     if effort == QUICK:  # fuses less than a run does: only what no fusion saves, state and batch read and state written
@@ -118,8 +140,7 @@ def _work(config: RunConfig, target: Slices, mesh: Mesh, text: str, effort: floa
         moved = sum(e.count * e.hbm_bytes for e in module.executions)
     peak = chip.flops / chip.devices
     seconds = {"FLOPs": max(computed, model) / peak, "HBM": moved / (chip.hbm_rate / chip.devices)}
-    topology = tuple(map(int, target.topology.split("x")))
-    seconds |= network(chip, topology, Place.of(mesh.devices.flat), found, shape)
+    seconds |= network(chip, target.sizes, Place.of(mesh.devices.flat), found, shape)
     return {
         "flops": computed,
         "model_flops": model,

@@ -1,18 +1,20 @@
-"""Whether a run fits a TPU pod, and how fast it can be there at best, before one is rented: its training step compiled ahead of time.
+"""Whether a run fits a TPU pod, or hosts with GPUs, and how fast it can be there at best, before they are rented: its training step
+compiled ahead of time.
 
     python -m launch.aot --config=configs/gla_r6.py:1b3 --topology=v5e:16x16
     python -m launch.aot --config=configs/gla_r6.py:1b3 --topology=v5p:4x4x8 --mesh=data=8,fsdp=16 --effort=full
     python -m launch.aot --config=configs/gla_r6.py --topology=v6e:4x4 --slices=2 --mesh=data=2 --config.train.microbatch=2
+    python -m launch.aot --config=configs/gla_r6.py:1b3 --topology=h100:4x8 --mesh=data=4
     python -m launch.aot --config=configs/gla_r6.py --topology=v5e:4x4 --sweep --compiles=8
 
-It needs no TPU, only its compiler: pip install -e '.[tpu]'. The configuration is the trainer's, every field of it. Printed, and appended
-as a line of JSON to --output, are: the bytes a device holds, by kind; FLOPs; the collectives, by the axes of the mesh that they cross;
-which implementation each operator runs; the time of compilation; and a time below which no step can be, by the chip's published rates,
-with the share of its FLOP/s that this leaves to the model.
+It needs no TPU or GPU, only the compiler: pip install -e '.[tpu]' or '.[cuda13]'. The configuration is the trainer's, every field of it.
+Printed, and appended as a line of JSON to --output, are: the bytes a device holds, by kind; FLOPs; the collectives, by the axes of the mesh
+that they cross; which implementation each operator runs; the time of compilation; and a time below which no step can be, by the chip's
+published rates, with the share of its FLOP/s that this leaves to the model.
 
 --effort=quick compiles with XLA's least effort for speed, in a quarter of a run's time: the same kernels and FLOPs, nearly the same
 collectives, memory that may be some hundred megabytes more or less; bytes to and from HBM are not known then, but for the state's own.
---effort=full compiles what a run compiles.
+--effort=full compiles what a run compiles. For GPUs there is only that; the FLOPs of the kernels are not known then.
 
 --sweep tries the meshes that the run can be dealt out on, remat policies and sequences a device holds at once (train.microbatch), which
 change how fast a run is and not what it computes. What its state alone can not hold is left out, and what holds more than one that did
@@ -29,12 +31,12 @@ from absl import flags
 from experiments import cli, folder
 from experiments.benchmarks import targets
 from hybrid_jax.config import ConfigError
-from launch import accelerators
+from launch import topologies
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "Of a slice: GENERATION:TOPOLOGY, such as v5e:16x16, v5p:4x4x8, v4:2x2x1, tpu7x:2x2x1.")
-SLICES = flags.DEFINE_integer("slices", 1, "Of this topology, the outer part of the mesh's data axis.", lower_bound=1)
+TOPOLOGY = flags.DEFINE_string("topology", None, "Of a TPU slice, as v5e:16x16, v5p:4x4x8, v4:2x2x1; or hosts x GPUs, as h100:4x8, h200:8.")
+SLICES = flags.DEFINE_integer("slices", 1, "Of this TPU topology, the outer part of the mesh's data axis.", lower_bound=1)
 MESH = flags.DEFINE_string("mesh", None, "Axes of the mesh, as data=4,fsdp=64; the configuration's where not given.")
-EFFORT = flags.DEFINE_enum("effort", "quick", ["quick", "full"], "Of the compiler: least, or a run's.")
+EFFORT = flags.DEFINE_enum("effort", "quick", ["quick", "full"], "Of the TPU compiler: least, or a run's.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Try meshes, remat policies and microbatches, and rank those that fit.")
 COMPILES = flags.DEFINE_integer("compiles", 12, "Of --sweep: how many to compile at most.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "JSONL file to append to; experiments/results/aot.jsonl by default.")
@@ -42,16 +44,20 @@ OUTPUT = flags.DEFINE_string("output", None, "JSONL file to append to; experimen
 
 def main(run: cli.Run) -> int:
     if not TOPOLOGY.value:
-        raise ConfigError("give --topology=GENERATION:TOPOLOGY, such as --topology=v5e:16x16")
-    target = accelerators.find_topology(TOPOLOGY.value, SLICES.value)
-    config = run.config if MESH.value is None else accelerators.with_mesh(run.config, MESH.value)
-    targets.need_libtpu(target.name)
+        raise ConfigError("give --topology=KIND:TOPOLOGY, such as --topology=v5e:16x16 or --topology=h100:4x8 (hosts x GPUs)")
+    target = topologies.find(TOPOLOGY.value, SLICES.value)
+    config = run.config if MESH.value is None else topologies.with_mesh(run.config, MESH.value)
+    on_gpus = isinstance(target, topologies.Hosts)
+    if on_gpus:
+        targets.cuda_root()
+    else:
+        targets.need_libtpu(target.name)
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: a TPU or GPU of this machine is not wanted
 
-    from experiments.benchmarks import rows, tpu_static
+    from experiments.benchmarks import rows
     from launch import ahead, candidates, report
 
-    effort = ahead.QUICK if EFFORT.value == "quick" else 0.0
+    effort = ahead.QUICK if EFFORT.value == "quick" and not on_gpus else 0.0
     output = Path(OUTPUT.value or cli.PACKAGE / "results" / "aot.jsonl")
     if SWEEP.value:
         found = candidates.find(config, target)
@@ -65,7 +71,7 @@ def main(run: cli.Run) -> int:
     def measure(case: report.Case) -> dict:
         return rows.append(rows.measure("aot", compiled, case), output)
 
-    with tpu_static.compiler(target.name, schedule=False) as compiler:
+    with ahead.compiler(target) as compiler:
         if SWEEP.value:
             return report.sweep(run.name, found, target, COMPILES.value, measure)
         return report.one(report.Case(run.name, config, target), measure)

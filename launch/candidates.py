@@ -13,9 +13,9 @@ from hybrid_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
 from hybrid_jax.sharding import AXES, mesh_shape
 from hybrid_jax.train.step import abstract_state, microbatches
 from hybrid_jax.train.throughput import training_flops
-from launch.accelerators import Slices
-from launch.ahead import devices, held_state
+from launch.ahead import capacity, devices, held_state
 from launch.chips import CHIPS, Chip
+from launch.topologies import Target
 
 REMAT = typing.get_args(typing.get_type_hints(ModelConfig)["remat"])  # each holds less than the one before, and computes more again
 COMPUTED = dict(zip(REMAT, (1.0, 1.1, 4 / 3), strict=True))  # FLOPs for one of the model's, about
@@ -42,9 +42,9 @@ class Found(NamedTuple):
     impossible: int  # meshes that the run can not be dealt out on
 
 
-def find(config: RunConfig, target: Slices) -> Found:
+def find(config: RunConfig, target: Target) -> Found:
     """All that can be tried of a run on a target. Raises ConfigError where no mesh is possible, with the last reason."""
-    count, chip = devices(target), CHIPS[target.generation.spoken]
+    count, chip = devices(target), CHIPS[target.kind]
     state = abstract_state(config, AbstractMesh((1,) * len(AXES), AXES)).state
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     model_s = training_flops(config) / target.chips / chip.flops
@@ -61,7 +61,7 @@ def find(config: RunConfig, target: Slices) -> Found:
         for variant in variants:
             known = held + _block_inputs(variant)
             candidate = Candidate(variant, known, _guess(variant, model_s, parameters, chip))
-            (fitting if known <= chip.hbm_bytes / chip.devices else too_large).append(candidate)
+            (fitting if known <= capacity(target) else too_large).append(candidate)
     if not fitting and not too_large:
         raise reason
     return Found(sorted(fitting, key=lambda one: (one.guess_s, one.known_bytes)), too_large, impossible)

@@ -11,11 +11,11 @@ from hybrid_jax.amounts import count
 from hybrid_jax.config import RunConfig
 from hybrid_jax.train import advice
 from launch import ahead
-from launch.accelerators import Slices
 from launch.candidates import Candidate, Found
-from launch.chips import CHIPS
+from launch.topologies import Hosts, Target
 
 NEAR = 0.1  # of a device's HBM: closer to its end, the least effort's memory does not say whether a run fits
+PREALLOCATED = 0.75  # of a GPU's memory, which JAX keeps to unless it is told otherwise
 
 
 class Case(NamedTuple):
@@ -23,7 +23,7 @@ class Case(NamedTuple):
 
     name: str  # of the configuration
     config: RunConfig
-    target: Slices
+    target: Target
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -41,12 +41,6 @@ def gigabytes(bytes: float) -> str:
 
 def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.1f}" if seconds >= 1e-3 else f"{1e3 * seconds:.2g}"
-
-
-def capacity(target: Slices) -> float:
-    """Bytes of HBM of a device."""
-    chip = CHIPS[target.generation.spoken]
-    return chip.hbm_bytes / chip.devices
 
 
 def mesh_text(shape: dict[str, int]) -> str:
@@ -90,21 +84,26 @@ def _effort(row: dict) -> str:
     return f"compiled in {row['compile_s']:.0f} s, as a run is"
 
 
-def _verdict(row: dict, target: Slices) -> str:
+def _verdict(row: dict, target: Target) -> str:
     if "no_room" in row:
         needed, room = row["no_room"]
         return f"IT DOES NOT FIT: a device needs {gigabytes(needed)} GB and has {gigabytes(room)} for it"
-    near = row["effort"] == ahead.QUICK and row["held_bytes"] > (1 - NEAR) * capacity(target)
-    fits = "it fits, but only just: make sure with --effort=full" if near else "it fits"
+    used, fits = row["held_bytes"] / ahead.capacity(target), "it fits"
+    if row["effort"] == ahead.QUICK and used > 1 - NEAR:
+        fits += ", but only just: make sure with --effort=full"
+    if isinstance(target, Hosts) and used > PREALLOCATED:
+        fits += f" with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment (JAX takes {PREALLOCATED:.0%} of a GPU's memory by itself)"
     return f"{fits}; a step takes {milliseconds(row['step_s'])} ms at least, the model {row['mfu']:.0%} of the chips' FLOP/s at most"
 
 
-def _held(row: dict, target: Slices) -> Table:
+def _held(row: dict, target: Target) -> Table:
     table = Table("a device holds", "GB", "of its HBM")
     for column in table.columns[1:]:
         column.justify = "right"
     for kind, bytes in (*row["held"].items(), ("all", row["held_bytes"])):
-        table.add_row(kind, gigabytes(bytes), f"{bytes / capacity(target):.1%}")
+        if not bytes:  # a program for GPUs is not part of what XLA counts
+            continue
+        table.add_row(kind, gigabytes(bytes), f"{bytes / ahead.capacity(target):.1%}")
     return table
 
 
@@ -133,18 +132,18 @@ def _bound(row: dict) -> Table:
 # ---------------------------------------------------------------- a sweep
 
 
-def announce(found: Found, target: Slices, most: int) -> None:
+def announce(found: Found, target: Target, most: int) -> None:
     """Say how much there is to try, before any of it is compiled."""
     total = len(found.likely) + len(found.too_large)
     console().print(
-        f"{total} ways to run it on {target.name}; {len(found.too_large)} hold more than {gigabytes(capacity(target))} GB by their state "
-        f"and block inputs alone; at most {most} of the other {len(found.likely)} are compiled. "
+        f"{total} ways to run it on {target.name}; {len(found.too_large)} hold more than {gigabytes(ahead.capacity(target))} GB by "
+        f"their state and block inputs alone; at most {most} of the other {len(found.likely)} are compiled. "
         f"{found.impossible} meshes do not divide the model or the batch",
         soft_wrap=True,
     )
 
 
-def sweep(name: str, found: Found, target: Slices, most: int, measure: Callable[[Case], dict]) -> int:
+def sweep(name: str, found: Found, target: Target, most: int, measure: Callable[[Case], dict]) -> int:
     """Compile the likeliest, rank those that fit; the exit code."""
     shown, done, left_out = console(), [], 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -12,7 +12,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -25,46 +24,19 @@ import jax
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import reset_gpu_interpret_mode_state
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode  # public from jax 0.11
-from jax.experimental import topologies
 
-from experiments.benchmarks import hlo, sass
+from experiments.benchmarks import gpu_topology, hlo, sass
 from experiments.benchmarks.cases import Case, arguments, at_lengths, both_passes, program
 from experiments.benchmarks.correctness import check
 from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
-from experiments.benchmarks.targets import GPUS, Gpu, cuda_root
+from experiments.benchmarks.targets import GPUS, Gpu
 from pallas_kernels import platforms
 
 LENGTHS = (2048, 32768)  # that a model's shape is measured at
 # Of a multiprocessor of compute capability 9.0.
 REGISTERS, SHARED_BYTES, THREADS, CTAS, SCHEDULERS, WARP = 65536, 233472, 2048, 32, 4, 32
 RESERVED_BYTES = 1024  # of shared memory, in each block
-
-# What XLA has to know of a card that is not there, as text of its GpuTargetConfigProto.
-CONFIG = """
-platform_name: "CUDA"
-device_description_str: "{kind}"
-gpu_device_info {{
-  name: "{kind}" device_vendor: "NVIDIA Corporation"
-  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
-  core_count: {cores} fpus_per_core: 128 clock_rate_ghz: {clock}
-  memory_bandwidth: {bandwidth} device_memory_size: {memory} l2_cache_size: 52428800
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_core: 233472 shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-}}
-"""
-
-
-def card(target: str) -> jax.sharding.Mesh:
-    """A mesh of one card of a target, in a process that has JAX's CUDA plugin."""
-    it = GPUS[target]
-    numbers = {"cores": it.multiprocessors, "clock": it.clock_hz / 1e9, "bandwidth": int(it.bytes_per_s), "memory": it.memory_bytes}
-    config = CONFIG.format(kind=it.kind, **numbers)
-    devices = topologies.get_topology_desc(target, "cuda", target_config=config, topology="1x1x1").devices
-    return jax.sharding.Mesh(np.array(devices), ("card",))
 
 
 class Compiler(Process):
@@ -73,11 +45,8 @@ class Compiler(Process):
     def __init__(self, target: str):
         self.target = target
         self.dumps = Path(tempfile.mkdtemp(prefix="gpu_static_"))
-        tools = cuda_root()
         wanted = {f"MOSAIC_GPU_DUMP_{name}": "1" for name in ("PTXAS", "PTX", "SASS")}
-        where = {"MOSAIC_GPU_DUMP_TO": str(self.dumps), "CUDA_ROOT": str(tools)}
-        path = f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        super().__init__("the GPU compiler", {"JAX_PLATFORMS": "cpu", "PATH": path} | wanted | where)
+        super().__init__(gpu_topology.COMPILER, gpu_topology.environment() | wanted | {"MOSAIC_GPU_DUMP_TO": str(self.dumps)})
 
     def written(self, function: Callable, case, *arguments) -> dict:
         """``function(case, target, dumps, *arguments)`` in that process, nothing in dumps before. Raises RuntimeError where it dies."""
@@ -92,7 +61,7 @@ class Compiler(Process):
 
 def compile_cost(case: Case, target: str, dumps: Path, precision: str | None) -> dict:
     """Compile a case for a target and read its cost; the compiler writes to ``dumps``."""
-    mesh = card(target)
+    mesh = jax.sharding.Mesh(np.array(gpu_topology.devices(target)), ("card",))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
         values = jax.tree.map(

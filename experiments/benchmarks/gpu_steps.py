@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.benchmarks import ahead, fla_peer, gpu_static, hlo, sass, steps
+from experiments.benchmarks import ahead, fla_peer, gpu_static, gpu_topology, hlo, sass, steps
 from experiments.benchmarks.batches import batches, summary
 from experiments.benchmarks.cases import TOKENS
 from experiments.benchmarks.process import Process
@@ -156,7 +156,7 @@ def suite(wanted: Callable[[Case], bool], until: float) -> Suite:
 
 def compile_for(case: Case, target: str, dumps: Path) -> dict:
     """Of a row: what our step holds and moves on a card that is not there, and what became of our kernels in it."""
-    device = gpu_static.card(target).devices.flat[0]
+    device = gpu_topology.devices(target)[0]
     start = time.perf_counter()
     config, _, _, compiled, held = compile_fitting(case, device, GPUS[target].memory_bytes)
     seconds, text = time.perf_counter() - start, compiled.as_text()

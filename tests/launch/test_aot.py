@@ -13,12 +13,12 @@ import pytest
 
 from experiments import cli
 from hybrid_jax.config import ConfigError
-from launch import accelerators, ahead, candidates, report
+from launch import accelerators, ahead, candidates, report, topologies
 from tests.launch.stand_ins import ROOT
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[tpu]'")
 
-V5E = accelerators.find_topology("v5e:2x2")
+V5E = topologies.find("v5e:2x2")
 
 
 def tiny(**train):
@@ -47,9 +47,11 @@ def command(*arguments, code=0):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ((), "give --topology=GENERATION:TOPOLOGY, such as --topology=v5e:16x16"),
+        ((), "give --topology=KIND:TOPOLOGY, such as --topology=v5e:16x16 or --topology=h100:4x8 (hosts x GPUs)"),
         (("--topology=v5e:3x3",), "--topology=v5e:3x3: v5e has no 3x3 slices; it has 1x1, 2x2"),
-        (("--topology=h100:8",), "the generations are v4, v5e, v5p, v6e, tpu7x"),
+        (("--topology=v100:8",), "there are v4, v5e, v5p, v6e, tpu7x; h200, h100"),
+        (("--topology=h100:16",), "--topology=h100:8 is one host with 8, the most there are, h100:4x8 four of them"),
+        (("--topology=h100:8", "--slices=2"), "--slices=2: GPUs have hosts instead; give --topology=h100:2x8"),
         (("--topology=v5e:2x2", "--mesh=rows=4"), "--mesh=rows=4: give sizes of data, fsdp, seq, tensor"),
         (("--topology=v5e:2x2", "--config.model.widht=64"), "did you mean 'width'?"),
     ],
@@ -74,26 +76,43 @@ def test_what_can_not_be_dealt_out_is_one_line(arguments, says):
 
 
 def test_a_mesh_in_short():
-    given = accelerators.with_mesh(tiny(), "data=4,fsdp=-1,tensor=2").mesh
+    given = topologies.with_mesh(tiny(), "data=4,fsdp=-1,tensor=2").mesh
     assert (given.data, given.fsdp, given.seq, given.tensor) == (4, -1, 1, 2)
-    assert accelerators.with_mesh(tiny(), "tensor=2").mesh == dataclasses.replace(tiny().mesh, tensor=2)
+    assert topologies.with_mesh(tiny(), "tensor=2").mesh == dataclasses.replace(tiny().mesh, tensor=2)
     for wrong in ("data", "data=", "data=x", "data=4;fsdp=2", "data=4,data=2", "data=4,", "", "expert=2"):
         with pytest.raises(ConfigError, match="such as --mesh=data=4,fsdp=64"):
-            accelerators.with_mesh(tiny(), wrong)
+            topologies.with_mesh(tiny(), wrong)
 
 
 def test_every_topology_that_can_be_had_is_known_and_no_other():
     for generation in accelerators.GENERATIONS:
         for chips, topology in generation.topologies.items():
-            found = accelerators.find_topology(f"{generation.spoken}:{topology}", 3)
+            found = topologies.find(f"{generation.spoken}:{topology}", 3)
             assert (found.generation, found.chips, found.name) == (generation, 3 * chips, f"{generation.spoken}:{topology}")
     for wrong in ("v5litepod:2x2", "v5e", "v5e:", "2x2", "v5e:4x4x4", "v5p:4x4"):
         with pytest.raises(ConfigError, match=f"--topology={wrong}"):
-            accelerators.find_topology(wrong)
+            topologies.find(wrong)
+
+
+def test_hosts_with_gpus():
+    for name, hosts, cards in (("h100:8", 1, 8), ("h200:1", 1, 1), ("h100:4x8", 4, 8), ("h200:16x4", 16, 4)):
+        found = topologies.find(name)
+        assert (found.hosts, found.cards, found.chips, found.name, found.slices) == (hosts, cards, hosts * cards, name, 1)
+        assert ahead.devices(found) == hosts * cards
+    for wrong in ("h100", "h100:", "h100:0", "h100:9", "h100:8x9", "h100:2x2x2", "h100:x8"):
+        with pytest.raises(ConfigError, match=f"--topology={wrong}"):
+            topologies.find(wrong)
+
+
+def test_memory_that_jax_does_not_take_by_itself_is_told():
+    row = {"effort": 0.0, "held_bytes": 0.8 * 80e9, "step_s": 1.0, "mfu": 0.5}
+    assert "it fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in report._verdict(row, topologies.find("h100:8"))
+    assert report._verdict(row | {"held_bytes": 0.7 * 80e9}, topologies.find("h100:8")).startswith("it fits; a step takes 1,000.0 ms")
+    assert report._verdict(row, topologies.find("v5p:2x2x1")).startswith("it fits; a step takes")
 
 
 def test_what_a_device_holds_of_the_state_is_dealt_out():
-    config, target = tiny(), accelerators.find_topology("v5e:4x4")
+    config, target = tiny(), topologies.find("v5e:4x4")
     whole = ahead.abstract_state(config, jax.sharding.AbstractMesh((1,) * 4, ahead.AXES)).state
     held = {}
     for fsdp in (1, 2, 16):
@@ -104,7 +123,7 @@ def test_what_a_device_holds_of_the_state_is_dealt_out():
     assert held[1]["batch"] == 16 / 16 * 256 * 4 * 4  # tokens, targets, weights, segment ids
     for fsdp in (2, 16):
         assert exact / fsdp <= held[fsdp]["parameters"] < 1.1 * exact / fsdp  # vectors are whole on each
-    assert ahead.devices(target) == 16 and ahead.devices(accelerators.find_topology("tpu7x:2x2x1", 2)) == 16
+    assert ahead.devices(target) == 16 and ahead.devices(topologies.find("tpu7x:2x2x1", 2)) == 16
 
 
 def test_a_sweep_tries_what_can_be_dealt_out():

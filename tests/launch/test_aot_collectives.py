@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.benchmarks import hlo
 from experiments.benchmarks.collectives import Collective, collectives, groups, sent, total
+from experiments.benchmarks.targets import GPUS
 from hybrid_jax.train import throughput
 from launch import accelerators
-from launch.chips import CHIPS, Place, network_seconds
+from launch.chips import CHIPS, Place, network, network_seconds
 from pallas_kernels.platforms import GENERATIONS
 
 SHAPE = {"data": 2, "fsdp": 2, "seq": 1, "tensor": 2}
@@ -158,14 +159,16 @@ def test_a_compiled_program_says_what_was_asked_for():
 
 
 def test_chips_are_those_that_the_trainer_knows():
-    assert set(CHIPS) == {generation.spoken for generation in accelerators.GENERATIONS} == set(GENERATIONS.values())
-    for kind, generation in GENERATIONS.items():
-        assert next(rate for name, rate in throughput.CHIPS.items() if name in kind) == CHIPS[generation].flops / CHIPS[generation].devices
+    assert {generation.spoken for generation in accelerators.GENERATIONS} == set(GENERATIONS.values())
+    kinds = GENERATIONS | {gpu.kind: name.removeprefix("gpu:") for name, gpu in GPUS.items()}
+    assert set(CHIPS) == set(kinds.values())
+    for kind, chip in kinds.items():
+        assert next(rate for name, rate in throughput.CHIPS.items() if name in kind) == CHIPS[chip].flops / CHIPS[chip].devices
 
 
 def place(*devices):
     """Of (slice, x, y, z) each."""
-    return Place.of(SimpleNamespace(slice_index=s, coords=c) for s, *c in devices)
+    return Place.of(SimpleNamespace(platform="tpu", slice_index=s, coords=c) for s, *c in devices)
 
 
 def test_the_least_time_of_collectives():
@@ -184,6 +187,18 @@ def test_the_least_time_of_collectives():
     assert network_seconds(two_cores, (4, 4), cores, gather) == (2 * 40 / 1, 0)  # what one core has the other one has
     assert network_seconds(two_cores, (4, 4), cores, Collective("all-gather", 1, 80, ((0, 2), (1, 3)))) == (2 * 40 / 1, 0)
     assert network_seconds(two_cores, (4, 4), cores, Collective("all-reduce", 1, 80, ((0, 1), (2, 3)))) == (0, 0)
+
+
+def test_the_least_time_between_gpus():
+    chip = CHIPS["h100"]._replace(link_rate=10.0, dcn_rate=0.5)
+    hosts = Place.of(SimpleNamespace(platform="gpu", process_index=i // 4, id=i) for i in range(8))
+    assert network_seconds(chip, (4,), hosts, Collective("all-gather", 1, 80, ((0, 1, 2, 3), (4, 5, 6, 7)))) == (60 / 10, 0)
+    across = Collective("all-reduce", 1, 80, tuple((i, i + 4) for i in range(4)))
+    assert network_seconds(chip, (4,), hosts, across) == (0, 2 * 40 / 0.5)
+    both = Collective("all-gather", 1, 80, (tuple(range(8)),))
+    assert network_seconds(chip, (4,), hosts, both) == (60 / 10, (40 / 4) / 0.5)  # half comes from the other host, by four cards
+    shape = {"data": 2, "fsdp": 4}
+    assert network(chip, (4,), hosts, [across, both], shape) == {"data, between hosts": 160, "data+fsdp": 6, "data+fsdp, between hosts": 20}
 
 
 @pytest.mark.parametrize("kind, expected", [("all-gather", 75), ("reduce-scatter", 75), ("all-reduce", 150), ("all-to-all", 75)])

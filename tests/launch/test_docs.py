@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from experiments import cli
-from launch import accelerators, ahead
+from launch import ahead, topologies
 from tests.launch.stand_ins import ROOT, World
 
 # read, not imported: flags of one name in two commands can not be in one process
@@ -72,6 +72,6 @@ def test_ahead_of_time(command):
     given = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
     assert {word.split("=")[0] for word in words if not word.startswith("--config")} <= {f"--{name}" for name in FLAGS}
     config = cli.load_run([word for word in words if word.startswith("--config")], "").config
-    target = accelerators.find_topology(given["topology"], int(given.get("slices", 1)))
-    config = accelerators.with_mesh(config, given["mesh"]) if "mesh" in given else config
+    target = topologies.find(given["topology"], int(given.get("slices", 1)))
+    config = topologies.with_mesh(config, given["mesh"]) if "mesh" in given else config
     assert math.prod(ahead.check(config, target).values()) == ahead.devices(target)
