@@ -1,16 +1,17 @@
 """Eight virtual CPU devices for every test, so that sharding is tested where there is one device; JAX's default stays the first.
 
-Most of a test's time is the compiler's, on programs that run once: they are not optimised, which takes a third off, and kept, which takes
-two thirds off when the tests are run again.
+Most of a test's time is the compiler's: programs are compiled quickly (tests/compiler.py), and kept, which takes two thirds off when the
+tests are run again.
 """
 
 import os
 import shutil
 import signal
 
+from tests import compiler
 from tests.fake_gcs import gcs  # noqa: F401 (a fixture)
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {compiler.QUICK}"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C, and so do its children
 MOST = 2 * 10**9  # bytes of programs, after which they are begun anew
 

@@ -19,12 +19,14 @@ from experiments import cli
 from hybrid_jax import sharding
 from hybrid_jax.train.feed import batch_shapes
 from hybrid_jax.train.step import make_program
+from tests import compiler
 from tests.hybrid_jax import hf_folders
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 ROOT = Path(__file__).parent.parent
 # What makes a run short; the model, its size and its data stay what the command says.
 SHORT = ["--config.train.steps=2", "--config.evaluation.tokens=256", "--config.data.mqar.examples=1"]
+SMALL = ["--config.train.batch=2", "--config.train.microbatch=2", "--config.evaluation.batch=2"]
 FEWER = {"train.steps=50": "train.steps=2", "--step=100": "--step=2", "experiments.sweep": "experiments.sweep --models=hgrn_pure"}
 FEWER |= {"--tokens=100000": "--tokens=2000", "--tokens=16384": "--tokens=2048", "--pairs=2,4,8": "--pairs=2,4 --examples=8"}
 SMALLER = ["--config.train.batch=1", "--config.data.window=64", "--config.evaluation.batch=1"]  # for the 340M and 1.3B models
@@ -71,10 +73,10 @@ def run(command: str, folder: Path) -> str:
     words = shlex.split(command)
     if "experiments.train" in command:
         given = {word.split("=")[0] for word in words}
-        words += [extra for extra in SHORT + (SMALLER if is_slow(command) else []) if extra.split("=")[0] not in given]
+        words += [extra for extra in SHORT + (SMALLER if is_slow(command) else SMALL) if extra.split("=")[0] not in given]
     # many commands, few programs, each for a moment
     quick = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"} | quick
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": compiler.QUICK} | quick
     done = subprocess.run([sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

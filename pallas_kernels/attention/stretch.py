@@ -51,7 +51,8 @@ def attention_stretch(
     ids = jnp.pad(ids, end)
     q, k, v = (jnp.where((ids != 0)[:, :, None, None], jnp.pad(a, [*end, (0, 0), (0, 0)]), 0) for a in (q, k, v))
     k, v, ids = (jax.lax.all_gather(a, axis_name, axis=1, tiled=True) for a in (k, v, ids))
-    places = jnp.stack(_ends(axis_name))
+    at, devices = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    places = jnp.stack([at, 2 * devices - 1 - at])
     output = run(_to_both_ends(q, axis_name), k, v, scale, window, segments.number(ids), places)
     return _from_both_ends(output, axis_name)[:, :T].astype(v.dtype)
 
@@ -61,20 +62,14 @@ def routes(devices: int) -> tuple[list[tuple[int, int]], ...]:
     return tuple([(i, min(half, 2 * devices - 1 - half)) for i, half in enumerate(range(first, 2 * devices, 2))] for first in (0, 1))
 
 
-def _ends(axis_name):
-    """Which halves of the row, of 2 n, this device computes."""
-    at = jax.lax.axis_index(axis_name)
-    return at, 2 * jax.lax.axis_size(axis_name) - 1 - at
-
-
 def _to_both_ends(x, axis_name):
-    """[B,T,...] of this device's stretch -> the halves that it computes, in their order."""
+    """[B,T,...] of this device's stretch -> of the halves that it computes, in their order."""
     halves = zip(jnp.split(x, 2, axis=1), routes(jax.lax.axis_size(axis_name)), strict=True)
     return _in_order([jax.lax.ppermute(half, axis_name, route) for half, route in halves], axis_name)
 
 
 def _from_both_ends(x, axis_name):
-    """The other way round."""
+    """[B,T,...] of the halves that this device computes -> of its stretch."""
     back = ([(source, target) for target, source in route] for route in routes(jax.lax.axis_size(axis_name)))
     halves = jnp.split(_in_order(jnp.split(x, 2, axis=1), axis_name), 2, axis=1)
     return jnp.concatenate([jax.lax.ppermute(half, axis_name, route) for half, route in zip(halves, back, strict=True)], axis=1)

@@ -14,6 +14,7 @@ import pytest
 from hybrid_jax import distributed
 from hybrid_jax.config import ConfigError
 from hybrid_jax.train.metrics import read_rows
+from tests import compiler
 
 ROOT = Path(__file__).parents[2]
 LONG = ("--config.train.steps=300", "--config.checkpoint.every=20", "--config.evaluation.every=300")  # long enough to lose a process
@@ -21,7 +22,7 @@ LONG = ("--config.train.steps=300", "--config.checkpoint.every=20", "--config.ev
 
 def environment():
     """Of a trainer in a process of its own: on a CPU, with all its programs kept where it keeps them by itself."""
-    ours = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    ours = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiler.QUICK}
     ours.pop("JAX_COMPILATION_CACHE_DIR", None)
     return ours | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # what takes a second depends on what else runs
 
