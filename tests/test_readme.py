@@ -93,6 +93,7 @@ def test_the_readme_has_its_commands():
     assert len(OURS) >= 10
 
 
+@pytest.mark.timeout(1200)
 def test_the_quick_commands_work_in_the_order_of_the_readme(folder):
     for command in OURS:
         if not is_slow(command):
