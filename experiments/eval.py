@@ -36,14 +36,13 @@ def main() -> int:
     if folder.WORKDIR.value is None:
         raise ConfigError("give the --workdir of a training run, such as --workdir=runs/gla_r6-tiny")
     workdir = run_folder(folder.WORKDIR.value)
-    given = [name for name in flags.FLAGS if flags.FLAGS[name].present]
-    suites.check(SUITE.value, given)
+    asked = suites.asked(SUITE.value, flags.FLAGS)
     config = read_config(workdir)
     processes.connect()
     if SUITE.value is None:
         evaluate_as_training_does(workdir, config)
     else:
-        evaluate_by_suite(workdir, config, SUITE.value)
+        evaluate_by_suite(workdir, config, SUITE.value, asked)
     return 0
 
 
@@ -75,7 +74,7 @@ def evaluate_as_training_does(workdir: epath.Path, config: RunConfig) -> None:
     print(f"written to {file}, drawn in {plot_run(workdir)}")
 
 
-def evaluate_by_suite(workdir: epath.Path, config: RunConfig, name: str) -> None:
+def evaluate_by_suite(workdir: epath.Path, config: RunConfig, name: str, asked: list[str]) -> None:
     import jax
 
     from hybrid_jax.loading import load_run
@@ -92,7 +91,7 @@ def evaluate_by_suite(workdir: epath.Path, config: RunConfig, name: str) -> None
     file = workdir / "evals" / f"{name}-{step}.json"
     file.parent.mkdir(exist_ok=True)
     told = {"headline": suite.headline(results), "notes": suite.notes(results)}
-    file.write_text(json.dumps({"suite": name, "step": step, **told, **results}, indent=2) + "\n")
+    file.write_text(json.dumps({"suite": name, "step": step, "flags": asked, **told, **results}, indent=2) + "\n")
     print_table(suite.table(f"{workdir.name}, step {step:,}: {name}", results))
     drawn = suite.draw(results, file.with_suffix(".png"), config) if suite.draw else None
     print(f"written to {file}" + (f", drawn in {drawn}" if drawn else ""))

@@ -41,14 +41,24 @@ class Suite(NamedTuple):
 OWN = ("tokens",)  # what a run's own evaluation takes
 
 
-def check(name: str | None, given: list[str]) -> None:
-    """Raise ConfigError for a flag among ``given`` that the suite, or without one a run's own evaluation, does not take."""
+def asked(name: str | None, values: flags.FlagValues) -> list[str]:
+    """The flags of the suite, or of a run's own evaluation, that ``values`` were given, as they are typed, in order.
+
+    Raises ConfigError for one that it does not take, and for a file or folder that is not there.
+    """
     takes = SUITES[name].takes if name else OWN
+    given = sorted(flag for flag in values if values[flag].present)
     for flag in given:
         takers = [other for other, suite in SUITES.items() if flag in suite.takes]
         if takers and flag not in takes:
             what = f"--suite={name}" if name else "an evaluation without --suite"
             raise ConfigError(f"--{flag} has no meaning for {what}, which takes {_flags(takes)}; it is for --suite={' or '.join(takers)}")
+    for flag in (DATA, INCLUDE_PATH, TEXTS, FILES):
+        paths = values[flag.name].value or []
+        for path in [paths] if isinstance(paths, str) else paths:
+            if not Path(path).exists():
+                raise ConfigError(f"--{flag.name}={path}: there is no such file or folder")
+    return [values[flag].serialize() for flag in given if flag in takes]
 
 
 def _flags(names: tuple[str, ...]) -> str:

@@ -1,19 +1,22 @@
-"""Train many configurations one after the other, and gather what came of them in one table.
+"""Train many configurations one after the other, evaluate them, and gather what came of them: a table here, a report in the sweep's folder.
 
     python -m experiments.sweep --size=tiny --config.train.steps=50            # all 31 models of the study
     python -m experiments.sweep --size=tiny --models='gla_*,transformer'       # some of them
     python -m experiments.sweep --size=tiny --models='kda_*'                   # beyond the study
     python -m experiments.sweep --size=tiny --seeds=1,2,3                      # each of them three times
+    python -m experiments.sweep --size=tiny --eval='--suite=held_out --lengths=256,1024' --eval='--suite=ruler --lengths=1024'
     python -m experiments.sweep --size=tiny --rows=experiments/results/tiny.jsonl
 
-Every run has its own folder, SWEEP/NAME-SIZE (with --seeds NAME-SIZE-sSEED), and log; `python -m experiments.report
---runs='SWEEP/*'` makes tables and figures of them. Run the same command again to continue: runs that ended are not
-repeated. Exit code 1 where any run failed; the table names it and its log.
+Every run has its own folder, SWEEP/NAME-SIZE (with --seeds NAME-SIZE-sSEED), and log. With each --eval every trained run is evaluated as
+`python -m experiments.eval` does with these flags. Once all is done SWEEP/report/report.md has tables and figures, as `python -m
+experiments.report --runs='SWEEP/*'` makes them. Ctrl-C and SIGTERM save the run under way and stop. Run the same command again to
+continue: what was done is not repeated. Exit code 1 where anything failed or was stopped; the table names it and its log.
 """
 
+import copy
 import fnmatch
 import json
-import subprocess
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +27,14 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Column, Table
 
 from experiments import cli
+from experiments.children import Children
 from experiments.configs import recipe
 from hybrid_jax.config import ConfigError
 
 SIZE = flags.DEFINE_string("size", "tiny", "Of the models: tiny, recall, 340m or 1b3.")
 MODELS = flags.DEFINE_list("models", [], "Names, with wildcards, of files in experiments/configs; by default the study's.")
 SEEDS = flags.DEFINE_list("seeds", [], "Train each model with each of these seeds; the configuration's own if not given.")
+EVAL = flags.DEFINE_multi_string("eval", [], "Flags of `experiments.eval`, a --suite among them, for every run; may be given several times.")
 FOLDER = flags.DEFINE_string("sweep", "runs/sweep", "Folder of the runs.")
 ROWS = flags.DEFINE_string("rows", None, "JSON lines file that each run's summary is appended to, once all have ended.")
 
@@ -46,6 +51,29 @@ def chosen(patterns: list[str]) -> list[str]:
         if not fnmatch.filter(known, pattern):
             raise ConfigError(f"--models={pattern} matches none of {', '.join(known)}")
     return [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+
+
+def suites_asked(given: list[str]) -> dict[str, list[str]]:
+    """{suite: its other flags, as `experiments.eval` notes them} of every --eval. Raises ConfigError for what is wrong with one."""
+    from experiments import eval as evaluation  # here, as its flags are not this command's
+    from experiments import suites
+
+    asked = {}
+    for text in given:
+        values = flags.FlagValues()
+        for module in (evaluation, suites):
+            for flag in flags.FLAGS.flags_by_module_dict()[module.__name__]:
+                values[flag.name] = copy.deepcopy(flag)
+                values[flag.name].unparse()
+        try:
+            rest = values(["eval", *shlex.split(text)])[1:]
+            if rest or values.suite is None or values.suite in asked:
+                wrong = f"{rest[0]!r} is no flag" if rest else "every --eval has one --suite of its own"
+                raise ConfigError(f"{wrong}, such as --eval='--suite=held_out --lengths=256,1024'")
+            asked[values.suite] = suites.asked(values.suite, values)
+        except (ValueError, flags.Error) as error:  # of a ConfigError, and of quotes that do not close
+            raise ConfigError(f"--eval={text!r}: {error}") from None
+    return asked
 
 
 class Job(NamedTuple):
@@ -66,24 +94,69 @@ class Job(NamedTuple):
         return [f"--config=configs/{self.model}.py:{self.size}", *([] if self.seed is None else [f"--config.train.seed={self.seed}"])]
 
 
-def train(job: Job, folder: Path, overrides: list[str]) -> dict[str, Any] | None:
-    """The summary of one run, trained in a process of its own; None where it failed, or was stopped."""
-    workdir = folder / job.name
-    command = [sys.executable, "-m", "experiments.train", *job.flags, f"--workdir={workdir}", *overrides]
-    with (folder / f"{job.name}.log").open("a") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    summary = workdir / "summary.json"
-    return json.loads(summary.read_text()) if done.returncode == 0 and summary.exists() else None
+class Outcome(NamedTuple):
+    """What came of a job."""
+
+    summary: dict[str, Any] | None  # None where training failed, or was stopped
+    evaluated: dict[str, bool]  # by suite: whether it is done
+
+    @property
+    def done(self) -> bool:
+        return self.summary is not None and all(self.evaluated.values())
 
 
-def row(name: str, summary: dict[str, Any] | None, log: Path) -> list[str]:
+def do(job: Job, folder: Path, overrides: list[str], asked: dict[str, list[str]], children: Children, say) -> Outcome:
+    """Train one run and evaluate it, each in a process of its own."""
+    workdir, log = folder / job.name, folder / f"{job.name}.log"
+    say(job.name)
+    trained = children.run("train", *job.flags, f"--workdir={workdir}", *overrides, log=log)
+    if not trained or not (workdir / "summary.json").exists():  # a trainer that was asked to stop exits with 0
+        return Outcome(None, dict.fromkeys(asked, False))
+    summary, evaluated = json.loads((workdir / "summary.json").read_text()), {}
+    for suite, given in asked.items():
+        say(f"{job.name}: {suite}")
+        evaluated[suite] = is_evaluated(workdir, summary["step"], suite, given) or children.run(
+            "eval", f"--workdir={workdir}", f"--suite={suite}", *given, log=log
+        )
+    return Outcome(summary, evaluated)
+
+
+def is_evaluated(workdir: Path, step: int, suite: str, given: list[str]) -> bool:
+    """Whether `experiments.eval` has measured this before, with these very flags."""
+    file = workdir / "evals" / f"{suite}-{step}.json"
+    return file.exists() and json.loads(file.read_text()).get("flags") == given
+
+
+def row(name: str, outcome: Outcome, log: Path) -> list[str]:
     """A line of the table."""
-    if summary is None:
+    if outcome.summary is None:
         return [name, "not done", f"see {log}"]
-    found = summary["evaluation"]
+    summary, found = outcome.summary, outcome.summary["evaluation"]
     recall = f"{found['mqar_accuracy']:.1%}" if "mqar_accuracy" in found else "-"
-    values = (f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}", recall, f"{summary['tokens_per_second']:,.0f}")
+    values = [f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}", recall, f"{summary['tokens_per_second']:,.0f}"]
+    if outcome.evaluated:
+        missing = [suite for suite, done in outcome.evaluated.items() if not done]
+        values.append(f"not {', '.join(missing)}: see {log}" if missing else ", ".join(outcome.evaluated))
     return [name, f"{summary['parameters']:,}", str(summary["step"]), *values]
+
+
+def show(outcomes: dict[str, Outcome], folder: Path, with_suites: bool) -> None:
+    """Print the table."""
+    names = ("run", "parameters", "steps", "held-out loss", "bits per byte", "recall", "tokens/s", *(["suites"] if with_suites else []))
+    table = Table(*(Column(name, overflow="fold") for name in names), title=f"{SIZE.value}, {folder}")  # numbers whole in any terminal
+    for name, outcome in outcomes.items():
+        table.add_row(*row(name, outcome, folder / f"{name}.log"))
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+
+
+def report(names: list[str], folder: Path) -> Path:
+    """Write that of the runs of these names; its file."""
+    from etils import epath
+
+    from experiments.reports import collect, write
+
+    runs = [collect.read(epath.Path(folder / name)) for name in names]
+    return write.report(runs, max(run.config.data.window for run in runs), folder / "report")
 
 
 def main(overrides: list[str]) -> int:
@@ -92,28 +165,30 @@ def main(overrides: list[str]) -> int:
     if SEEDS.value and any(override.lstrip("-").startswith("config.train.seed=") for override in overrides):
         raise ConfigError("--seeds and --config.train.seed are two ways to say one thing: give one of them")
     jobs = [Job(name, SIZE.value, seed) for name in chosen(MODELS.value) for seed in SEEDS.value or [None]]
-    folder = Path(FOLDER.value)
+    folder, asked = Path(FOLDER.value), suites_asked(EVAL.value)
     for job in jobs:  # a mistake in any of them is told before the first one starts
         cli.load_run([*job.flags, *overrides], "")
     folder.mkdir(parents=True, exist_ok=True)
-    summaries: dict[str, dict[str, Any] | None] = {}
+    outcomes: dict[str, Outcome] = {}
     columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(highlight=False)) as progress:
+    with Children() as children, Progress(*columns, console=Console(highlight=False)) as progress:
         task = progress.add_task("", total=len(jobs))
         for job in jobs:
-            progress.update(task, description=job.name)
-            summaries[job.name] = train(job, folder, overrides)
+            outcomes[job.name] = do(job, folder, overrides, asked, children, lambda what: progress.update(task, description=what))
+            if children.stopped:
+                break
             progress.advance(task)
 
-    names = ("run", "parameters", "steps", "held-out loss", "bits per byte", "recall", "tokens/s")
-    table = Table(*(Column(name, overflow="fold") for name in names), title=f"{SIZE.value}, {folder}")  # numbers whole in any terminal
-    for name, summary in summaries.items():
-        table.add_row(*row(name, summary, folder / f"{name}.log"))
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
-    if ROWS.value and all(summaries.values()):
+    show(outcomes, folder, bool(asked))
+    if children.stopped:
+        print(f"{children.stopped}: stopped at {job.name}, {len(jobs) - len(outcomes)} not begun; the same command again goes on from there")
+    if children.stopped or not all(outcome.done for outcome in outcomes.values()):
+        return 1
+    if ROWS.value:
         with Path(ROWS.value).open("a") as file:
-            file.writelines(json.dumps(summary) + "\n" for summary in summaries.values())
-    return 0 if all(summaries.values()) else 1
+            file.writelines(json.dumps(outcome.summary) + "\n" for outcome in outcomes.values())
+    print(f"tables and figures: {report(list(outcomes), folder)}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def _flag_names(module: str) -> set[str]:
         seen.add(file)
         source = file.read_text()
         names.update(re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source))
-        todo += re.findall(r"^\s*from experiments\.(\w+) import", source, re.M)
-        for imported in re.findall(r"^\s*from experiments import (.*)", source, re.M):
+        todo += re.findall(r"^from experiments\.(\w+) import", source, re.M)
+        for imported in re.findall(r"^from experiments import (.*)", source, re.M):
             todo += re.findall(r"\w+", imported)
     return names
 

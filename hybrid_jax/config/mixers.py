@@ -10,18 +10,20 @@ FeatureMap = Literal["relu", "sigmoid", "logsigmoid", "silu", "sqrelu", "gelu"]
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal softmax attention with rotary positions (head width D / heads)."""
+    """Causal softmax attention (head width D / heads), with rotary positions or, beside recurrences that know the order, none (NoPE)."""
 
     heads: int = 16
     kv_heads: int | None = None  # None: as many as heads
-    rope_theta: float = 10000.0
+    rope_theta: float | None = 10000.0  # None: no positions
     qkv_bias: bool = False
     qk_norm: bool = False
     window: int | None = None  # None: the whole past
 
     def check(self, width: int) -> None:
         divides(self.heads, width, f"attention heads={self.heads} must divide model.width={width}")
-        need(width // self.heads % 2 == 0, f"attention head width {width // self.heads} must be even for rotary positions")
+        if self.rope_theta is not None:
+            need(self.rope_theta > 0, f"attention rope_theta={self.rope_theta} must be above 0 (None: no positions)")
+            need(width // self.heads % 2 == 0, f"attention head width {width // self.heads} must be even for rotary positions")
         _check_shared_heads("attention", self)
         need(self.window is None or self.window >= 1, f"attention window={self.window} must be at least 1 (None: no limit)")
 

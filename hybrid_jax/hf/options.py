@@ -293,6 +293,9 @@ def fla_options(model: ModelConfig) -> dict[str, Any]:
     if kind.mixer is config.KDA:  # fla's faster kernel, which takes no lower bound than this, and its first A_log of bounded gates
         options["safe_gate"] = model.mixer.log_decay_min is not None and model.mixer.log_decay_min >= -5.0
     full = [layer for layer, layer_kind in enumerate(model.layer_kinds) if layer_kind == "attention"]
+    where = "mixer" if kind.mixer is config.Attention else "attention"
+    if full and getattr(model, where).rope_theta is None:
+        raise ConfigError(f"model.{where}.rope_theta=None can not be written for fla, whose full attention always has rotary positions")
     if kind.mixer is not config.Attention:
         options["attn"] = None
         if full:

@@ -1,4 +1,4 @@
-"""Full softmax attention with rotary positions."""
+"""Full softmax attention, with rotary positions or none."""
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,8 @@ class Attention(nnx.Module):
         v = split_heads(self.v_proj(x), self.kv_heads)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q, context.positions, self.config.rope_theta)
-        k = rotate(k, context.positions, self.config.rope_theta)
+        if self.config.rope_theta is not None:
+            q, k = (rotate(x, context.positions, self.config.rope_theta) for x in (q, k))
         if memory.state is None:
             o = on_each_device(attention, q, k, v, window=self.config.window, segment_ids=context.segment_ids)
         else:

@@ -1,4 +1,4 @@
-"""The sweep over configurations; what it starts is tested with `experiments.train`."""
+"""The sweep over configurations; what it starts is tested with `experiments.train` and `experiments.eval`."""
 
 import json
 
@@ -19,18 +19,30 @@ SUMMARY = {
 
 @pytest.fixture
 def started(tmp_path, monkeypatch):
-    """Names whose training was asked for; `retnet_r3` fails."""
+    """What was started, [command, folder, flags], and has left what the commands leave; `retnet_r3` fails, and so does the suite "lm"."""
     flags.FLAGS(["sweep", f"--sweep={tmp_path / 'runs'}", f"--rows={tmp_path / 'rows.jsonl'}", "--models=gla_r6,retnet_r3"])
-    names = []
+    begun = []
 
-    def train(job, folder, overrides):
-        names.append((job, overrides))
-        return None if job.model == "retnet_r3" else SUMMARY
+    def run(children, command, *arguments, log):
+        given = {name: value for name, _, value in (argument.removeprefix("--").partition("=") for argument in arguments)}
+        workdir = sweep.Path(given.pop("workdir"))
+        begun.append((command, workdir.name, dict(given)))
+        if "retnet_r3" in workdir.name or given.get("suite") == "lm":
+            return False
+        if command == "train":
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "summary.json").write_text(json.dumps(SUMMARY))
+        else:
+            (workdir / "evals").mkdir(exist_ok=True)
+            suite, asked = given.pop("suite"), [f"--{name}={value}" for name, value in given.items()]
+            (workdir / "evals" / f"{suite}-5.json").write_text(json.dumps({"flags": asked}))
+        return True
 
-    monkeypatch.setattr(sweep, "train", train)
-    yield names
+    monkeypatch.setattr(sweep.Children, "run", run)
+    monkeypatch.setattr(sweep, "report", lambda names, folder: f"a report of {', '.join(names)}")
+    yield begun
     flags.FLAGS.unparse_flags()
-    for name in ("sweep", "rows", "models", "seeds"):
+    for name in ("sweep", "rows", "models", "seeds", "eval"):
         flags.FLAGS[name].unparse()
 
 
@@ -49,16 +61,75 @@ def test_by_default_the_models_are_the_studys():
 
 def test_a_failed_run_is_named_and_the_others_are_kept(started, capsys, tmp_path):
     assert sweep.main(["--config.train.steps=5"]) == 1
-    assert started == [(Job(name, "tiny", None), ["--config.train.steps=5"]) for name in ("gla_r6", "retnet_r3")]
+    assert started == [
+        ("train", f"{name}-tiny", {"config": f"configs/{name}.py:tiny", "config.train.steps": "5"}) for name in ("gla_r6", "retnet_r3")
+    ]
     printed = capsys.readouterr().out
     assert "1,234" in printed and "2.2500" in printed and "50.0%" in printed and "not done" in printed
-    assert not (tmp_path / "rows.jsonl").exists()
+    assert not (tmp_path / "rows.jsonl").exists() and "a report of" not in printed
 
 
-def test_a_run_that_is_stopped_is_not_done(tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_is_not_done(started, tmp_path, monkeypatch):
     """By SIGTERM: the trainer saves, and exits with 0."""
-    monkeypatch.setattr(sweep.subprocess, "run", lambda command, **_: sweep.subprocess.CompletedProcess(command, 0))
-    assert sweep.train(Job("gla_r6", "tiny", None), tmp_path, []) is None
+    monkeypatch.setattr(sweep.Children, "run", lambda *_, **__: True)
+    outcome = sweep.do(Job("gla_r6", "tiny", None), tmp_path, [], {"mqar": []}, sweep.Children(), print)
+    assert outcome == (None, {"mqar": False}) and not outcome.done
+
+
+def test_nothing_is_begun_after_a_signal(started, monkeypatch, capsys):
+    def run(children, command, *_, log):
+        started.append(command)
+        children.stopped = "SIGTERM"
+        return True
+
+    monkeypatch.setattr(sweep.Children, "run", run)
+    assert sweep.main([]) == 1 and started == ["train"]
+    assert "SIGTERM: stopped at gla_r6-tiny, 1 not begun; the same command again goes on from there" in capsys.readouterr().out
+
+
+def test_every_run_is_evaluated_once(started, capsys):
+    flags.FLAGS["models"].value, flags.FLAGS["eval"].value = ["gla_r3", "gla_r6"], ["--suite=mqar --pairs=2,4", "--examples=9 --suite=ruler"]
+    assert sweep.main([]) == 0
+    evaluations = [one for one in started if one[0] == "eval"]
+    flags_of = {"mqar": {"suite": "mqar", "pairs": "2,4"}, "ruler": {"suite": "ruler", "examples": "9"}}
+    assert [(folder, given["suite"]) for _, folder, given in evaluations if given == flags_of[given["suite"]]] == [
+        (f"gla_{ratio}-tiny", suite) for ratio in ("r3", "r6") for suite in ("mqar", "ruler")
+    ]
+    printed = capsys.readouterr().out
+    assert "mqar, ruler" in printed and "tables and figures: a report of gla_r3-tiny, gla_r6-tiny" in printed
+
+    del started[:]
+    assert sweep.main([]) == 0 and [command for command, *_ in started] == ["train", "train"]  # which finds its run finished
+    flags.FLAGS["eval"].value = ["--suite=mqar --pairs=2,8"]
+    assert sweep.main([]) == 0 and [command for command, *_ in started][2:] == ["train", "eval"] * 2
+
+
+def test_an_evaluation_that_failed_is_named(started, capsys):
+    flags.FLAGS["models"].value, flags.FLAGS["eval"].value = ["gla_r6"], ["--suite=lm", "--suite=mqar"]
+    assert sweep.main([]) == 1
+    assert [given.get("suite") for _, _, given in started] == [None, "lm", "mqar"]
+    assert "not lm: see" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--lengths=3"], "every --eval has one --suite of its own"),
+        (["--suite=mqar", "--suite=mqar --pairs=2"], "every --eval has one --suite of its own"),
+        (["--suite=mqar now"], "'now' is no flag"),
+        (["--suite=mqar --lenght=3"], "Did you mean: lengths"),
+        (["--suite=mqar '"], "No closing quotation"),
+        (["--suite=mqar --texts=essays"], "--texts has no meaning for --suite=mqar"),
+        (["--suite=ruler --texts=essays"], "--texts=essays: there is no such file or folder"),
+        (["--suite=completion --files=a.jsonl,b.jsonl"], "--files=a.jsonl: there is no such file or folder"),
+        (["--suite=mqar --workdir=runs/a"], "Unknown command line flag 'workdir'"),
+    ],
+)
+def test_a_mistake_in_an_evaluation_is_told_before_anything_starts(started, given, said):
+    flags.FLAGS["eval"].value = given
+    with pytest.raises(ConfigError, match=f"--eval=.*{said}"):
+        sweep.main([])
+    assert not started
 
 
 def test_a_bucket_holds_no_sweep(started):
@@ -77,9 +148,8 @@ def test_summaries_are_gathered(started, tmp_path):
 def test_each_seed_is_a_run_of_its_own(started):
     flags.FLAGS["models"].value, flags.FLAGS["seeds"].value = ["gla_r6"], ["3", "4"]
     assert sweep.main([]) == 0
-    jobs = [job for job, _ in started]
-    assert [job.name for job in jobs] == ["gla_r6-tiny-s3", "gla_r6-tiny-s4"]
-    assert jobs[1].flags == ["--config=configs/gla_r6.py:tiny", "--config.train.seed=4"]
+    assert [folder for _, folder, _ in started] == ["gla_r6-tiny-s3", "gla_r6-tiny-s4"]
+    assert started[1][2] == {"config": "configs/gla_r6.py:tiny", "config.train.seed": "4"}
 
 
 def test_one_seed_for_all_seeds_is_refused(started):

@@ -89,7 +89,8 @@ def attention(m: config.Attention, model, p, x, bound):
     q, k, v = (heads(linear(x, p[f"{n}_proj"]), h) for n, h in (("q", H), ("k", HK), ("v", HK)))
     if m.qk_norm:
         q, k = rms_norm(q, p["q_norm"]["scale"], 1e-5), rms_norm(k, p["k_norm"]["scale"], 1e-5)
-    q, k = rotate(q, m.rope_theta), rotate(k, m.rope_theta)
+    if m.rope_theta is not None:
+        q, k = rotate(q, m.rope_theta), rotate(k, m.rope_theta)
     T, _, K = q.shape
     out = np.empty((T, H, K))
     for h in range(H):

@@ -93,6 +93,11 @@ def test_transformer_follows_the_equations():
     check_equations(build(attention, ratio=None, tied=True))
 
 
+def test_attention_without_positions_follows_the_equations():
+    """NoPE: a head may then be of any width."""
+    check_equations(build(config.GLA(heads=2), ratio=2, layers=2, width=36, attention=config.Attention(heads=4, rope_theta=None)))
+
+
 @pytest.mark.parametrize("layers, full", [(5, (0, 3)), (4, (1, 2)), (6, (1, 3, 5))])
 def test_any_list_of_attention_layers(layers, full):
     check_equations(build(config.GLA(heads=2), layers=layers, ratio=None, attention_layers=full))
