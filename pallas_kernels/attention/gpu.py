@@ -70,8 +70,10 @@ def _whole_channels(scale, q, k, v, reach, places):
 
 
 def _cudnn_takes(q, v) -> bool:
-    """cuDNN is asked for on the machine that the program is traced on: JAX looks for its version there."""
-    return jax.default_backend() == "gpu" and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
+    """cuDNN is asked for on the machine that the program is traced on: JAX looks for its version there. Of an odd number of tokens it
+    would have no gradients."""
+    even = q.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0
+    return jax.default_backend() == "gpu" and q.shape[-1] == v.shape[-1] and even
 
 
 def _by_cudnn(q, k, v, scale, window, implementation="cudnn"):

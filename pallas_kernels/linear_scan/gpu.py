@@ -146,7 +146,9 @@ def _over_chunks(plan, body, carry, piece, stages, inputs, outputs=(), reverse=F
         def step(indices, *chunks_and_carry):
             *chunks, carry = chunks_and_carry
             if not outputs:
-                return body(chunks, (), carry)
+                carry = body(chunks, (), carry)
+                plgpu.commit_smem()  # the copy engine writes to what was just read
+                return carry
             (n,) = indices
             written = [buffer.at[n % 2] for buffer in buffers]
             plgpu.wait_smem_to_gmem(len(outputs), wait_read_only=True)  # all copies but the last step's, which are of the other buffers

@@ -88,7 +88,8 @@ def test_nothing_is_begun_after_a_signal(started, monkeypatch, capsys):
 
 
 def test_every_run_is_evaluated_once(started, capsys):
-    flags.FLAGS["models"].value, flags.FLAGS["eval"].value = ["gla_r3", "gla_r6"], ["--suite=mqar --pairs=2,4", "--examples=9 --suite=ruler"]
+    flags.FLAGS["models"].value = ["gla_r3", "gla_r6"]
+    flags.FLAGS["eval"].value = ["--suite=mqar --pairs=2,4", "--examples=9 --suite=ruler"]
     assert sweep.main([]) == 0
     evaluations = [one for one in started if one[0] == "eval"]
     flags_of = {"mqar": {"suite": "mqar", "pairs": "2,4"}, "ruler": {"suite": "ruler", "examples": "9"}}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels import platforms
 from pallas_kernels.attention import attention, attention_stretch, gpu, reference
@@ -121,7 +121,7 @@ def test_lowered_for_a_card():
 
 
 def test_lowered_inside_shard_map():
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))  # of more devices than a card is
     row, whole = PartitionSpec("data"), example(7, 2, 64, 2, 2, 64, 64)
 
     def local(arguments, ids):
@@ -134,7 +134,7 @@ def test_lowered_inside_shard_map():
 @pytest.mark.parametrize("window", [None, 70])
 def test_stretches_are_lowered_inside_shard_map(window):
     """Of 100 tokens, which are no whole tiles; and by None."""
-    mesh = jax.make_mesh((2,), ("seq",), axis_types=(AxisType.Auto,))
+    mesh = AbstractMesh((2,), ("seq",), axis_types=(AxisType.Auto,))
     stretch, whole = PartitionSpec(None, "seq"), example(7, 1, 200, 2, 2, 64, 64)
 
     def local(arguments):
@@ -155,6 +155,24 @@ def test_what_cudnn_is_asked_for_is_this_operator(window):
     output = gpu._by_cudnn(**arguments, scale=0.3, window=window, implementation="xla")
     errors = tree_errors(output, reference.attention(**arguments, scale=0.3, window=window, segments=None))
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize(
+    "T, K, HK, window, by_cudnn",
+    [(64, 128, 4, 9, True), (2, 40, 2, None, True), (65, 64, 2, None, False), (64, 20, 4, None, False)],
+)
+def test_what_cudnn_is_asked_for_it_takes(T, K, HK, window, by_cudnn):
+    """On a card of this generation, with its gradients; JAX itself refuses what cuDNN can not do."""
+    arguments = {name: jax.ShapeDtypeStruct((2, T, heads, K), jnp.bfloat16) for name, heads in (("q", 4), ("k", HK), ("v", HK))}
+    program = jax.jit(lambda arguments: value_and_gradients(arguments, window=window, implementation="pallas"))
+    card = {"check_cudnn_version": lambda: 91002, "check_compute_capability": lambda _: True}
+    with (
+        mock.patch.object(jax, "default_backend", lambda: "gpu"),
+        mock.patch.multiple("jax._src.cudnn.fused_attention_stablehlo", **card),
+        mock.patch.object(platforms, "generation", lambda: "hopper"),
+    ):
+        text = program.trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("__cudnn$fmha" in text) == by_cudnn and (text.count("stablehlo.custom_call @mosaic_gpu") == 3) != by_cudnn
 
 
 def test_what_the_kernels_do_not_take():

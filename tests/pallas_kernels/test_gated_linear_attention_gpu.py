@@ -27,6 +27,9 @@ slow = pytest.mark.slow
         pytest.param(Case(128, "channel", "weak", B=1, H=1, HV=2, K=64, V=64), marks=slow),
         pytest.param(Case(64, "channel", "none", B=2, H=1, HV=1, K=128, V=192), marks=slow),
         pytest.param(Case(200, "channel", documents=True, B=1, H=1, HV=1, K=128, V=256), marks=slow),
+        # Memory that is loaded into again: of chunks in the gradients, of slices of the keys.
+        pytest.param(Case(640, "head", documents=True, B=1, H=1, HV=1, K=64, V=64), marks=slow),
+        pytest.param(Case(64, "channel", "weak", B=1, H=1, HV=1, K=192, V=64), marks=slow),
     ],
     ids=str,
 )
@@ -35,9 +38,11 @@ def test_matches_the_reference(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [Case(512, axes, documents=True, B=1, H=1, HV=1, K=64, V=64) for axes in ("head", "channel")], ids=str)
-def test_matches_the_reference_in_pieces(case, monkeypatch):
-    monkeypatch.setattr(gpu_walk, "LEAST", 1)
+@pytest.mark.parametrize("T, least", [(512, 1), (1024, 4)])  # chunks a piece at least: with four the memory of one is loaded into again
+@pytest.mark.parametrize("axes", ["head", "channel"])
+def test_matches_the_reference_in_pieces(axes, T, least, monkeypatch):
+    case = Case(T, axes, documents=True, B=1, H=1, HV=1, K=64, V=64)
+    monkeypatch.setattr(gpu_walk, "LEAST", least)
     _matches_the_reference(case)
 
 

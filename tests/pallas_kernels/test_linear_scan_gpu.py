@@ -19,9 +19,11 @@ BOUND = {jnp.float32: 1e-6, jnp.bfloat16: 2**-8}
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 4 tokens, pieces from 8."""
+    """Chunks of 4 tokens, two of them in memory at once, pieces from 12: the memory of a chunk is loaded into again."""
     monkeypatch.setattr(gpu, "CHUNK", 4)
-    monkeypatch.setattr(gpu, "SHORTEST", 8)
+    monkeypatch.setattr(gpu, "SHORTEST", 12)
+    monkeypatch.setattr(gpu, "FORWARD_STAGES", 2)
+    monkeypatch.setattr(gpu, "BACKWARD_STAGES", 2)
 
 
 def found_errors(arguments, segment_ids, dtype):
@@ -31,9 +33,9 @@ def found_errors(arguments, segment_ids, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_pieces_chunks_and_documents(small_chunks, dtype):
-    segment_ids = np.tile(ROWS, (1, 2))[2:4, :21]  # padding on both sides and between; two pieces of three chunks
-    assert gpu.plan(2, 21, 3) == gpu.Plan(tokens=24, channels=128, pieces=2)
-    found = found_errors(example(0, 2, 21, 3, segment_ids), segment_ids, dtype)
+    segment_ids = np.tile(ROWS, (1, 3))[2:4, :30]  # padding on both sides and between; two pieces of four chunks
+    assert gpu.plan(2, 30, 3) == gpu.Plan(tokens=32, channels=128, pieces=2)
+    found = found_errors(example(0, 2, 30, 3, segment_ids), segment_ids, dtype)
     assert max(found.values()) < BOUND[dtype], found
 
 
