@@ -34,7 +34,7 @@ from hybrid_jax.config import ConfigError
 SIZE = flags.DEFINE_string("size", "tiny", "Of the models: tiny, recall, 340m or 1b3.")
 MODELS = flags.DEFINE_list("models", [], "Names, with wildcards, of files in experiments/configs; by default the study's.")
 SEEDS = flags.DEFINE_list("seeds", [], "Train each model with each of these seeds; the configuration's own if not given.")
-EVAL = flags.DEFINE_multi_string("eval", [], "Flags of `experiments.eval`, a --suite among them, for every run; may be given several times.")
+EVAL = flags.DEFINE_multi_string("eval", [], "Flags of `experiments.eval`, a --suite among them: what every run is evaluated by.")
 FOLDER = flags.DEFINE_string("sweep", "runs/sweep", "Folder of the runs.")
 ROWS = flags.DEFINE_string("rows", None, "JSON lines file that each run's summary is appended to, once all have ended.")
 
@@ -181,7 +181,7 @@ def main(overrides: list[str]) -> int:
 
     show(outcomes, folder, bool(asked))
     if children.stopped:
-        print(f"{children.stopped}: stopped at {job.name}, {len(jobs) - len(outcomes)} not begun; the same command again goes on from there")
+        print(f"{children.stopped}: stopped at {job.name}, {len(jobs) - len(outcomes)} not begun; the same command again goes on there")
     if children.stopped or not all(outcome.done for outcome in outcomes.values()):
         return 1
     if ROWS.value:

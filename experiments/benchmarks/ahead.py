@@ -24,10 +24,12 @@ def keep_programs() -> dict[str, str]:
 
 
 def rehearse(perform: Callable, tasks: list, environment: dict[str, str], until: float) -> None:
-    """``perform(task)`` for every task, in processes with ``environment``, none begun after ``until``, by ``time.monotonic``.
+    """``perform(task)`` for every task, in processes with ``environment``; none is begun in the second half of the time until ``until``, by
+    ``time.monotonic``, and none goes on after it.
 
     What one gives is dropped, and what it raises too: its own turn will tell.
     """
+    begun_until = (time.monotonic() + until) / 2
     workers = min(len(tasks), os.cpu_count())
     if workers < 2:
         return
@@ -40,9 +42,9 @@ def rehearse(perform: Callable, tasks: list, environment: dict[str, str], until:
         started.append(own.process)
 
     def run(task):
-        if time.monotonic() < until:
+        if (now := time.monotonic()) < begun_until:
             with contextlib.suppress(Exception):
-                own.process.call(perform, task)
+                own.process.call(perform, task, seconds=until - now)
 
     with ThreadPoolExecutor(workers, initializer=start) as threads:
         list(threads.map(run, tasks))

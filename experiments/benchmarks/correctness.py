@@ -30,9 +30,14 @@ def _errors(case: Case) -> dict[str, float]:
 
 @functools.cache
 def _expected(case: Case) -> dict[str, jax.Array]:
+    return jax.jit(program(case))(*_exact(case))
+
+
+def _exact(case: Case) -> tuple[dict, ...]:
+    """The arguments in float32."""
     floating, others, cotangents = arguments(case)
     floating, cotangents = jax.tree.map(lambda a: a.astype(jnp.float32), (floating, cotangents))
-    return jax.jit(program(case))(floating, others, cotangents)
+    return floating, others, cotangents
 
 
 def relative_error(out, expected) -> float:
@@ -49,8 +54,20 @@ def check(case: Case, smaller: Callable = shortened) -> dict:
     """
     if case.implementation == "reference":
         return {}
-    at = smaller(case.shape)
-    return verdict(_errors(dataclasses.replace(case, shape_name="", shape=at, pass_name="forward_backward")), case.dtype, at)
+    compared = _compared(case, smaller)
+    return verdict(_errors(compared), case.dtype, compared.shape)
+
+
+def compile_check(case: Case, smaller: Callable = shortened) -> None:
+    """Compile what :func:`check` runs, and run none of it."""
+    compared = _compared(case, smaller)
+    reference = dataclasses.replace(compared, implementation="reference")
+    for program_of, values in ((compared, arguments(compared)), (reference, _exact(reference))):
+        jax.jit(program(program_of)).lower(*values).compile()
+
+
+def _compared(case: Case, smaller: Callable) -> Case:
+    return dataclasses.replace(case, shape_name="", shape=smaller(case.shape), pass_name="forward_backward")
 
 
 def verdict(found: dict[str, float], dtype: str, checked) -> dict:

@@ -5,18 +5,20 @@ Nothing but the functions that run there imports torch or fla. Arrays come and g
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 
 import numpy as np
 
-from experiments.benchmarks.batches import batches
+from experiments.benchmarks import fla_import
+from experiments.benchmarks.batches import STEP_SECONDS, batches
 
 # float32 arrays by name, and the dtype that each has: what an operator is given.
 Arrays = dict[str, tuple[np.ndarray, str]]
 
 
-def _plain_failures(function: Callable) -> Callable:
-    """A function whose failures are RuntimeErrors, which a process without torch can read too."""
+def _alone(function: Callable) -> Callable:
+    """A function whose failures are RuntimeErrors, which a process without torch can read too; it leaves a card's memory to others."""
 
     @functools.wraps(function)
     def run(*arguments):
@@ -26,6 +28,9 @@ def _plain_failures(function: Callable) -> Callable:
             raise RuntimeError(f"fla, which this is measured beside, is not here ({error}): pip install -e '.[parity]'") from None
         except Exception as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        finally:
+            if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
     return run
 
@@ -145,13 +150,14 @@ def _prepared(operator: str, inputs: Arrays, device: str) -> dict:
     return {name: _tensor(values, dtype, device).requires_grad_() for name, (values, dtype) in logged.items()}
 
 
-@_plain_failures
+@_alone
 def outputs(operator: str, sizes: dict, inputs: Arrays, cotangent: Arrays, device: str = "cuda") -> dict[str, np.ndarray]:
     """Output, final state if there is one, and the gradients that fla has, of the output alone: not all of its operators have them of the
     final state.
     """
     import torch
 
+    fla_import.prepare()
     tensors = _prepared(operator, inputs, device)
     output, final_state = _operator(operator, sizes)(**tensors)
     gradients = torch.autograd.grad(output, list(tensors.values()), _tensor(*cotangent["output"], device), allow_unused=True)
@@ -163,10 +169,12 @@ def outputs(operator: str, sizes: dict, inputs: Arrays, cotangent: Arrays, devic
     return arrays
 
 
-@_plain_failures
+@_alone
 def time_operator(operator: str, sizes: dict, inputs: Arrays, pass_name: str, device: str = "cuda") -> dict:
     """Of a row: seconds a call at ``sizes``, whose rows and tokens repeat those of ``inputs``, and the memory that one takes at most."""
     import torch
+
+    fla_import.prepare()
 
     def repeated(name, values):
         if "state" in name:
@@ -223,20 +231,24 @@ def versions(device: str) -> dict:
     names = ("torch", "triton", "flash-linear-attention", "transformers")
     found = {distribution.metadata["Name"]: distribution.version for distribution in importlib.metadata.distributions()}
     kind = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return {"peer_device": kind, "peer_versions": {name: found[name] for name in names if name in found}}
+    here = {name: found[name] for name in names if name in found}
+    return {"peer_device": kind, "peer_versions": here, "peer_notes": list(fla_import.prepare())}
 
 
-@_plain_failures
+@_alone
 def time_step(options: dict, B: int, T: int, device: str = "cuda") -> dict:
     """Of a row: seconds of a training step of fla's model of a config.json, with torch.compile, in bfloat16 with float32 parameters."""
-    import fla.models  # noqa: F401 (which makes its models known to transformers)
     import torch
+
+    fla_import.prepare()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     options = dict(options)
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     model = AutoModelForCausalLM.from_config(config).to(device=device, dtype=torch.float32).train()
+    # Autocast leaves embeddings as they are, and so all that is added to them: activations between layers are to be bfloat16, as ours.
+    model.get_input_embeddings().register_forward_hook(lambda module, given, embedded: embedded.to(torch.bfloat16))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda")
     compiled = torch.compile(model)
     tokens = torch.randint(config.vocab_size, (B, T), device=device)
@@ -253,7 +265,7 @@ def time_step(options: dict, B: int, T: int, device: str = "cuda") -> dict:
     first = float(step())
     if not math.isfinite(first):
         raise RuntimeError(f"its first loss is {first}")
-    times = batches(step, lambda _: _wait(device))
+    times = batches(step, lambda _: _wait(device), STEP_SECONDS)
     return {"seconds": times, "loss": first, "peak_bytes": _peak_of_all(device)} | versions(device)
 
 

@@ -2,8 +2,8 @@
 flash-linear-attention's Triton.
 
 Rows are of 32k tokens in bfloat16, forward and forward + backward, from sequences of 2,048 tokens to one of 32,768. What is timed is
-checked first, fla's operators too. torch and fla run in a process of their own on the same card, which JAX leaves memory to. Compilation
-takes far longer than what is measured, so it is done ahead, by all cores.
+checked first, fla's operators too. Ours and fla's run in a process each on the same card, started anew where one hangs or fails.
+Compilation takes far longer than what is measured, so it is done ahead, by all cores.
 """
 
 import contextlib
@@ -12,12 +12,13 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import ahead, correctness, fla_peer, gpu_steps
+from experiments.benchmarks import ahead, correctness, fla_import, fla_peer, gpu_steps
 from experiments.benchmarks.batches import batches, summary
 from experiments.benchmarks.cases import Case, arguments, at_lengths, both_passes, program, select
 from experiments.benchmarks.gpu_static import takes
@@ -28,6 +29,7 @@ from experiments.benchmarks.timing import compile_case
 LENGTHS = (2048, 8192, 32768, 4096, 16384)  # most wanted first: what there is no time for is measured by the next call
 XLA_LENGTHS = (2048, 32768)  # of XLA's form, which takes long to compile and is compared with least
 SECONDS = 450.0  # after which no further row is begun
+CALL_SECONDS = 200.0  # that an answer is waited for
 CHECKED_T = 1024
 DTYPE = "bfloat16"
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # for JAX to leave memory to others; read when it first asks for the card
@@ -78,10 +80,30 @@ def small(shape):
     return dataclasses.replace(shape, B=1, T=min(shape.T, CHECKED_T))
 
 
-def measure(case: Case, peer: Process) -> dict:
+class Runs(NamedTuple):
+    """Where programs are run: ours, and fla's. A kernel that hangs, or loses the card's context, takes no more than its process with it."""
+
+    ours: Process | Here
+    peer: Process | Here
+
+    def close(self):
+        for process in self:
+            process.close()
+
+
+def _ask(process: Process | Here, function: Callable, *arguments):
+    """``function(*arguments)`` in a process, of which nothing is kept where that fails."""
+    try:
+        return process.call(function, *arguments, seconds=CALL_SECONDS)
+    except Exception:
+        process.close()
+        raise
+
+
+def measure(case: Case, runs: Runs) -> dict:
     """The row of an operator: checked, then timed, with its shares of what the card gives."""
-    row = case.work() | {"card": rates()}
-    row |= _measure_one(case, peer)
+    row = case.work() | {"card": _ask(runs.ours, rates)}
+    row |= _measure_peer(case, runs) if case.implementation == "fla" else _ask(runs.ours, _measure_ours, case)
     if "failure" in row:
         return row
     row |= summary(row.pop("seconds"))
@@ -90,15 +112,16 @@ def measure(case: Case, peer: Process) -> dict:
     return row
 
 
-def _measure_one(case: Case, peer: Process | Here) -> dict:
-    return _measure_peer(case, peer) if case.implementation == "fla" else _measure_ours(case)
-
-
 def rehearse(cases: list[Case]) -> None:
-    """All that :func:`measure` does for these, for the sake of what compilers then have on disk."""
-    here = Here()
+    """Compile all that :func:`measure` runs for these: ours without running it, fla's by running each of Triton's choices once."""
     for case in cases:
-        _measure_one(case, here)
+        if case.implementation == "fla":
+            fla_import.choose_nothing()
+            _measure_peer(case, Runs(Here(), Here()))
+            continue
+        correctness.compile_check(case, small)
+        for one in (case, *_held_against(case)):
+            compile_case(one, arguments(one))
 
 
 def of_one_shape(cases: list[Case]) -> list[list[Case]]:
@@ -115,30 +138,83 @@ def _measure_ours(case: Case) -> dict:
         return row
     values = arguments(case)
     compiled, facts = compile_case(case, values)
+    row |= _check_whole(case, compiled, values)
+    if "failure" in row:
+        return row
     times = batches(lambda: compiled(*values), jax.block_until_ready)
     return row | {"peak_bytes": facts["temp_bytes"] + facts["output_bytes"], "seconds": times}
 
 
-def _measure_peer(case: Case, peer: Process | Here) -> dict:
+def _check_whole(case: Case, compiled, values: tuple[dict, ...]) -> dict:
+    """Of a row: whether it is cuDNN's (attention of one document), and of our kernels, on all that is timed, what two calls differ in,
+    and at some lengths how far they are from XLA's form; "failure" where they differ at all, or are too far.
+    """
+    by_cudnn = "__cudnn" in compiled.as_text()
+    row = {"cudnn": by_cudnn}
+    if case.implementation != "pallas" or by_cudnn:  # whose gradients are sums in any order
+        return row
+    outputs = compiled(*values)
+    again = compiled(*values)
+    differing = max(float(jnp.mean(a != b)) for a, b in zip(*map(jax.tree.leaves, (outputs, again)), strict=True))
+    if differing:
+        return row | {"failure": f"not measured, two calls differ in {differing:.1e} of an output: a race, or memory that nobody wrote"}
+    del again
+    for other in _held_against(case):
+        expected = compile_case(other, values)[0](*values)
+        row["errors_of_whole"] = {name: _off(outputs[name], expected[name]) for name in expected}
+        if not all(error <= correctness.TOLERANCE[case.dtype] for error in row["errors_of_whole"].values()):
+            worst = max(row["errors_of_whole"], key=row["errors_of_whole"].get)
+            row["failure"] = f"not measured, {worst} is {row['errors_of_whole'][worst]:.1e} off XLA's form at the whole shape"
+    return row
+
+
+def _held_against(case: Case) -> list[Case]:
+    """XLA's form of one of our kernels, at the lengths that it is measured at too."""
+    wanted = case.implementation == "pallas" and case.pass_name == "forward_backward" and case.shape.T in XLA_LENGTHS
+    return [dataclasses.replace(case, implementation="xla")] if wanted else []
+
+
+@jax.jit
+def _distance(a, b):
+    a, b = (x.astype(jnp.float32) for x in (a, b))
+    return jnp.linalg.norm((a - b).ravel()), jnp.linalg.norm(b.ravel())
+
+
+def _off(a, b) -> float:
+    distance, size = map(float, _distance(a, b))
+    return distance / (size or 1.0)
+
+
+def _measure_peer(case: Case, runs: Runs) -> dict:
     """fla's operator, held against our reference."""
     reference = dataclasses.replace(case, implementation="reference", shape_name="", shape=small(case.shape), pass_name="forward_backward")
-    row = correctness.verdict(_peer_errors(reference, peer), case.dtype, reference.shape)
+    row = correctness.verdict(_peer_errors(reference, runs), case.dtype, reference.shape)
     if "failure" in row:
         return row
-    given = _given(arguments(reference)[0])
-    return row | peer.call(fla_peer.time_operator, case.operator, dataclasses.asdict(case.shape), given, case.pass_name)
+    given = _reference(reference, runs.ours)[0]
+    return row | _ask(runs.peer, fla_peer.time_operator, case.operator, dataclasses.asdict(case.shape), given, case.pass_name)
 
 
 @functools.cache
-def _peer_errors(reference: Case, peer: Process | Here) -> dict[str, float]:
+def _peer_errors(reference: Case, runs: Runs) -> dict[str, float]:
     """The relative errors of fla's outputs, and of the gradients of its output: not all of its operators have them of the final state."""
-    floating, others, cotangents = arguments(reference)
+    given, cotangent, expected = _reference(reference, runs.ours)
+    found = _ask(runs.peer, fla_peer.outputs, reference.operator, dataclasses.asdict(reference.shape), given, cotangent)
+    return {name: correctness.relative_error(a, expected[name]) for name, a in found.items()}
+
+
+@functools.cache
+def _reference(case: Case, ours: Process | Here):
+    return _ask(ours, _run_reference, case)
+
+
+def _run_reference(case: Case) -> tuple[fla_peer.Arrays, fla_peer.Arrays, dict[str, np.ndarray]]:
+    """(the operator's arguments, the cotangent of its output, outputs and gradients in float32)."""
+    floating, others, cotangents = arguments(case)
     output = {name: a if name == "output" else jnp.zeros_like(a) for name, a in cotangents.items()}
     exact = jax.tree.map(lambda a: a.astype(jnp.float32), (floating, output))
-    expected = jax.jit(program(reference))(exact[0], others, exact[1])
-    cotangent = _given({"output": cotangents["output"]})
-    found = peer.call(fla_peer.outputs, reference.operator, dataclasses.asdict(reference.shape), _given(floating), cotangent)
-    return {name: correctness.relative_error(a, expected[name]) for name, a in found.items()}
+    expected = jax.jit(program(case))(exact[0], others, exact[1])
+    return _given(floating), _given({"output": cotangents["output"]}), {name: np.asarray(a) for name, a in expected.items()}
 
 
 def _given(arrays: dict[str, jax.Array]) -> fla_peer.Arrays:
@@ -156,25 +232,25 @@ def suites() -> Iterator[list[Suite]]:
     if device.platform != "gpu":
         raise ValueError(f"--suite=gpu is measured on a GPU, and this machine has {device.device_kind}; --target=gpu:h200 needs none")
     until = time.monotonic() + SECONDS
-    with contextlib.closing(Process("fla's process", SHARED)) as peer:
-        yield rounds(peer, until)
+    with contextlib.closing(Runs(Process("our process", SHARED), Process("fla's process", SHARED))) as runs:
+        yield rounds(runs, until)
 
 
-def rounds(peer: Process, until: float) -> list[Suite]:
-    """Operators and steps that are wanted first, then the others'."""
+def rounds(runs: Runs, until: float) -> list[Suite]:
+    """Operators and steps that are wanted first, then the others'. A step may take all of the card's memory: none is held meanwhile."""
     return [
         one
         for wanted in (wanted_first, lambda case: not wanted_first(case))
-        for one in (suite(peer, wanted, until), gpu_steps.suite(wanted, until))
+        for one in (suite(runs, wanted, until), gpu_steps.suite(wanted, until, runs.close))
     ]
 
 
-def suite(peer: Process, wanted: Callable[[Case], bool], until: float) -> Suite:
+def suite(runs: Runs, wanted: Callable[[Case], bool], until: float) -> Suite:
     """The suite of the operators' cases that are ``wanted``, no row of which is begun after ``until``, by ``time.monotonic``."""
     return Suite(
         "gpu",
         lambda case: [case] if isinstance(case, Case) and wanted(case) else [],
-        lambda case: measure(case, peer),
+        lambda case: measure(case, runs),
         {
             "median ms": lambda row: f"{row['median_s'] * 1e3:.3f}",
             "quartiles": lambda row: " ... ".join(f"{q * 1e3:.3f}" for q in row["quartiles_s"]),

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import ahead, fla_peer, gpu_static, gpu_topology, hlo, sass, steps
-from experiments.benchmarks.batches import batches, summary
+from experiments.benchmarks.batches import STEP_SECONDS, batches, summary
 from experiments.benchmarks.cases import TOKENS
 from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
@@ -37,6 +37,7 @@ CONFIGS = [
 WINDOWS = (2048, 8192)
 ALL = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}  # of the card, for JAX
 REMATS = ("none", "operators", "block")  # the first that fits is taken
+CALL_SECONDS = 400.0  # that a step's row is waited for, its compilation included
 ROOM = 0.95  # of JAX's share, which a step may take
 
 
@@ -116,9 +117,11 @@ def time_ours(case: Case) -> dict:
             state, metrics = compiled(state, on_card)
             return metrics.loss
 
-        times = batches(step, jax.block_until_ready)
+        times = batches(step, jax.block_until_ready, STEP_SECONDS)
+    held = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", held)
     names = implementations_of(config.model, compiled.as_text())
-    return {"seconds": times, "loss": loss, "peak_bytes": held, "remat": config.model.remat, "implementations": names}
+    row = {"seconds": times, "loss": loss, "peak_bytes": held, "remat": config.model.remat, "implementations": names}
+    return row | {"cudnn": "__cudnn" in compiled.as_text()}  # full attention's, of one document a row
 
 
 def measure(case: Case) -> dict:
@@ -126,16 +129,22 @@ def measure(case: Case) -> dict:
     config = case.run_config(REMATS[0])
     with contextlib.closing(Process(f"the process of {case}", ALL)) as process:
         if case.implementation == "ours":
-            row = process.call(time_ours, case)
+            row = process.call(time_ours, case, seconds=CALL_SECONDS)
         else:
-            row = process.call(fla_peer.time_step, fla_options(config.model), config.train.batch, case.window)
+            asked = fla_options(config.model), config.train.batch, case.window
+            row = process.call(fla_peer.time_step, *asked, seconds=CALL_SECONDS)
     row |= {"tokens": TOKENS, "flops": training_flops(config)} | summary(row.pop("seconds"))
     flop_per_s = row["flops"] / row["median_s"]
     return row | {"tokens_per_s": TOKENS / row["median_s"], "flop_per_s": flop_per_s, "mfu": flop_per_s / peak_flops()[0]}
 
 
-def suite(wanted: Callable[[Case], bool], until: float) -> Suite:
-    """The suite of the steps that are ``wanted``, none begun after ``until``, by ``time.monotonic``."""
+def suite(wanted: Callable[[Case], bool], until: float, make_room: Callable[[], None]) -> Suite:
+    """The suite of the steps that are ``wanted``, none begun after ``until``, by ``time.monotonic``. ``make_room`` is called first."""
+
+    def compile_ahead(cases: list[Case]) -> None:
+        make_room()
+        ahead.rehearse(rehearse, [case for case in cases if case.implementation == "ours"], ALL, until)
+
     return Suite(
         "gpu_step",
         lambda case: [case] if isinstance(case, Case) and wanted(case) else [],
@@ -150,7 +159,7 @@ def suite(wanted: Callable[[Case], bool], until: float) -> Suite:
             "loss": lambda row: f"{row['loss']:.2f}",
         },
         until=until,
-        rehearse=lambda cases: ahead.rehearse(rehearse, [case for case in cases if case.implementation == "ours"], ALL, until),
+        rehearse=compile_ahead,
     )
 
 

@@ -78,7 +78,7 @@ def measure(name: str, run: Callable[[Case], dict], case: Case, about: dict | No
     row |= case.identity | (about or {})
     try:
         return row | run(case)
-    except (ValueError, TypeError, RuntimeError) as error:  # refused arguments, failed compilations, no memory left
+    except Exception as error:  # refused arguments, failed compilations, no memory left, a mistake: it costs this row alone
         return row | {"failure": f"{type(error).__name__}: {str(error).strip() or 'no message'}"}
 
 

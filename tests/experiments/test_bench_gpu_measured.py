@@ -14,6 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.benchmarks import ahead, batches, cases, correctness, fla_peer, gpu, gpu_steps, process, rows
+from experiments.benchmarks.gpu import Runs
 from experiments.benchmarks.process import Here
 from experiments.configs import recipe
 from pallas_kernels.attention import shapes as attention_shapes
@@ -23,11 +24,15 @@ from tests.experiments.test_bench import ROOT
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(batches, "SECONDS", 0.01)
+    monkeypatch.setattr(gpu_steps, "STEP_SECONDS", 0.01)
     monkeypatch.setattr(batches, "BATCH", 0.001)
     monkeypatch.setattr(gpu, "CHECKED_T", 32)
     monkeypatch.setattr(gpu, "rates", lambda: {"bytes_per_s": 1e9, "matmul_flop_per_s": 1e10})
     yield
     correctness._errors.cache_clear()
+
+
+HERE = Runs(Here(), Here())
 
 
 def tiny(implementation="xla", operator="linear_scan"):
@@ -36,7 +41,7 @@ def tiny(implementation="xla", operator="linear_scan"):
 
 
 def test_an_operator_is_checked_and_timed():
-    row = gpu.measure(tiny(), Here())
+    row = gpu.measure(tiny(), HERE)
     low, high = row["quartiles_s"]
     assert 0 < low <= row["median_s"] <= high and row["batches"] >= batches.LEAST and "seconds" not in row
     assert row["checked_shape"] == {"B": 1, "T": 32, "D": 32} and 0 < max(row["errors"].values()) < row["tolerance"]
@@ -48,7 +53,7 @@ def test_an_operator_is_checked_and_timed():
 
 def test_a_peer_that_is_not_installed_has_a_row_that_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
-    suite = gpu.suite(Here(), everything, until=time.monotonic() + 60)
+    suite = gpu.suite(HERE, everything, until=time.monotonic() + 60)
     (row,) = rows.run([tiny("fla")], suite, tmp_path / "gpu.jsonl")
     assert "fla, which this is measured beside, is not here" in row["failure"] and "pip install -e '.[parity]'" in row["failure"]
     assert (row["operator"], row["implementation"], row["pass"]) == ("linear_scan", "fla", "forward_backward")
@@ -64,7 +69,7 @@ class Peer:
     def __init__(self, factor):
         self.factor = factor
 
-    def call(self, function, operator, sizes, inputs, *rest):
+    def call(self, function, operator, sizes, inputs, *rest, seconds):
         if function is fla_peer.time_operator:
             assert sizes == dataclasses.asdict(tiny().shape)
             return {"seconds": [0.002] * 3, "peak_bytes": None}
@@ -77,8 +82,8 @@ class Peer:
 
 
 def test_a_peer_is_held_against_our_reference():
-    assert gpu.measure(tiny("fla"), Peer(1.0))["median_s"] == 0.002
-    row = gpu.measure(tiny("fla"), Peer(1.05))
+    assert gpu.measure(tiny("fla"), Runs(Here(), Peer(1.0)))["median_s"] == 0.002
+    row = gpu.measure(tiny("fla"), Runs(Here(), Peer(1.05)))
     assert "median_s" not in row and row["failure"].startswith("not measured, errors above 0.03: ") and "output 5.0e-02" in row["failure"]
 
 
@@ -102,13 +107,14 @@ def test_what_is_measured_and_in_which_order():
 
 
 def test_the_first_round_is_of_sequences_as_the_study_has():
-    found = [case for case in gpu.cases([], [], []) if gpu.wanted_first(case)]
+    every = gpu.cases([], [], [])
+    found = [case for case in every if gpu.wanted_first(case)]
     steps = [case for case in found if isinstance(case, gpu_steps.Case)]
     assert {case.config for case in steps} == {"transformer:340m", *(f"{family}_r6:340m" for family in recipe.FAMILIES)}
     assert all(case.window == 2048 for case in steps) and len(steps) == 2 * 8
     assert {(case.implementation, case.shape.T) for case in found if isinstance(case, cases.Case)} == {("pallas", 2048), ("fla", 2048)}
-    with_others = [one for suite in gpu.rounds(Here(), 0.0) for case in gpu.cases([], [], []) for one in suite.cases(case)]
-    assert sorted(with_others, key=str) == sorted(gpu.cases([], [], []), key=str) and set(with_others[: len(found)]) == set(found)
+    with_others = [one for suite in gpu.rounds(HERE, 0.0) for case in every for one in suite.cases(case)]
+    assert sorted(with_others, key=str) == sorted(every, key=str) and set(with_others[: len(found)]) == set(found)
 
 
 def test_packed_documents_start_where_the_shape_has_them():
@@ -119,20 +125,20 @@ def test_packed_documents_start_where_the_shape_has_them():
 
 def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path, capsys):
     output, asked = tmp_path / "gpu.jsonl", [tiny(), dataclasses.replace(tiny(), pass_name="forward")]
-    assert not rows.run(asked, gpu.suite(Here(), everything, until=time.monotonic() - 1), output)
+    assert not rows.run(asked, gpu.suite(HERE, everything, until=time.monotonic() - 1), output)
     assert "the time is over: 2 are left" in capsys.readouterr().out
-    assert len(rows.run(asked[:1], gpu.suite(Here(), everything, until=time.monotonic() + 60), output)) == 1
-    (row,) = rows.run(asked, gpu.suite(Here(), everything, until=time.monotonic() + 60), output)
+    assert len(rows.run(asked[:1], gpu.suite(HERE, everything, until=time.monotonic() + 60), output)) == 1
+    (row,) = rows.run(asked, gpu.suite(HERE, everything, until=time.monotonic() + 60), output)
     assert row["pass"] == "forward"
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(lines) == 2
     output.write_text("\n".join(json.dumps(line | {"git": "another"}) for line in lines))
-    assert rows.unmeasured(asked, gpu.suite(Here(), everything, 0.0), output) == asked
+    assert rows.unmeasured(asked, gpu.suite(HERE, everything, 0.0), output) == asked
 
 
 def test_a_step_of_ours(monkeypatch):
     monkeypatch.setattr(gpu_steps, "TOKENS", 256)
-    monkeypatch.setattr(gpu_steps, "Process", lambda *_: type("Closed", (Here,), {"close": lambda self: None})())
+    monkeypatch.setattr(gpu_steps, "Process", lambda *_: Here())
     row = gpu_steps.measure(gpu_steps.Case("ours", "hgrn_r6:tiny", 128))
     assert row["tokens_per_s"] == pytest.approx(256 / row["median_s"]) and row["flops"] > 1e8
     assert 0 < row["mfu"] < 1 and row["remat"] == "none"
@@ -150,17 +156,85 @@ def test_calls_are_repeated_in_batches(monkeypatch):
     assert times == [0.125] * 4 and len(made) == 2 + 4 * 4 and awaited == [1, 2, 6, 10, 14, 18]
 
 
-def end_process():
-    os._exit(1)
+class Unreadable(Exception):
+    """An error that another process can not make again."""
+
+    def __init__(self, what, where):
+        super().__init__(f"{what} at {where}")
 
 
-def test_a_process_that_ends_is_started_anew():
+def fail(error):
+    if error is None:
+        os._exit(1)
+    raise error if isinstance(error, Exception) else Unreadable("a fault", error)
+
+
+def test_a_process_that_fails_hangs_or_ends(monkeypatch):
     child = process.Process("the compiler", {"EXPERIMENTS_BENCH_TEST": "told"})
+    first = child.call(os.getpid)
+    with pytest.raises(KeyError, match="a name"):
+        child.call(fail, KeyError("a name"))
+    with pytest.raises(RuntimeError, match="Unreadable: a fault at 7"):
+        child.call(fail, 7)
+    assert child.call(os.getpid) == first
     with pytest.raises(RuntimeError, match="the compiler ended its process"):
-        child.call(end_process)
-    assert child.call(os.getenv, "EXPERIMENTS_BENCH_TEST") == "told"
+        child.call(fail, None)
+    assert child.call(os.getenv, "EXPERIMENTS_BENCH_TEST") == "told" and "EXPERIMENTS_BENCH_TEST" not in os.environ
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="the compiler gave no answer within 0 s, and was ended"):
+        child.call(time.sleep, 60, seconds=0.2)
+    assert time.monotonic() - started < 20 and child.call(os.getpid) != first
     child.close()
-    assert "EXPERIMENTS_BENCH_TEST" not in os.environ
+
+
+def test_a_process_in_which_something_failed_is_used_no_more():
+    """A kernel's fault may have lost the context that it has of the card."""
+    ours = process.Process("our process", {})
+    first = ours.call(os.getpid)
+    with pytest.raises(KeyError):
+        gpu._ask(ours, fail, KeyError("a name"))
+    assert gpu._ask(ours, os.getpid) != first
+    ours.close()
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The case of one of our kernels, which is XLA's form; and what it gives a row when another program takes its place."""
+    monkeypatch.setattr(gpu, "XLA_LENGTHS", (tiny().shape.T,))
+    case = tiny("xla")
+    values = cases.arguments(case)
+    usual = jax.jit(cases.program(case)).lower(*values).compile()
+
+    class Other:
+        def __init__(self, change):
+            self.change, self.calls, self.as_text = change, 0, usual.as_text
+
+        def __call__(self, *values):
+            self.calls += 1
+            return self.change(self.calls, usual(*values))
+
+    return lambda change: gpu._check_whole(dataclasses.replace(case, implementation="pallas"), Other(change), values)
+
+
+def test_a_kernel_is_checked_on_all_that_is_timed(kernels):
+    found = kernels(lambda call, outputs: outputs)
+    assert not found["cudnn"] and "failure" not in found and set(found["errors_of_whole"].values()) == {0.0}
+
+    def change_one(call, outputs):
+        return outputs | {"final_state": outputs["final_state"].at[1, 5].add(float(call))}
+
+    assert "two calls differ in 1.6e-02 of an output: a race" in kernels(change_one)["failure"]
+    off = kernels(lambda call, outputs: outputs | {"output": outputs["output"].at[1, 90:].set(0)})
+    assert off["failure"].startswith("not measured, output is ") and off["errors_of_whole"]["final_state"] == 0
+    lost = kernels(lambda call, outputs: outputs | {"output": outputs["output"].at[1, 3, 3].set(jnp.nan)})
+    assert "failure" in lost
+
+
+def test_any_mistake_costs_one_row(tmp_path):
+    def measure(case):
+        raise AssertionError("of a library's own")
+
+    assert rows.measure("gpu", measure, tiny())["failure"] == "AssertionError: of a library's own"
 
 
 def multiply(factor):
@@ -218,14 +292,15 @@ def test_what_is_left_to_measure_is_compiled_ahead(monkeypatch, tmp_path):
     rehearsed = []
     monkeypatch.setattr(ahead, "rehearse", lambda perform, tasks, environment, until: rehearsed.append((perform, tasks)))
     forward = dataclasses.replace(tiny(), pass_name="forward")
-    suite = gpu.suite(Here(), everything, until=time.monotonic() + 60)
+    suite = gpu.suite(HERE, everything, until=time.monotonic() + 60)
     rows.run([tiny()], suite, tmp_path / "gpu.jsonl")
     rows.run([tiny(), forward], suite, tmp_path / "gpu.jsonl")
     assert rehearsed == [(gpu.rehearse, [[tiny()]]), (gpu.rehearse, [[forward]])]
     gpu.rehearse([tiny(), forward])  # as a process does it
-    steps = gpu_steps.suite(everything, until=0.0)
+    steps = gpu_steps.suite(everything, 0.0, lambda: rehearsed.append("room is made"))
     steps.rehearse(gpu_steps.select(["hgrn_r6:tiny"]))
-    assert rehearsed[-1] == (gpu_steps.rehearse, [gpu_steps.Case("ours", "hgrn_r6:tiny", window) for window in gpu_steps.WINDOWS])
+    ours = [gpu_steps.Case("ours", "hgrn_r6:tiny", window) for window in gpu_steps.WINDOWS]
+    assert rehearsed[-2:] == ["room is made", (gpu_steps.rehearse, ours)]
 
 
 def test_without_a_gpu_the_command_ends_in_one_line():

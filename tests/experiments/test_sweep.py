@@ -84,7 +84,7 @@ def test_nothing_is_begun_after_a_signal(started, monkeypatch, capsys):
 
     monkeypatch.setattr(sweep.Children, "run", run)
     assert sweep.main([]) == 1 and started == ["train"]
-    assert "SIGTERM: stopped at gla_r6-tiny, 1 not begun; the same command again goes on from there" in capsys.readouterr().out
+    assert "SIGTERM: stopped at gla_r6-tiny, 1 not begun; the same command again goes on there" in capsys.readouterr().out
 
 
 def test_every_run_is_evaluated_once(started, capsys):
