@@ -25,8 +25,8 @@ from absl import flags
 from etils import epath
 
 from experiments import checkpoint, cli, folder, processes, suites
-from hybrid_jax.config import ConfigError, RunConfig
-from hybrid_jax.train.workdir import evaluation_file, read_config, run_folder
+from hybrid_jax.config import ConfigError, MeshConfig, RunConfig
+from hybrid_jax.train.workdir import evaluation_file, read_config, run_folder, write_whole
 
 SUITE = flags.DEFINE_enum("suite", None, sorted(suites.SUITES), "What to measure in place of the run's own evaluation.")
 TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens to score, at most; default: the run's evaluation.tokens.", lower_bound=1)
@@ -61,7 +61,10 @@ def evaluate_as_training_does(workdir: epath.Path, config: RunConfig) -> None:
     from hybrid_jax.train.checkpoints import load_params
     from hybrid_jax.train.plot import plot_run
 
-    mesh = make_mesh(config.mesh)
+    try:
+        mesh = make_mesh(config.mesh)
+    except ConfigError:  # it was trained on other devices than there are here
+        mesh = make_mesh(MeshConfig())
     _, held_out = make_sources(config.data.source, carried_tokenizer(workdir))
     with jax.set_mesh(mesh):
         step, params = load_params(workdir, config, mesh, checkpoint.STEP.value)
@@ -91,7 +94,7 @@ def evaluate_by_suite(workdir: epath.Path, config: RunConfig, name: str, asked: 
     file = workdir / "evals" / f"{name}-{step}.json"
     file.parent.mkdir(exist_ok=True)
     told = {"headline": suite.headline(results), "notes": suite.notes(results)}
-    file.write_text(json.dumps({"suite": name, "step": step, "flags": asked, **told, **results}, indent=2) + "\n")
+    write_whole(file, json.dumps({"suite": name, "step": step, "flags": asked, **told, **results}, indent=2) + "\n")
     print_table(suite.table(f"{workdir.name}, step {step:,}: {name}", results))
     drawn = suite.draw(results, file.with_suffix(".png"), config) if suite.draw else None
     print(f"written to {file}" + (f", drawn in {drawn}" if drawn else ""))

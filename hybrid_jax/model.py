@@ -1,7 +1,10 @@
 """The language model: embedding, a stack of blocks folded into scans, final norm, output projection."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hybrid_jax import cache as caches
@@ -179,12 +182,35 @@ class Model(nnx.Module):
         return self.embedding.table[...].T if self.output is None else self.output.kernel[...]
 
     def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-        """tokens [B,T] int -> logits [B,T,vocabulary] float32. segment_ids [B,T]: documents of a row, 0 padding."""
-        return self.logits(self.hidden(tokens, segment_ids))
+        """tokens [B,T] int -> logits [B,T,vocabulary] float32. segment_ids [B,T]: documents of a row, 0 padding.
+
+        Lists and numpy's arrays do too; compiled once for each shape. Raises ValueError for tokens of another rank or dtype, or, where
+        they are known, out of the vocabulary.
+        """
+        if not isinstance(tokens, jax.core.Tracer) and getattr(tokens, "is_fully_addressable", True):
+            tokens = _checked(tokens, self.config.vocabulary)
+        return _logits(*nnx.split(self), tokens, None if segment_ids is None else jnp.asarray(segment_ids))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[...,D] -> [...,vocabulary] float32."""
         return jnp.matmul(hidden, self.output_kernel().astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    model = nnx.merge(graph, params)
+    return model.logits(model.hidden(tokens, segment_ids))
+
+
+def _checked(tokens, vocabulary: int) -> jax.Array:
+    """The tokens as an array; looked up, those that do not exist would be taken for others."""
+    ids = np.asarray(tokens)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"tokens has shape {ids.shape} and dtype {ids.dtype}, needs [B,T] of integers")
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(f"tokens holds {wrong}, needs tokens from 0 to {vocabulary - 1}, the model's vocabulary")
+    return tokens if isinstance(tokens, jax.Array) else jnp.asarray(ids, jnp.int32)
 
 
 def _gate_width(config: ModelConfig) -> int:

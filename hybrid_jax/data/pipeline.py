@@ -83,10 +83,11 @@ def evaluation_batches(
     batch: int,
     window: int,
     packing: str = "windows",
+    tokens: int | None = None,
     local: Sequence[int] | None = None,
     threads: int = 4,
 ) -> Iterator[Batch]:
-    """The whole of ``source`` in order, every token a target exactly once; the same batches every time.
+    """The first ``tokens`` of ``source`` (None: all) in order, every token a target exactly once; the same batches every time.
 
     Rows are consecutive windows of T = window tokens, ``packing`` says whether each is one segment or its documents are told
     apart. What is missing at the end, of the last window and of the last batch, is padding of weight 0. Otherwise as
@@ -95,10 +96,11 @@ def evaluation_batches(
     local = _local_rows(batch, window, packing, local)
     if len(source) == 0:
         raise DataError(f"{source.name} is empty: there is nothing to evaluate on")
-    windows = -(-len(source) // window)
+    size = len(source) if tokens is None else min(tokens, len(source))
+    windows = -(-size // window)
 
     def pieces(row: int) -> Pieces:
-        start, stop = min(row * window, len(source)), min((row + 1) * window, len(source))
+        start, stop = min(row * window, size), min((row + 1) * window, size)
         if packing == "windows":
             return [(start, stop)] if start < stop else []
         first, last = np.searchsorted(source.documents, [start, stop], side="right")

@@ -100,8 +100,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._pieces.encode(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``, control symbols dropped."""
-        return self._pieces.decode([int(i) for i in ids])
+        """The text of ``ids``, control symbols dropped, and what is none of its pieces: a model's vocabulary may be larger."""
+        return self._pieces.decode([i for i in map(int, ids) if i < self.vocabulary])
 
 
 def load_tokenizer(spec, document_end: str | None = None) -> Tokenizer:

@@ -19,12 +19,13 @@ from hybrid_jax.data.tokenizers import ByteTokenizer
 from hybrid_jax.evals.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from hybrid_jax.train.feed import LocalRows
 from hybrid_jax.train.loss import Losses, batch_losses
+from hybrid_jax.train.workdir import write_whole
 
 Evaluate = Callable[[nnx.State], dict[str, Any]]
 
 
 def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: TokenSource) -> Evaluate:
-    """A function of parameters that evaluates them on the first ``evaluation.tokens`` tokens of ``held_out`` (up to whole batches).
+    """A function of parameters that evaluates them on the first ``evaluation.tokens`` tokens of ``held_out``, whatever the mesh.
 
     It returns, ready for JSON:
         loss                nats a token, each seen with what precedes it in its window
@@ -38,8 +39,8 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-config.evaluation.batch // devices) * devices
     window, packing = config.data.window, config.data.packing
-    steps = -(-min(config.evaluation.tokens, len(held_out)) // (rows * window))
-    scored = min(len(held_out), steps * rows * window)
+    scored = min(config.evaluation.tokens, len(held_out))
+    steps = -(-scored // (rows * window))
     text = source_text(held_out, scored)
     tasks = _recall_tasks(config, held_out.tokenizer.vocabulary)
     about_text = {
@@ -70,7 +71,8 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
         return sums(params, batches, -(-problem_rows // rows))
 
     def evaluate(params: nnx.State) -> dict[str, Any]:
-        batches = pipeline.evaluation_batches(held_out, batch=rows, window=window, packing=packing, local=local.numbers)
+        options = {"batch": rows, "window": window, "packing": packing, "tokens": scored, "local": local.numbers}
+        batches = pipeline.evaluation_batches(held_out, **options)
         found = sums(params, batches, steps)
         with np.errstate(invalid="ignore"):
             by_position = found.total_by_position / found.weight_by_position
@@ -90,7 +92,7 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
 
 def write_evaluation(file: epath.Path, step: int, results: dict[str, Any]) -> None:
     """Write the evaluation of a step, to where ``train.workdir.read_evaluations`` finds it."""
-    file.write_text(json.dumps({"step": step, **results}, indent=2) + "\n")
+    write_whole(file, json.dumps({"step": step, **results}, indent=2) + "\n")
 
 
 def source_text(source: TokenSource, tokens: int) -> bytes:
@@ -98,7 +100,9 @@ def source_text(source: TokenSource, tokens: int) -> bytes:
     ids = source.read(0, tokens)
     if isinstance(source.tokenizer, ByteTokenizer):  # whatever the bytes are, valid text or not
         return ids[ids < source.tokenizer.document_end].astype(np.uint8).tobytes()
-    return source.tokenizer.decode(ids).encode()
+    # A document at a time: a tokenizer may set a space before a text, which decoding takes from the first alone.
+    ends = source.documents[source.documents < tokens]
+    return b"".join(source.tokenizer.decode(of_document).encode() for of_document in np.split(ids, ends))
 
 
 def _recall_tasks(config: RunConfig, vocabulary: int) -> list[mqar.Task]:

@@ -1,5 +1,7 @@
 """Dense projections and the embedding: float32 parameters, products in the compute dtype."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,5 +30,24 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        # Whole rows on every device before the look-up: what is gathered then lies as the tokens do, over the batch.
-        return constrain(self.table[...].astype(self.dtype), "vocabulary", None)[tokens]
+        return _rows(self.dtype, self.table[...], tokens)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(dtype, table, tokens):
+    # Whole rows on every device before the look-up: what is gathered then lies as the tokens do, over the batch.
+    return constrain(table.astype(dtype), "vocabulary", None)[tokens]
+
+
+def _rows_forward(dtype, table, tokens):
+    return _rows(dtype, table, tokens), (table, tokens)
+
+
+def _rows_backward(dtype, residuals, d_rows):
+    """Summed in float32: the thousands of gradients of a frequent token, added up one by one in bfloat16, would stop at some size."""
+    table, tokens = residuals
+    zeros = constrain(jnp.zeros(table.shape, jnp.float32), "vocabulary", None)
+    return zeros.at[tokens].add(d_rows.astype(jnp.float32)).astype(table.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)

@@ -21,7 +21,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if config.name == "schedule_free":
         after = optax.constant_schedule(config.learning_rate)
     else:
-        after = optax.cosine_decay_schedule(config.learning_rate, max(1, steps - config.warmup_steps), config.final_fraction)
+        after = optax.cosine_decay_schedule(config.learning_rate, max(1, steps - 1 - config.warmup_steps), config.final_fraction)
     return optax.join_schedules([warmup, after], [config.warmup_steps]) if config.warmup_steps else after
 
 

@@ -16,7 +16,7 @@ from hybrid_jax import costs
 from hybrid_jax.amounts import count, duration, gigabytes, quantity
 from hybrid_jax.config import RunConfig
 from hybrid_jax.train.plot import plot_run
-from hybrid_jax.train.workdir import evaluation_file
+from hybrid_jax.train.workdir import evaluation_file, write_whole
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -39,7 +39,7 @@ def finish(name: str, config: RunConfig, workdir: epath.Path, speed: dict[str, A
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
     plot_run(workdir)
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     show(summary, workdir)
     return 0
 

@@ -93,28 +93,41 @@ def claim(workdir: epath.Path, config: RunConfig) -> None:
     """
     import jax
 
-    file = workdir / "config.json"
-    if steps := saved_steps(workdir):
-        untrained = steps == [0]  # given parameters, and no step taken from them: only the model is settled
-        refused = [
-            (path, old, new)
-            for path, old, new in differences(read_config(workdir), config)
-            if not (is_free(path) or untrained and (path in GIVEN or not path.startswith("model.")))
-        ]
-        if refused:
-            shown = "; ".join(f"{path}: {old!r} -> {new!r}" for path, old, new in refused)
-            raise ConfigError(
-                f"{workdir} holds a run of another configuration ({shown}): "
-                "give another --workdir for this one, or the same configuration to continue that one"
-            )
     try:
         _check_rights(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            _hold(workdir)
-            _write_whole(file, json.dumps(to_dict(config), indent=2) + "\n")
+            _hold(workdir)  # first, so that what is compared with below stays as it is
     except OSError as error:
-        raise ConfigError(f"can not write to {workdir}: {error.strerror or one_line(error)}; give another --workdir") from None
+        raise _unwritable(workdir, error) from None
+    _check_same(workdir, config)
+    if jax.process_index() == 0:
+        try:
+            write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        except OSError as error:
+            raise _unwritable(workdir, error) from None
+
+
+def _check_same(workdir: epath.Path, config: RunConfig) -> None:
+    """Raise ConfigError where ``workdir`` has checkpoints of a run that computes something else."""
+    steps = saved_steps(workdir)
+    if not steps:
+        return
+    untrained = steps == [0]  # given parameters, and no step taken from them: only the model is settled
+    refused = [
+        f"{path}: {old!r} -> {new!r}"
+        for path, old, new in differences(read_config(workdir), config)
+        if not (is_free(path) or untrained and (path in GIVEN or not path.startswith("model.")))
+    ]
+    if refused:
+        raise ConfigError(
+            f"{workdir} holds a run of another configuration ({'; '.join(refused)}): "
+            "give another --workdir for this one, or the same configuration to continue that one"
+        )
+
+
+def _unwritable(workdir: epath.Path, error: OSError) -> ConfigError:
+    return ConfigError(f"can not write to {workdir}: {error.strerror or one_line(error)}; give another --workdir")
 
 
 def _hold(workdir: epath.Path) -> None:
@@ -153,7 +166,7 @@ def check_text(workdir: epath.Path, name: str, fingerprint: str) -> None:
             "put that back, or give another --workdir"
         )
     if jax.process_index() == 0:
-        _write_whole(file, fingerprint + "\n")
+        write_whole(file, fingerprint + "\n")
 
 
 def _check_rights(workdir: epath.Path) -> None:
@@ -166,12 +179,12 @@ def _check_rights(workdir: epath.Path) -> None:
         )
 
 
-def _write_whole(file: epath.Path, text: str) -> None:
+def write_whole(file: epath.Path, text: str) -> None:
     """Write ``file`` so that whoever reads it finds the old text or the new one."""
     if in_bucket(file):
         file.write_text(text)
     else:
-        new = file.with_name(f"{file.stem}.{os.getpid()}.tmp")
+        new = file.with_name(f".{file.name}.{os.getpid()}")  # a name that nobody looks for
         new.write_text(text)
         new.replace(file)
 

@@ -45,14 +45,16 @@ def _needs(q, k, v, log_decay) -> list[str]:
         needs.append(f"keys of {', '.join(map(str, sizes))} channels{which}, not {K}")
     if V % COLUMNS:
         needs.append(f"values of a multiple of {COLUMNS} channels, not {V}")
+    if jax.config.jax_enable_x64:  # Python's integers in a kernel would be of 64 bits, which the grid's are not
+        needs.append("jax_enable_x64 off")
     return needs
 
 
 def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments | None, scale):
     """Arguments as :mod:`.api` prepares them: (o [B,T,HV,V] in bfloat16, the final state [B,HV,K,V] in float32).
 
-    Raises ValueError for q, k or v not in bfloat16 and for head sizes other than K in KEYS, with decays a channel in KEYS_PER_CHANNEL, and
-    V a multiple of 64.
+    Raises ValueError for q, k or v not in bfloat16, for head sizes other than K in KEYS, with decays a channel in KEYS_PER_CHANNEL, and
+    V a multiple of 64, and with 64-bit types enabled.
     """
     if needs := _needs(q, k, v, log_decay):
         raise ValueError(f"gated_delta_rule: implementation='pallas' needs on this GPU {' and '.join(needs)}; choose 'xla'")

@@ -42,8 +42,8 @@ def test_every_checkpoint_evaluates_to_what_training_wrote(workdir):
 
 def test_more_tokens_can_be_asked_for(workdir):
     assert run_eval(workdir, "--tokens=1000").code == 0
-    found = json.loads((workdir / "eval-8-1024-tokens.json").read_text())
-    assert found["tokens"] == 1024 and found["step"] == 8
+    found = json.loads((workdir / "eval-8-1000-tokens.json").read_text())
+    assert found["tokens"] == 1000 and found["step"] == 8
     own = json.loads((workdir / "eval-8.json").read_text())  # is still what training wrote
     assert own["tokens"] == evaluations(workdir)[8]["tokens"] == 512 and own["loss"] == evaluations(workdir)[8]["loss"]
 
@@ -59,3 +59,14 @@ def test_a_broken_newest_checkpoint_is_told_of_and_passed_over(workdir):
     with pytest.warns(UserWarning, match="step 8 .* can not be read"):
         result = run_eval(workdir)
     assert result.code == 0 and "step 4" in result.out
+
+
+def test_what_was_trained_on_other_devices(workdir):
+    """Of which there were twice as many: the same tokens, and all but rounding the same numbers."""
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | {"mesh": config["mesh"] | {"data": 2, "fsdp": 1}}))
+    written = json.loads((workdir / "eval-8.json").read_text())
+    result = run_eval(workdir)
+    assert result.code == 0, result.err
+    found = json.loads((workdir / "eval-8.json").read_text())
+    assert found["tokens"] == written["tokens"] and found["loss"] == pytest.approx(written["loss"], rel=1e-6)

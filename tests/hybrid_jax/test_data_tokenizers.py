@@ -111,7 +111,7 @@ def test_a_sentencepiece_model(tmp_path):
     assert (tokenizer.vocabulary, tokenizer.document_end) == (90, 2)
     for text in (texts[7], "some words"):
         ids = tokenizer.encode(text)
-        assert max(ids) < 90 and tokenizer.decode([*ids, tokenizer.document_end]) == text
+        assert max(ids) < 90 and tokenizer.decode([*ids, tokenizer.document_end, 90, 1000]) == text  # a model may have more tokens
     assert tokenizer.encode_batch(texts[:3]) == [tokenizer.encode(text) for text in texts[:3]]
     assert tokenizer.document_end not in tokenizer.encode("a document that spells </s>")
     tokenizer.save(tmp_path / "saved")

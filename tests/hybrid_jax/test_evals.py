@@ -7,13 +7,14 @@ import math
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
 from hybrid_jax import build
 from hybrid_jax.config import MeshConfig
 from hybrid_jax.data import DataError, mqar, pipeline
 from hybrid_jax.data.token_source import ArraySource
-from hybrid_jax.data.tokenizers import ByteTokenizer
+from hybrid_jax.data.tokenizers import ByteTokenizer, tokenizer_from_files
 from hybrid_jax.evals.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from hybrid_jax.evals.evaluate import make_evaluate, source_text
 from hybrid_jax.sharding import make_mesh
@@ -90,16 +91,18 @@ def test_recall_is_over_the_problems_of_all_kinds(model):
         assert both[name] == pytest.approx((small[name] + 4 * large[name]) / 5, rel=1e-6)  # of one and of four answers a problem
 
 
-def test_part_of_the_text_is_whole_batches_and_its_own_bytes(model):
-    results = evaluate(run_for(tokens=40), model)
-    assert results["tokens"] == 64 and results["bytes"] == len(source_text(held_out(), 64))
+@pytest.mark.parametrize("sizes", [None, dict(data=8, fsdp=1)])
+def test_part_of_the_text_is_as_much_on_any_mesh_and_its_own_bytes(model, sizes):
+    results = evaluate(run_for(tokens=40), model, sizes)
+    assert results["tokens"] == 40 and results["bytes"] == len(source_text(held_out(), 40))
     losses, _, _ = losses_and_hits(model, next(pipeline.evaluation_batches(held_out(), batch=4, window=16)))
-    assert results["bits_per_byte"] == pytest.approx(losses.sum() / math.log(2) / results["bytes"], rel=1e-6)
+    assert results["loss"] == pytest.approx(losses[:40].mean(), rel=1e-6)
+    assert results["bits_per_byte"] == pytest.approx(losses[:40].sum() / math.log(2) / results["bytes"], rel=1e-6)
 
 
 def test_places_where_nothing_is_scored_are_none(model):
-    results = evaluate(run_for(tokens=1), model)
-    assert results["tokens"] == 32 and None not in results["loss_by_position"]
+    results = evaluate(run_for(tokens=3), model)
+    assert results["tokens"] == 3 and [x is None for x in results["loss_by_position"]] == [False] * 3 + [True] * 13
     long = small_run(model={"vocabulary": 300}, data={"window": 128}, evaluation={"batch": 1})
     results = evaluate(long, model)
     assert len(results["loss_by_position"]) == 128
@@ -117,6 +120,19 @@ def test_recall_that_does_not_fit_is_left_out_unless_it_is_trained(model):
 def test_the_text_is_the_bytes_without_document_ends():
     assert source_text(held_out(), len(held_out())) == b"".join(DOCUMENTS)
     assert source_text(held_out(), 25) == b"".join(DOCUMENTS)[:24]
+
+
+def test_the_text_has_no_space_that_a_tokenizer_sets_before_it():
+    texts = ["a few words", "", "and some more", "last"]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "?": 1}, unk_token="?"))
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    made.train_from_iterator(texts, tokenizers.trainers.WordLevelTrainer(special_tokens=["</s>", "?"], show_progress=False))
+    tokenizer = tokenizer_from_files(made.to_str().encode(), None, name="tokenizer.json")
+    documents = [[*ids, tokenizer.document_end] for ids in tokenizer.encode_batch(texts)]
+    ends, expected = np.cumsum([len(ids) for ids in documents]), "".join(texts).encode()
+    source = ArraySource(np.concatenate(documents), ends, tokenizer=tokenizer, bytes=len(expected), name="words")
+    assert source_text(source, len(source)) == expected
+    assert source_text(source, 7) == b"a few wordsand some"  # five of a document and its end, an empty one, two words
 
 
 def test_baselines():

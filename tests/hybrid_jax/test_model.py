@@ -11,6 +11,7 @@ from flax import nnx
 
 from hybrid_jax import config, layout, mixers
 from hybrid_jax import model as models
+from hybrid_jax.train.loss import batch_losses
 from pallas_kernels import platforms, segments
 from tests.helpers import relative_error, tree_errors
 from tests.hybrid_jax import reference_model
@@ -254,3 +255,37 @@ def test_bfloat16_compute_stays_close(mixer):
     assert logits.dtype == jnp.float32
     # bfloat16 keeps 8 bits: 0.4 % an operation, a few per cent through three layers
     assert relative_error(logits, jax.jit(model)(tokens)) < 0.06
+
+
+@pytest.mark.parametrize("mixer", [pytest.param(m, id=n, marks=() if n == "hgrn" else pytest.mark.slow) for n, m in FAMILIES.items()])
+def test_gradients_in_bfloat16_stay_close(mixer):
+    """Of every parameter, over 4,096 tokens of which a fifth are the same one: sums over tokens are of more than bfloat16's digits."""
+    one = config.ModelConfig(mixer=mixer, **(HYBRID | {"init_std": 0.05}))
+    frequencies = 1 / np.arange(1, 62)
+    tokens = np.random.default_rng(0).choice(61, (4, 1025), p=frequencies / frequencies.sum()).astype(np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((4, 1024), np.float32)}
+    params = nnx.state(models.build(one))
+
+    def gradients(dtype):
+        graph = models.abstract(dataclasses.replace(one, dtype=dtype))[0]
+        return jax.jit(jax.grad(lambda params: batch_losses(nnx.merge(graph, params), batch).total))(params)
+
+    errors = tree_errors(gradients("bfloat16"), gradients("float32"))
+    assert max(errors.values()) < 0.05, errors  # three per cent as a rule
+
+
+def test_a_model_is_called_without_more_ado():
+    """As in a notebook: on lists too, compiled once for each shape, and on nothing that it does not know."""
+    model = build(config.GLA(heads=2))
+    tokens = random_tokens(2, 5)
+    expected = jax.jit(lambda tokens: model.logits(model.hidden(tokens)))(tokens)
+    models._logits.clear_cache()
+    for given in (tokens, np.asarray(tokens), tokens.tolist()):
+        assert relative_error(model(given), expected) < 1e-6
+    assert models._logits._cache_size() == 1
+    segment_ids = [[1, 1, 2, 2, 2], [1, 1, 1, 1, 1]]
+    assert relative_error(model(tokens, segment_ids), jax.jit(model)(tokens, jnp.asarray(segment_ids))) < 1e-6
+    wrong = {r"shape \(2,\)": [1, 2], "dtype float64": [[0.5]], "holds 61, needs tokens from 0 to 60": [[3, 61]], "holds -1": [[-1, 3]]}
+    for said, given in wrong.items():
+        with pytest.raises(ValueError, match=said):
+            model(given)

@@ -50,8 +50,9 @@ def test_the_schedule_warms_up_and_falls_as_a_cosine():
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=4, final_fraction=0.2)
     rates = [float(schedule(config, 10)(n)) for n in range(12)]
     warmup = [0.1 * (n + 1) / 5 for n in range(4)]
-    cosine = [0.1 * (0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * n / 6))) for n in range(7)]
-    np.testing.assert_allclose(rates, [*warmup, *cosine, cosine[-1]], rtol=1e-5)
+    cosine = [0.1 * (0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * n / 5))) for n in range(6)]
+    assert cosine[-1] == pytest.approx(0.1 * 0.2)  # of the tenth step, the last
+    np.testing.assert_allclose(rates, [*warmup, *cosine, *[cosine[-1]] * 2], rtol=1e-5)
 
 
 def test_schedules_at_their_edges():

@@ -138,3 +138,10 @@ def test_what_the_kernels_do_not_take_is_refused_by_name_and_not_chosen(monkeypa
     with pytest.raises(ValueError, match=needs):
         gated_delta_rule(**arguments, implementation="pallas")
     assert not gpu.is_faster(*(arguments.get(name) for name in ("q", "k", "v", "beta", "log_decay")))
+
+
+@pytest.mark.parametrize("axes", ["head", "channel"])
+def test_with_types_of_64_bits_it_is_xlas(axes):
+    with jax.enable_x64(True):
+        text = hopper.lowered(lambda arguments: gated_delta_rule(**arguments)[0], arguments_of(axes))
+        assert "mosaic_gpu" not in text
