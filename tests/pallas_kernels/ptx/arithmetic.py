@@ -68,8 +68,7 @@ def _permute(low, high, selectors):
 
 
 def _multiply_add(x, y, z):
-    wide = x.astype(np.float64) * y.astype(np.float64) + z.astype(np.float64)
-    return wide.astype(np.float32)
+    return (np.float64(x) * np.float64(y) + np.float64(z)).astype(x.dtype)
 
 
 def _wide(x, y):
@@ -78,10 +77,10 @@ def _wide(x, y):
 
 FUNCTIONS = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "div": np.divide, "neg": np.negative, "abs": np.abs,
-    "mad.lo": lambda x, y, z: x * y + z, "fma": _multiply_add, "mul.wide": _wide,
+    "mad.lo": lambda x, y, z: x * y + z, "fma": _multiply_add, "mul.wide": _wide, "mul.hi": lambda x, y: (_wide(x, y) >> 32).astype(x.dtype),
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
     "min": np.fmin, "max": np.fmax, "min.NaN": np.minimum, "max.NaN": np.maximum,
-    "ex2": lambda x: _no_subnormals(np.exp2(x)), "lg2": np.log2, "rcp": lambda x: np.float32(1) / x, "tanh": np.tanh,
+    "ex2": lambda x: _no_subnormals(np.exp2(x)), "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh,
     "shl": _shift_left, "shr": _shift_right, "bfe": _bits, "shf.l": _funnel, "prmt": _permute,
     "setp.eq": np.equal, "setp.lt": np.less, "setp.le": np.less_equal, "setp.gt": np.greater, "setp.ge": np.greater_equal,
     "setp.ne": lambda x, y: (x < y) | (x > y) if x.dtype.kind == "f" else x != y, "setp.neu": np.not_equal,

@@ -28,24 +28,26 @@ def environment(dumps: Path) -> dict[str, str]:
 class Compiler:
     """change: of the PTX of a kernel, given its name and the PTX, before it is run."""
 
+    written = {}  # (PTX, log) of all kernels that were lowered: none is compiled, and written, again in one process
+
     def __init__(self, dumps: Path, change):
-        self.dumps, self.change, self.known = dumps, change, {}
+        self.dumps, self.change = dumps, change
         mesh = jax.sharding.Mesh(np.array(gpu_topology.devices(TARGET)), ("card",))
         self.replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def compile(self, function, name, operands) -> tuple[parser.Program, launch.Launch]:
-        """A function that is one kernel. What was compiled before is not written again."""
+        """A function that is one kernel."""
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated) for x in operands]
         lowered = jax.jit(function).lower(*shapes)
         key = lowered.as_text()
-        if key not in self.known:
+        if key not in self.written:
             lowered.compile()
             (ptx,) = self.dumps.glob("*.ptx")
-            log = ptx.with_suffix(".mlir-passes.log").read_text()
-            self.known[key] = parser.parse(self.change(name, ptx.read_text())), launch.read(log)
+            self.written[key] = ptx.read_text(), ptx.with_suffix(".mlir-passes.log").read_text()
             for path in self.dumps.iterdir():
                 path.unlink()
-        return self.known[key]
+        ptx, log = self.written[key]
+        return parser.parse(self.change(name, ptx)), launch.read(log)
 
 
 @contextlib.contextmanager

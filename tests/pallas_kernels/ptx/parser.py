@@ -76,6 +76,6 @@ def _operand(text):
         return [_operand(x) for x in (parts[0].split("+") + parts[1:] if len(parts) == 1 else parts) if x.strip()]
     if re.fullmatch(r"-?\d+U?", text):
         return int(text.removesuffix("U"))
-    if re.fullmatch(r"0[fx][0-9a-fA-F]+", text):
+    if re.fullmatch(r"0[dfx][0-9a-fA-F]+", text):
         return int(text[2:], 16)
     return text
