@@ -76,11 +76,12 @@ def _wide(x, y):
 
 
 FUNCTIONS = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "div": np.divide, "neg": np.negative, "abs": np.abs,
-    "mad.lo": lambda x, y, z: x * y + z, "fma": _multiply_add, "mul.wide": _wide, "mul.hi": lambda x, y: (_wide(x, y) >> 32).astype(x.dtype),
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "mul.wide": _wide,
+    "mul.hi": lambda x, y: (_wide(x, y) >> 32).astype(x.dtype), "mad.lo": lambda x, y, z: x * y + z, "fma": _multiply_add,
+    "div": np.divide, "neg": np.negative, "abs": np.abs, "rcp": np.reciprocal,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
     "min": np.fmin, "max": np.fmax, "min.NaN": np.minimum, "max.NaN": np.maximum,
-    "ex2": lambda x: _no_subnormals(np.exp2(x)), "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh,
+    "ex2": lambda x: _no_subnormals(np.exp2(x)), "lg2": np.log2, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh,
     "shl": _shift_left, "shr": _shift_right, "bfe": _bits, "shf.l": _funnel, "prmt": _permute,
     "setp.eq": np.equal, "setp.lt": np.less, "setp.le": np.less_equal, "setp.gt": np.greater, "setp.ge": np.greater_equal,
     "setp.ne": lambda x, y: (x < y) | (x > y) if x.dtype.kind == "f" else x != y, "setp.neu": np.not_equal,
@@ -106,7 +107,7 @@ def _select(x, y, which):
 
 @cache
 def operation(name: str):
-    """(a function of arrays, the types of its first operands; the last of them is that of the others too); None where it is no such name."""
+    """(a function of arrays, the types of its operands, of which the last is that of any others too), or None for other instructions."""
     parts = name.split(".")
     if parts[0] == "cvt":
         to, of = parts[-2:]

@@ -1,10 +1,9 @@
 """Barriers in shared memory, and the copies that the engine makes between it and arrays: loads that barriers count, stores in groups."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
-from tests.pallas_kernels.ptx.arithmetic import WARP
 from tests.pallas_kernels.ptx.launch import Descriptor, address
 
 SWIZZLE_TILE = 1024  # bytes that a pattern of 128-byte rows repeats after
@@ -16,7 +15,7 @@ def swizzled(addresses):
 
 
 class Barrier:
-    """count: arrivals of a phase. waited: those to come, and bytes to come. phases: completed. known: what was told until the last one."""
+    """count: arrivals of a phase. arrivals, bytes: still to come. phases: completed. known: what was told until the last of them."""
 
     def __init__(self, number: int, count: int, agents: int):
         self.number, self.count, self.arrivals, self.bytes, self.phases = number, count, count, 0, 0
@@ -32,7 +31,7 @@ class Barrier:
             self.phases += 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def _positions(box):
     return np.indices(box).reshape(len(box), -1)
 
@@ -133,7 +132,3 @@ class Stores:
         if memory.clocks.seen[self.warp, memory.agents.stores(self.warp)] < max((store[0] for store in self.unwritten), default=0):
             memory.faults["an exit before stores have read shared memory"] += 1
         self.write(self.committed)
-
-
-def warp_of(lane: int, warpgroup: int) -> int:
-    return 4 * warpgroup + lane // WARP

@@ -17,7 +17,7 @@ def address(k: int) -> int:
 
 
 class Descriptor(NamedTuple):
-    """Of copies between boxes of an array, ``box`` elements of ``shape`` and ``strides`` in elements, and memory with a swizzle in bytes."""
+    """Of copies of boxes: shape, strides and box of an array in elements, the swizzle in shared memory in bytes (16: none)."""
 
     base: int
     shape: tuple[int, ...]

@@ -1,6 +1,7 @@
 """A CTA that runs the PTX of a kernel: warpgroups in lockstep, each for a while at random, copies in flight meanwhile.
 
-Lanes of a warpgroup that part at a branch are not known, nor are clusters.
+Not known: lanes of a warpgroup that part at a branch, clusters. Not seen: a sum that is read before its products were waited for, and
+CTAs that race in global memory.
 """
 
 from collections import Counter
@@ -99,7 +100,7 @@ class Warpgroup:
     def value(self, operand, dtype) -> np.ndarray:
         if isinstance(operand, int):
             unsigned = UNSIGNED[dtype.itemsize]
-            return np.array(operand != 0 if unsigned == bool else operand & (256**dtype.itemsize - 1), unsigned).view(dtype)[()]
+            return np.array(operand != 0 if dtype.kind == "b" else operand & (256**dtype.itemsize - 1), unsigned).view(dtype)[()]
         if "_param_" in operand:
             return np.full(THREADS, BY_VALUE + (int(operand.rsplit("_", 1)[1]) << 40), np.uint64)
         return self.registers[operand].view(dtype)

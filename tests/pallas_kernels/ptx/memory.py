@@ -76,15 +76,15 @@ class Memory:
 
     def _check(self, known, words, what, line, writes):
         """known: what the accessing warp knows, [agents] or [lanes, 1, agents]."""
-        agents = self.writer[words]
-        of_writer = known[agents] if known.ndim == 1 else np.take_along_axis(known[:, 0], agents, axis=1)
+        writers = self.writer[words]
+        of_writer = known[writers] if known.ndim == 1 else np.take_along_axis(known[:, 0], writers, axis=1)
         if np.any(of_writer < self.written[words]):
             self.faults[f"{what} of what is not known to be written: {line}"] += 1
         if writes and np.any(self.read_at[words] > known[..., : self.agents.readers]):
             self.faults[f"{what} over what is not known to be read: {line}"] += 1
 
     def load(self, warps, addresses, line):
-        """Elements [128,k] at addresses [128,k], which decide how wide they are by their distance; of the generic proxy."""
+        """By warps [lanes], at addresses [lanes,k]."""
         words = addresses // 4
         self._check(self.clocks.seen[warps][:, None], words, "load", line, False)
         self.read_at[words, warps[:, None]] = self.clocks.seen[warps, warps][:, None]
@@ -96,6 +96,7 @@ class Memory:
         self.written[words] = self.clocks.seen[warps, warps][:, None]
 
     def async_read(self, warps, words, agents, tick, line):
+        """Of words, that all of the warps ask for, by agents that are done at a tick of theirs."""
         for warp in warps:
             self._check(self.clocks.fenced[warp], words, "asynchronous read", line, False)
         self.read_at[words[:, None], agents] = tick

@@ -9,13 +9,14 @@ PATTERNS = {
     "operand": re.compile(r"\{[^}]*\}|\[[^\]{]*(?:\{[^}]*\}\s*)?\]|[^,\s][^,]*"),
     "wait": re.compile(r"mbarrier\.try_wait\.parity\.shared\.b64 P1, (\[[^\]]*\]), ([%\w]+),"),
     "product": re.compile(
-        r"(wgmma\.mma_async)\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16 (\{[^}]*\}), (\{[^}]*\}|%\w+), (%\w+), p, 1, 1, ([01])(?:, ([01]))?;"
+        r"(wgmma\.mma_async)\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16 (\{[^}]*\}), (\{[^}]*\}|%\w+), (%\w+), "
+        r"p, 1, 1, ([01])(?:, ([01]))?;"
     ),
 }
 
 
 class Instruction(NamedTuple):
-    """operands: names of registers, integers, or (for vectors and addresses) lists of these. predicate: a register and what it has to be."""
+    """operands: names of registers, integers, or lists of these: vectors, addresses. predicate: a register and what it has to be."""
 
     name: str
     operands: list

@@ -1,6 +1,6 @@
 """wgmma: products of bfloat16 in float32, operands in shared memory behind descriptors, the left one in registers too."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def fragment(registers) -> np.ndarray:
     return out
 
 
-@lru_cache(maxsize=None)
+@cache
 def accumulator(count: int) -> tuple[np.ndarray, np.ndarray]:
     """(row, column), each [128,count], of what each lane has of a sum [64,2*count]."""
     j = np.arange(count)
