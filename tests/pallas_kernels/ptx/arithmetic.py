@@ -75,9 +75,14 @@ def _wide(x, y):
     return x.astype(np.dtype(f"{x.dtype.kind}8")) * y.astype(np.dtype(f"{x.dtype.kind}8"))
 
 
+def _high(x, y):
+    """The upper half of a product."""
+    return (np.asarray(x, object) * np.asarray(y, object) >> 8 * x.itemsize).astype(x.dtype)
+
+
 FUNCTIONS = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "mul.wide": _wide,
-    "mul.hi": lambda x, y: (_wide(x, y) >> 32).astype(x.dtype), "mad.lo": lambda x, y, z: x * y + z, "fma": _multiply_add,
+    "mul.hi": _high, "mad.lo": lambda x, y, z: x * y + z, "fma": _multiply_add,
     "div": np.divide, "neg": np.negative, "abs": np.abs, "rcp": np.reciprocal,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
     "min": np.fmin, "max": np.fmax, "min.NaN": np.minimum, "max.NaN": np.maximum,
