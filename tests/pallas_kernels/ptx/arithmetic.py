@@ -77,7 +77,7 @@ def _wide(x, y):
 
 def _high(x, y):
     """The upper half of a product."""
-    return (np.asarray(x, object) * np.asarray(y, object) >> 8 * x.itemsize).astype(x.dtype)
+    return np.array([int(a) * int(b) >> 8 * x.itemsize for a, b in np.broadcast(x, y)], x.dtype)
 
 
 FUNCTIONS = {
