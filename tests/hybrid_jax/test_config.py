@@ -64,7 +64,7 @@ REFUSED = [
     ({"model": {"attention_layers": [24]}}, "from 0 to 23"),
     ({"model": {"mixer": {"name": "attention"}, "ratio": 6}}, "is attention already"),
     ({"model": {"ratio": 6, "attention": {"heads": 15}}}, "heads=15 must divide model.width=1024"),
-    ({"model": {"ratio": 6, "width": 1020, "mixer": {"heads": 2}, "attention": {"heads": 4}}}, "head width 255 must be even for rotary"),
+    ({"model": {"width": 1020, "mixer": {"name": "attention", "heads": 4}}}, "head width 255 must be even for rotary"),
     ({"model": {"ratio": 6, "attention": {"rope_theta": 0.0}}}, "rope_theta=0.0 must be above 0 (None: no positions)"),
     ({"model": {"layers": 0}}, "model.layers=0 must be at least 1"),
     ({"data": {"window": 1}}, "at least 2 tokens"),
