@@ -22,7 +22,7 @@ NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Of --suite=lm: examples
 TEXTS = flags.DEFINE_string("texts", None, "Of --suite=ruler: the folder of essays and questions; docs/evaluation.md says what it holds.")
 MAX_LENGTH = flags.DEFINE_integer("max_length", 2048, "Of --suite=lm and completion: tokens of a text; longer ones are cut.", lower_bound=2)
 BEGINNING = flags.DEFINE_integer("beginning", None, "Of --suite=lm and completion: a token to stand before every text.", lower_bound=0)
-BATCH = flags.DEFINE_integer("batch", 8, "Of all suites: texts read at once.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 8, "Of all suites: texts that each device reads at once.", lower_bound=1)
 
 Results = dict[str, Any]
 

@@ -1,7 +1,8 @@
 """What a model remembers of a batch of texts: recurrent states and keys and values side by side.
 
 A recurrent layer keeps its state and its convolutions' last inputs, of one size whatever the length; a full-attention layer
-keeps keys and values, as many as the cache has room for. Each row has its own length; padding is never kept.
+keeps keys and values, as many as the cache has room for. Each row has its own length; padding is never kept. Under a mesh each
+device keeps its own rows.
 """
 
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax.mixers import Memory, Rings
+from hybrid_jax.sharding import constrain
 
 
 class Cache(NamedTuple):
@@ -21,13 +23,18 @@ class Cache(NamedTuple):
 
 def empty(kept: Memory, layers: tuple[int, int]) -> Memory:
     """The memory of nothing of (repeats, run) recurrent layers; kept: what a layer returns, which is of one size after any x."""
-    return jax.tree.map(lambda a: jnp.zeros((*layers, *a.shape), a.dtype), kept)
+    return jax.tree.map(lambda a: _dealt(jnp.zeros((*layers, *a.shape), a.dtype)), kept)
 
 
 def empty_rings(layers: tuple[int, int], batch: int, heads: int, slots: int, width: int, dtype) -> Memory:
     """The memory of nothing of (repeats, run) attention layers."""
-    rings = jnp.zeros((*layers, batch, heads, slots, width), dtype)
+    rings = _dealt(jnp.zeros((*layers, batch, heads, slots, width), dtype))
     return Memory(Rings(rings, jnp.copy(rings)), ())  # two arrays, as both are given away to be written in place
+
+
+def _dealt(memory: jax.Array) -> jax.Array:
+    """[repeats,run,B,...], its rows dealt over the devices of the mesh in force."""
+    return constrain(memory, "layers", "layers", "batch", *[None] * (memory.ndim - 3))
 
 
 def read(memory: Memory, at: jax.Array) -> Memory:

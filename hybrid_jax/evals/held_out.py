@@ -18,7 +18,7 @@ from hybrid_jax.cache import Cache
 from hybrid_jax.data import DataError
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.evals.evaluate import source_text
-from hybrid_jax.evals.processes import shared, watched
+from hybrid_jax.evals.processes import on_local_devices, rows_at_once, shared, watched
 from hybrid_jax.generation import CHUNK, ring_slots
 from hybrid_jax.model import Model
 from hybrid_jax.train.loss import token_losses
@@ -32,8 +32,8 @@ def evaluate(model: Model, source: TokenSource, lengths: Sequence[int], *, token
     """The losses of ``model`` on the first ``tokens`` tokens of ``source``, cut into windows of each of ``lengths``.
 
     As many tokens are scored as windows of the greatest length hold. What the first of a window is predicted from is the token
-    before it; documents are not told apart, as in windows of training text. ``batch`` windows are read at one time; in a run of
-    several processes each reads its share, and all return all results.
+    before it; documents are not told apart, as in windows of training text. ``batch`` windows are read at one time by each device; in
+    a run of several processes each reads its share, and all return all results.
 
     Returns, ready for JSON, {"settings", "scores"}: for each length
         loss                nats a token
@@ -73,8 +73,9 @@ def evaluate(model: Model, source: TokenSource, lengths: Sequence[int], *, token
 
 def _window_losses(model: Model, stream: np.ndarray, length: int, batch: int, windows: list[tuple[int, int]]) -> list[list[float]]:
     """The losses of each window's tokens; (start, stop) are places in the text, one less than in ``stream``."""
+    mesh, model = on_local_devices(model)
     graph, params = nnx.split(model)
-    rows, chunk = min(batch, len(windows)), min(CHUNK, length)
+    rows, chunk = rows_at_once(mesh, batch, len(windows)), min(CHUNK, length)
     found = []
     for first in watched(range(0, len(windows), rows), f"windows of {length:,}"):
         of_batch = windows[first : first + rows]
@@ -83,11 +84,13 @@ def _window_losses(model: Model, stream: np.ndarray, length: int, batch: int, wi
         for row, (start, stop) in enumerate(of_batch):
             width = stop - start
             tokens[row, :width], targets[row, :width], real[row, :width] = stream[start:stop], stream[start + 1 : stop + 1], True
-        cache, losses = model.empty_cache(rows, ring_slots(model, tokens.shape[1])), []
-        for begin in range(0, tokens.shape[1], chunk):
-            part = np.s_[:, begin : begin + chunk]
-            of_chunk, cache = _read(graph, params, tokens[part], targets[part], real[part], cache)
-            losses.append(of_chunk)
+        losses = []
+        with jax.set_mesh(mesh):
+            cache = model.empty_cache(rows, ring_slots(model, tokens.shape[1]))
+            for begin in range(0, tokens.shape[1], chunk):
+                part = np.s_[:, begin : begin + chunk]
+                of_chunk, cache = _read(graph, params, tokens[part], targets[part], real[part], cache)
+                losses.append(of_chunk)
         losses = np.concatenate(jax.device_get(losses), axis=1)
         found += [losses[row, : stop - start].tolist() for row, (start, stop) in enumerate(of_batch)]
     return found

@@ -12,12 +12,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from hybrid_jax.config import MeshConfig
-from hybrid_jax.evals.processes import shared, watched
+from hybrid_jax.evals.processes import on_local_devices, shared, watched
 from hybrid_jax.model import Model
-from hybrid_jax.sharding import batch_sharding, make_mesh
+from hybrid_jax.sharding import batch_sharding
 from hybrid_jax.train.loss import token_losses
 
 Request = tuple[Sequence[int], Sequence[int]]  # the tokens of a context and of its continuation
@@ -63,10 +61,8 @@ def _check(number: int, context: Sequence[int], continuation: Sequence[int], max
 
 def _local(model: Model, requests: list[tuple[int, ...]], max_length: int, batch: int) -> list[tuple[float, bool]]:
     """Of requests (tokens..., how many of them are scored): what :func:`log_likelihoods` gives, computed by this process alone."""
-    devices = jax.local_devices()
-    mesh = make_mesh(MeshConfig(data=len(devices), fsdp=1), devices)
+    mesh, model = on_local_devices(model)
     graph, params = nnx.split(model)
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     longest = 1 << (max_length - 1).bit_length()
     results: list[tuple[float, bool]] = [None] * len(requests)
 

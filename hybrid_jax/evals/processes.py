@@ -1,4 +1,4 @@
-"""Work shared among the processes of a run: each does its part, and all of them are given all results."""
+"""Work shared among the processes of a run, and by each among its devices: each does its part, and all processes are given all results."""
 
 import json
 import sys
@@ -7,7 +7,13 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.progress import track
+
+from hybrid_jax.config import MeshConfig
+from hybrid_jax.model import Model
+from hybrid_jax.sharding import make_mesh
 
 Item = TypeVar("Item")
 
@@ -29,6 +35,19 @@ def shared(compute: Callable[[list[Item]], list], items: Sequence[Item], size: C
         for i, result in zip(order[process::processes], json.loads(part), strict=True):
             results[i] = result
     return results
+
+
+def on_local_devices(model: Model) -> tuple[Mesh, Model]:
+    """A mesh that deals the rows of a batch over the devices of this process, and the model with all its parameters on each."""
+    devices = jax.local_devices()
+    mesh = make_mesh(MeshConfig(data=len(devices), fsdp=1), devices)
+    graph, params = nnx.split(model)
+    return mesh, nnx.merge(graph, jax.device_put(params, NamedSharding(mesh, PartitionSpec())))
+
+
+def rows_at_once(mesh: Mesh, batch: int, rows: int) -> int:
+    """Rows of a batch that is dealt over ``mesh``, each device's ``batch`` at most, no more than ``rows`` need."""
+    return min(batch, -(-rows // mesh.size)) * mesh.size
 
 
 def gather(content: bytes) -> list[bytes]:

@@ -8,7 +8,9 @@ import numpy as np
 from flax import nnx
 
 from hybrid_jax.data import DataError, mqar, pipeline
+from hybrid_jax.evals.processes import on_local_devices, rows_at_once
 from hybrid_jax.model import Model
+from hybrid_jax.sharding import batch_sharding
 from hybrid_jax.train.loss import batch_losses
 
 
@@ -19,7 +21,7 @@ def evaluate(
 
     pairs, lengths: of :class:`hybrid_jax.data.mqar.Task`; a length under 4 * pairs, or more pairs than the alphabet, is left out.
     alphabet: how many keys, values and fillers there are; the one that the model was trained on.
-    examples: problems of each kind, the same for every model. batch: how many the model reads at once.
+    examples: problems of each kind, the same for every model. batch: how many each device reads at once.
 
     Returns {"settings": ..., "scores": {"PAIRSxLENGTH": share}}. Raises DataError where no problem is left, or the alphabet is too
     large for the vocabulary.
@@ -31,7 +33,9 @@ def evaluate(
             "give lengths >= 4 * pairs, and pairs <= alphabet"
         )
     vocabulary = model.tokenizer.vocabulary if model.tokenizer else model.config.vocabulary
+    mesh, model = on_local_devices(model)
     graph, params = nnx.split(model)
+    rows_together = rows_at_once(mesh, batch, examples)
 
     @jax.jit
     def answers(params, rows):
@@ -39,8 +43,11 @@ def evaluate(
         return losses.correct, losses.weight
 
     def share(task: mqar.Task) -> float:
-        batches = pipeline.mqar_evaluation_batches(task, rows=examples, batch=batch, window=task.length, vocabulary=vocabulary)
-        right, asked = np.sum([jax.device_get(answers(params, rows)) for rows in batches], axis=0, dtype=np.float64)
+        options = {"rows": examples, "batch": rows_together, "window": task.length, "vocabulary": vocabulary}
+        batches = pipeline.mqar_evaluation_batches(task, **options)
+        with jax.set_mesh(mesh):
+            found = [jax.device_get(answers(params, jax.device_put(rows, batch_sharding(mesh)))) for rows in batches]
+        right, asked = np.sum(found, axis=0, dtype=np.float64)
         return float(right / asked)
 
     scores = {f"{task.pairs}x{task.length}": share(task) for task in tasks}

@@ -29,7 +29,7 @@ from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train import workdir as workdirs
 from hybrid_jax.train.checkpoints import Checkpoints, to_evaluate
 from hybrid_jax.train.optimizer import evaluation_params
-from hybrid_jax.train.step import abstract_state
+from hybrid_jax.train.step import TrainState, abstract_state
 
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -94,8 +94,9 @@ def from_hf(folder: Path, workdir: epath.Path, advance: Advance = lambda *_: Non
             (carried / name).write_bytes((folder / name).read_bytes())
     _write_json(carried / "config.json", source.options)
     _write_json(carried / "dtypes.json", {name: tensor.dtype for name, tensor in source.tensors.items()})
-    with _sparing_memory(run), Checkpoints(workdir, CheckpointConfig()) as checkpoints:
-        checkpoints.save_params(source.params(_cpu(), advance))
+    params = source.params(_cpu(), advance)
+    with _sparing_memory(params), Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        checkpoints.save_params(params)
     return run
 
 
@@ -116,7 +117,7 @@ def to_hf(workdir: epath.Path, folder: Path, step: int | None = None, dtype: str
     before = _read_json(carried / "dtypes.json") if came else {}
     dtypes = {name: tensors.DTYPES[dtype or before.get(name, "float32")] for name in slots}
     total = names.elements(slots)
-    step, parameter = _parameters(workdir, run, step)
+    state = abstract_state(run, make_mesh(MeshConfig(), [_cpu()])).state
 
     def tensor(name: str) -> np.ndarray:
         slot = slots[name]
@@ -126,8 +127,10 @@ def to_hf(workdir: epath.Path, folder: Path, step: int | None = None, dtype: str
         advance(value.size, total)
         return value
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors.write(folder, {name: (slot.shape, dtypes[name]) for name, slot in slots.items()}, tensor)
+    with _sparing_memory(state.params), Checkpoints(workdir) as checkpoints:
+        step, parameter = _parameters(checkpoints, run, state, step)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors.write(folder, {name: (slot.shape, dtypes[name]) for name, slot in slots.items()}, tensor)
     for name in CARRIED:
         if came and (carried / name).exists():
             (folder / name).write_bytes((carried / name).read_bytes())
@@ -138,9 +141,8 @@ def to_hf(workdir: epath.Path, folder: Path, step: int | None = None, dtype: str
     return step
 
 
-def _parameters(workdir: epath.Path, run: RunConfig, step: int | None) -> tuple[int, Callable[[tuple], np.ndarray]]:
+def _parameters(checkpoints: Checkpoints, run: RunConfig, state: TrainState, step: int | None) -> tuple[int, Callable[[tuple], np.ndarray]]:
     """(the step read, a function that gives its parameter at a path); one parameter is in memory at a time."""
-    state = abstract_state(run, make_mesh(MeshConfig(), [_cpu()])).state
 
     def read(wanted: tuple, step: int | None) -> tuple[int, np.ndarray]:
         def alone(tree: nnx.State) -> nnx.State:
@@ -150,8 +152,7 @@ def _parameters(workdir: epath.Path, run: RunConfig, step: int | None) -> tuple[
         def its(tree: nnx.State) -> jax.Array:
             return dict(nnx.to_flat_state(tree))[wanted][...]
 
-        with _sparing_memory(run), Checkpoints(workdir) as checkpoints:
-            step, loaded = checkpoints.load(step, to_evaluate(run.optimizer, state, alone))
+        step, loaded = checkpoints.load(step, to_evaluate(run.optimizer, state, alone))
         opt_state = loaded.get("opt_state")
         if opt_state:
             opt_state = (opt_state[-1]._replace(z=its(opt_state[-1].z)),)
@@ -182,9 +183,9 @@ def _tokens(run: RunConfig) -> dict[str, Any]:
     return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
 
 
-def _sparing_memory(run: RunConfig) -> ocp.Context:
+def _sparing_memory(params: nnx.State) -> ocp.Context:
     """Orbax with one parameter at a time on its way from or to the disk, so that there is never a second copy of them all."""
-    largest = max(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract(run.model)[1]))
+    largest = max(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(params))
     context = ocp.Context()
     context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = largest + 1  # Orbax wants less than the limit
     context.array.saving.storage_options.chunk_byte_size = 2**26  # each is encoded in memory

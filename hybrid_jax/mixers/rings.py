@@ -5,6 +5,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+# Of x [B,T,HK,K] in a ring [repeats,run,B,HK,S,K], at indices [B,T,(repeat, layer of the run, slot)].
+SLOTS = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(2, 3),
+    inserted_window_dims=(0, 1, 4),
+    scatter_dims_to_operand_dims=(0, 1, 4),
+    operand_batching_dims=(2,),
+    scatter_indices_batching_dims=(0,),
+)
+
 
 class Rings(NamedTuple):
     """Keys and values of a run of layers: token t of a row in slot t % S, until the token S later takes its place.
@@ -26,8 +35,13 @@ class Rings(NamedTuple):
         slots = self.k.shape[4]
         place = lengths[:, None] + jnp.cumsum(real, axis=1) - 1
         slot = jnp.where(real, place % slots, slots)  # beyond the ring: dropped
-        index = (self.at[0], self.at[1], jnp.arange(len(lengths))[:, None], slice(None), slot)
-        return Rings(self.k.at[index].set(k, mode="drop"), self.v.at[index].set(v, mode="drop"), self.at)
+        index = jnp.concatenate([jnp.broadcast_to(self.at, (*slot.shape, 2)), slot[..., None]], axis=2)
+
+        def put(ring, x):
+            mode = jax.lax.GatherScatterMode.FILL_OR_DROP
+            return jax.lax.scatter(ring, index, x, SLOTS, indices_are_sorted=False, unique_indices=False, mode=mode)
+
+        return Rings(put(self.k, k), put(self.v, v), self.at)
 
     def read(self) -> tuple[jax.Array, jax.Array]:
         """k and v [B,HK,S,K] of the layer whose turn it is."""

@@ -15,6 +15,7 @@ from hybrid_jax.train.loss import batch_losses
 from pallas_kernels import platforms, segments
 from tests.helpers import relative_error, tree_errors
 from tests.hybrid_jax import reference_model
+from tests.hybrid_jax.random_models import random_model
 
 FAMILIES = {
     "hgrn": config.HGRN(),
@@ -48,13 +49,8 @@ T = 37
 
 
 def build(mixer, seed=0, **changes):
-    """A small model whose every parameter is random: initial ones and zeros would hide mistakes."""
-    model = models.build(config.ModelConfig(mixer=mixer, **(HYBRID | changes)), seed)
-    graph, params = nnx.split(model)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    leaves = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+    """A small model."""
+    return random_model(config.ModelConfig(mixer=mixer, **(HYBRID | changes)), seed)
 
 
 def to_numpy(model):
@@ -81,7 +77,7 @@ def check_equations(model):
     tokens = random_tokens(1, T)
     expected = reference_model.logits(model.config, *to_numpy(model), np.asarray(tokens[0]))
     # float32 against float64: rounding grows through three layers, 2e-6 as a rule
-    assert relative_error(jax.jit(model)(tokens)[0], expected) < 2e-5
+    assert relative_error(model(tokens)[0], expected) < 2e-5
 
 
 @pytest.mark.parametrize("mixer", OPTIONS.values(), ids=OPTIONS.keys())
@@ -257,10 +253,10 @@ def test_bfloat16_compute_stays_close(mixer):
     model = models.build(config.ModelConfig(mixer=mixer, **HYBRID))
     half = nnx.merge(models.abstract(dataclasses.replace(model.config, dtype="bfloat16"))[0], nnx.state(model))
     tokens = random_tokens(1, T)
-    logits = jax.jit(half)(tokens)
+    logits = half(tokens)
     assert logits.dtype == jnp.float32
     # bfloat16 keeps 8 bits: 0.4 % an operation, a few per cent through three layers
-    assert relative_error(logits, jax.jit(model)(tokens)) < 0.06
+    assert relative_error(logits, model(tokens)) < 0.06
 
 
 @pytest.mark.parametrize("mixer", [pytest.param(m, id=n, marks=() if n == "hgrn" else pytest.mark.slow) for n, m in FAMILIES.items()])
