@@ -1,8 +1,8 @@
-"""Which code runs where: decided when a program is lowered, for the platform that it is lowered for.
+"""Which code runs where: decided by the mesh in force, or else when a program is lowered, for the platform that it is lowered for.
 
 The local device says nothing about that: a program may be exported, or compiled ahead of time for a pod, on a machine
-without an accelerator. So implementations are chosen inside the program, by ``jax.lax.platform_dependent``, and what a
-kernel has to know of the chip while it is traced (how large a block may be) comes from the mesh in force.
+without an accelerator. So without a mesh implementations are chosen inside the program (:func:`by_platform`). What a kernel has to
+know of the chip while it is traced (how large a block may be) comes from the mesh as well.
 """
 
 import re
@@ -60,8 +60,19 @@ def is_partitioned() -> bool:
     return any(size > 1 and kind != jax.sharding.AxisType.Manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
 
 
+def by_platform(*arrays, default: Callable, **branches: Callable):
+    """``jax.lax.platform_dependent``, but where a mesh in force says what the platform is, its branch alone is traced.
+
+    branches: by "cpu", "tpu", "cuda".
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.lax.platform_dependent(*arrays, default=default, **branches)
+    return branches.get("cuda" if device.platform == "gpu" else device.platform, default)(*arrays)
+
+
 def on_accelerator(kernel: Callable, elsewhere: Callable) -> Callable:
-    """A function that is ``kernel`` where it is lowered for a TPU, or traced and lowered for a Hopper GPU, and else ``elsewhere``.
+    """A function that is ``kernel`` on a TPU, or where it is traced for a Hopper GPU, and else ``elsewhere``: see :func:`by_platform`.
 
     Both take the same arguments: trees of arrays, and values that are not arrays, which both are given as they are.
     """
@@ -79,13 +90,13 @@ def on_accelerator(kernel: Callable, elsewhere: Callable) -> Callable:
 
         arrays = [leaf for leaf, a in zip(leaves, is_array, strict=True) if a]
         platform = "cuda" if generation() == "hopper" else "tpu"
-        return jax.lax.platform_dependent(*arrays, **{platform: filled(kernel)}, default=filled(elsewhere))
+        return by_platform(*arrays, **{platform: filled(kernel)}, default=filled(elsewhere))
 
     return run
 
 
 def kernel(name: str, run: Callable[..., object]) -> Callable:
-    """``run(*arrays, interpret=)``, which contains Mosaic TPU kernels: compiled where it is lowered for TPU, interpreted on CPU.
+    """``run(*arrays, interpret=)``, which contains Mosaic TPU kernels: compiled for TPU, interpreted on CPU, as :func:`by_platform` says.
 
     Lowered for any other platform it raises NotImplementedError with the kernel's name.
     """
@@ -96,7 +107,7 @@ def kernel(name: str, run: Callable[..., object]) -> Callable:
             return jax.tree.unflatten(jax.tree.structure(results), _refusal.bind(name=name, shapes=tuple(jaxpr.out_avals)))
 
         compiled, interpreted = partial(run, interpret=False), partial(run, interpret=True)
-        return jax.lax.platform_dependent(*arrays, tpu=compiled, cpu=interpreted, default=refuse)
+        return by_platform(*arrays, tpu=compiled, cpu=interpreted, default=refuse)
 
     return call
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Of x [B,T,HK,K] in a ring [repeats,run,B,HK,S,K], at indices [B,T,(repeat, layer of the run, slot)].
+# Of x [B,T,HK,K] in a ring [repeats,run,B,HK,S,K], at indices [B,T,(repeat, layer of the run, slot)]. Rows are a batching dimension,
+# not an index, so that XLA sees that devices with rows of their own need nothing of each other's.
 SLOTS = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(2, 3),
     inserted_window_dims=(0, 1, 4),
@@ -38,8 +39,7 @@ class Rings(NamedTuple):
         index = jnp.concatenate([jnp.broadcast_to(self.at, (*slot.shape, 2)), slot[..., None]], axis=2)
 
         def put(ring, x):
-            mode = jax.lax.GatherScatterMode.FILL_OR_DROP
-            return jax.lax.scatter(ring, index, x, SLOTS, indices_are_sorted=False, unique_indices=False, mode=mode)
+            return jax.lax.scatter(ring, index, x, SLOTS, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
 
         return Rings(put(self.k, k), put(self.v, v), self.at)
 

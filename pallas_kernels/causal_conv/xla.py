@@ -4,6 +4,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import platforms
 from pallas_kernels.causal_conv import vjp
 
 
@@ -38,7 +39,7 @@ def _backward(activation, x, weight, state, index, dy):
     T, W = x.shape[1], weight.shape[1]
     extended, document = _extend(x, state, index)
     # XLA's CPU backend computes the pre-activations anew for every sum over time unless a loop keeps them in cache.
-    dsums, dweight = jax.lax.platform_dependent(
+    dsums, dweight = platforms.by_platform(
         extended,
         document,
         weight,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import platforms
 from pallas_kernels.gated_delta_rule import chunk
 from pallas_kernels.segments import Segments
 
@@ -25,7 +26,7 @@ def gated_delta_rule(q, k, v, beta, log_decay, initial_state, segments: Segments
     few = _Tiles(B, 1, across, chunk_length(T, CHUNK_ON_CPU))
     whole = _Tiles(1, B, 1, chunk_length(T))
     arguments = (q, k, v, beta, log_decay), initial_state, segments
-    return jax.lax.platform_dependent(*arguments, cpu=partial(_chunked, scale, few), default=partial(_chunked, scale, whole))
+    return platforms.by_platform(*arguments, cpu=partial(_chunked, scale, few), default=partial(_chunked, scale, whole))
 
 
 def chunk_length(T: int, longest: int = CHUNK) -> int:

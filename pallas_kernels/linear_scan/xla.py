@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import platforms
 from pallas_kernels.linear_scan.vjp import solve
 
 
@@ -21,7 +22,7 @@ def linear_scan(decay: jax.Array, x: jax.Array, initial_state: jax.Array) -> tup
 
 
 def _run(decay, x, initial_state, reverse):
-    return jax.lax.platform_dependent(
+    return platforms.by_platform(
         decay,
         x,
         initial_state,

@@ -43,6 +43,7 @@ OPTIONS = {
     "kda grouped, bounded, plain": config.KDA(2, 4, 8, expand_v=2.0, conv_width=0, negative_eigenvalues=True, log_decay_min=-5.0),
     "gated_delta_net zero, plain": config.GatedDeltaNet(heads=2, head_width=8, conv_width=0, output_gate=False, decay_init="zero"),
 }
+pytestmark = pytest.mark.usefixtures("one_device")
 SMALL = dict(layers=3, width=32, vocabulary=61, mlp_width=48, dtype="float32", remat="none", init_std=0.2)
 HYBRID = SMALL | dict(ratio=3, attention=config.Attention(heads=2))
 T = 37
@@ -274,20 +275,3 @@ def test_gradients_in_bfloat16_stay_close(mixer):
 
     errors = tree_errors(gradients("bfloat16"), gradients("float32"))
     assert max(errors.values()) < 0.05, errors  # three per cent as a rule
-
-
-def test_a_model_is_called_without_more_ado():
-    """As in a notebook: on lists too, compiled once for each shape, and on nothing that it does not know."""
-    model = build(config.GLA(heads=2))
-    tokens = random_tokens(2, 5)
-    expected = jax.jit(lambda tokens: model.logits(model.hidden(tokens)))(tokens)
-    models._logits.clear_cache()
-    for given in (tokens, np.asarray(tokens), tokens.tolist()):
-        assert relative_error(model(given), expected) < 1e-6
-    assert models._logits._cache_size() == 1
-    segment_ids = [[1, 1, 2, 2, 2], [1, 1, 1, 1, 1]]
-    assert relative_error(model(tokens, segment_ids), jax.jit(model)(tokens, jnp.asarray(segment_ids))) < 1e-6
-    wrong = {r"shape \(2,\)": [1, 2], "dtype float64": [[0.5]], "holds 61, needs tokens from 0 to 60": [[3, 61]], "holds -1": [[-1, 3]]}
-    for said, given in wrong.items():
-        with pytest.raises(ValueError, match=said):
-            model(given)

@@ -24,8 +24,10 @@ def lowered(function, platform, *arguments):
     return jax.export.export(jax.jit(function), platforms=[platform])(*arguments).mlir_module()
 
 
-def device(kind):
-    return jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu" if kind.startswith("TPU") else "cuda")
+def mesh_of(kind, size=1):
+    platform = {"TPU": "tpu", "cpu": "cpu"}.get(kind[:3], "gpu")
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    return jax.sharding.AbstractMesh((size,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
 X = np.arange(16.0, dtype=np.float32).reshape(2, 2, 4)
@@ -48,16 +50,28 @@ def test_none_is_the_kernel_on_tpu_only():
     assert "tpu_custom_call" not in lowered(choose("xla"), "tpu", X)
 
 
-def test_on_hopper_none_is_the_kernel_where_it_is_lowered_for_cuda():
-    run = platforms.on_accelerator(jnp.sin, elsewhere=jnp.cos)
-    for kind, platform, kernel in (
-        ("NVIDIA H200", "cuda", True),
-        ("NVIDIA H200", "cpu", False),
-        ("NVIDIA A100-SXM4-80GB", "cuda", False),
-        ("TPU v5e", "tpu", True),
+def test_a_mesh_in_force_says_what_none_is_and_nothing_else_is_traced():
+    def traced(name):
+        return lambda x: found.append(name) or x
+
+    for kind, name in (
+        ("NVIDIA H200", "kernel"),
+        ("NVIDIA A100-SXM4-80GB", "elsewhere"),
+        ("AMD Instinct MI300X", "elsewhere"),
+        ("TPU v5 lite", "kernel"),
+        ("cpu", "elsewhere"),
     ):
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device(kind))):
-            assert ("stablehlo.sine" in lowered(run, platform, X)) == kernel, (kind, platform)
+        found = []
+        with jax.sharding.use_abstract_mesh(mesh_of(kind)):
+            jax.make_jaxpr(platforms.on_accelerator(traced("kernel"), elsewhere=traced("elsewhere")))(X)
+        assert found == [name], kind
+    for kind, platform, says in (("TPU v5 lite", "tpu", "tpu_custom_call"), ("cpu", "cpu", "while"), ("NVIDIA H200", "cuda", None)):
+        with jax.sharding.use_abstract_mesh(mesh_of(kind)):
+            if says:
+                assert says in lowered(double, platform, X)
+            else:
+                with pytest.raises(NotImplementedError, match="double: a Pallas kernel for TPU"):
+                    lowered(double, platform, X)
 
 
 def test_arguments_that_are_not_arrays_reach_both():
@@ -69,9 +83,8 @@ def test_arguments_that_are_not_arrays_reach_both():
 
 
 def test_where_xla_partitions_the_program_it_has_no_kernel():
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("data")
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh_of("TPU v5 lite", 2)):
         assert platforms.is_partitioned()
         assert "tpu_custom_call" not in lowered(choose(), "tpu", X)
         by_hand = jax.shard_map(lambda x: choose()(x), in_specs=spec, out_specs=spec)
@@ -99,9 +112,8 @@ def test_results_vary_over_the_mesh_as_operands_do():
 
         return platforms.pallas_call(body, name="add", out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype),))(x, y)[0]
 
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("data")
-    sharded = jax.shard_map(lambda x: add(x, jnp.ones_like(X[:1])), mesh=mesh, in_specs=spec, out_specs=spec)
+    sharded = jax.shard_map(lambda x: add(x, jnp.ones_like(X[:1])), mesh=mesh_of("TPU v5 lite", 2), in_specs=spec, out_specs=spec)
     assert "tpu_custom_call" in lowered(sharded, "tpu", X)
 
 
@@ -109,7 +121,7 @@ def test_the_generation_is_that_of_the_mesh_in_force():
     assert platforms.generation() is None
     nvidia = (("NVIDIA H200", "hopper"), ("NVIDIA GH200 480GB", "hopper"), ("NVIDIA H100 80GB HBM3", "hopper"), ("NVIDIA B200", None))
     for kind, name in (("TPU v5 lite", "v5e"), ("TPU7x", "tpu7x"), ("TPU v99", None), *nvidia):
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device(kind))):
+        with jax.sharding.use_abstract_mesh(mesh_of(kind)):
             assert platforms.generation() == name
             assert platforms.kernels(tpu=checks, gpu=platforms) is (platforms if name == "hopper" else checks)
 
