@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 
+import pytest
+
 from tests import compiler
 from tests.fake_gcs import gcs  # noqa: F401 (a fixture)
 
@@ -30,3 +32,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The longest file first, so that no worker is left alone with it at the end."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
+@pytest.fixture
+def one_device():
+    """Its mesh in force, as where a model is trained: then what other platforms would run is not traced."""
+    import jax
+
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])):
+        yield
