@@ -123,8 +123,8 @@ def test_lengths(request):
         assert example.tokens <= length + (TASKS[task].new_tokens if task == "ruler_fwe" else 0)
         if task == "ruler_cwe":  # half of it is a solved example that is measured and not given
             assert example.tokens > length / 4
-        elif task == "ruler_fwe":  # in other words than those that the length was measured with, maybe of fewer tokens
-            assert example.tokens > length / 2
+        elif task == "ruler_fwe":  # in other words than those that the length was measured with: to the third tokenizer maybe shorter ones
+            assert example.tokens > (0.8 if tokenizer in (BYTES, WORDS) else 0.5) * length
         else:
             assert example.tokens > length - 1.25 * len(tokenizer.encode(step_text(task, length))) - 50
 
