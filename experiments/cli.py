@@ -12,6 +12,7 @@ import inspect
 import logging
 import re
 import shlex
+import signal
 import sys
 import traceback
 import warnings
@@ -37,6 +38,8 @@ NO_MEMORY = (
 # Of a path that was given: no right to it, or a file where a folder is to be, or the other way round.
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 PACKAGE = Path(__file__).resolve().parent
+# The exit code of what was stopped from outside, be it by SIGTERM or by the loss of another process: the same command goes on.
+STOPPED = 128 + signal.SIGTERM
 
 
 class Run(NamedTuple):
@@ -79,8 +82,8 @@ def start_without_config(main: Callable[[], int | None], argv: list[str] | None 
 
 
 def end(code: int) -> NoReturn:
-    """Exit; where that is a failure in a run of several processes, without waiting for the others."""
-    if code and (distributed := _joined()):
+    """Exit; where that is a failure in a run of several processes, without waiting for the others: all stop together."""
+    if code not in (0, STOPPED) and (distributed := _joined()):
         distributed.leave(code)
     sys.exit(code)
 
@@ -92,7 +95,10 @@ def _joined():
 
 
 def guarded(action: Callable[[], int | None]) -> int:
-    """The exit code of ``action``; after one line on stderr 2: a mistake in what was asked, 1: the run can not go on, 130: Ctrl-C."""
+    """The exit code of ``action``; after one line on stderr 2: a mistake in what was asked, 1: the run can not go on, 130: Ctrl-C.
+
+    Where another process of the run was lost this one ends here, with `STOPPED`.
+    """
     # Orbax reports through absl, and leaves tasks and coroutines behind when it fails; gcsfs and google.auth log what they raise too.
     # What matters is raised, and told here in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
@@ -125,8 +131,8 @@ def guarded(action: Callable[[], int | None]) -> int:
             raise
         if said := distributed.loss(error):
             print(f"error: {said}", file=sys.stderr)
-        else:
-            traceback.print_exc()
+            distributed.leave(STOPPED)
+        traceback.print_exc()
         return 1
 
 

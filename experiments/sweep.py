@@ -109,8 +109,7 @@ def do(job: Job, folder: Path, overrides: list[str], asked: dict[str, list[str]]
     """Train one run and evaluate it, each in a process of its own."""
     workdir, log = folder / job.name, folder / f"{job.name}.log"
     say(job.name)
-    trained = children.run("train", *job.flags, f"--workdir={workdir}", *overrides, log=log)
-    if not trained or not (workdir / "summary.json").exists():  # a trainer that was asked to stop exits with 0
+    if not children.run("train", *job.flags, f"--workdir={workdir}", *overrides, log=log):
         return Outcome(None, dict.fromkeys(asked, False))
     summary, evaluated = json.loads((workdir / "summary.json").read_text()), {}
     for suite, given in asked.items():

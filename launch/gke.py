@@ -31,13 +31,20 @@ IMAGE = flags.DEFINE_string("image", "python:3.12", "Docker image that the code 
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print every command, and run none.")
 
 VERBS = ("run", "status", "logs", "delete")
+# Patiently: a package index that does not answer one of the containers would end the job for all of them.
+INSTALL = """\
+for pause in 10 60 300 0; do
+  pip install --quiet --root-user-action=ignore '.[tpu,gcs]' && break
+  [[ $pause = 0 ]] && exit 1
+  sleep "$pause"
+done
+"""
 GRACE_SECONDS = 120  # between being asked to stop and being killed, to save a checkpoint in
 
 
 def script(line: str) -> str:
-    """What runs in every container. Exit code 143, being stopped, is one that the cluster starts again; 1 and 2 are not."""
-    before = "pip install --quiet --root-user-action=ignore '.[tpu,gcs]' || exit 1\nexport PYTHONUNBUFFERED=1\n"
-    return job.script(line, before)
+    """What runs in every container. The cluster starts again what ends with `cli.STOPPED`; 1 and 2 end the job."""
+    return job.script(line, INSTALL + "export PYTHONUNBUFFERED=1\n")
 
 
 # The commands. Flags as in https://github.com/AI-Hypercomputer/xpk, docs/usage/workloads.md and src/xpk/parser/workload.py.

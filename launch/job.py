@@ -11,8 +11,8 @@ from typing import NamedTuple
 from experiments import cli
 from hybrid_jax.config import ConfigError
 
-# Where a command leaves what is worth keeping: not on a machine that is gone when the command is done.
-RESULT_FLAGS = {"train": "workdir", "tokenize": "output"}
+# Where a command leaves what is worth keeping: not on a machine that is gone when the command is done. None: it is what it prints.
+RESULT_FLAGS = {"train": "workdir", "tokenize": "output", "eval": "workdir", "bench": None}
 
 
 class Job(NamedTuple):
@@ -105,7 +105,12 @@ def _check_flags(job: Job) -> None:
 
 def check_results_outlive(job: Job) -> str | None:
     """The bucket that the job writes to, None if it writes to none. Raises ConfigError if its results would go with the machines."""
-    flag = RESULT_FLAGS.get(job.name)
+    if job.name not in RESULT_FLAGS:
+        raise ConfigError(
+            f"what experiments.{job.name} writes would be deleted with the machines, and it does not write to buckets; "
+            f"what can be started there: {', '.join(f'experiments.{name}' for name in RESULT_FLAGS)}"
+        )
+    flag = RESULT_FLAGS[job.name]
     if flag is None:
         return None
     path = job.value(flag) or ""
@@ -147,15 +152,10 @@ code=$?
 
 
 def script(line: str, before: str = "", after: str = "") -> str:
-    """A bash script that runs ``line`` and exits as it does, but with 143 where the machine asked it to stop.
-
-    The trainer saves and exits with 0 on SIGTERM; whoever started the machines has to tell that from having finished.
-    """
+    """A bash script that runs ``line``, passes on SIGTERM to it, and exits as it does."""
     return f"""#!/bin/bash
-{before}stopped=
-trap 'stopped=1; kill -TERM "$job" 2>/dev/null' TERM
+{before}trap 'kill -TERM "$job" 2>/dev/null' TERM
 {line} &
 job=$!
-{WAIT}if [[ $stopped && $code = 0 ]]; then code=143; fi
-{after}exit "$code"
+{WAIT}{after}exit "$code"
 """

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments import cli
 from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError
 from hybrid_jax.train.workdir import RunError
@@ -19,10 +20,11 @@ from launch import hosts, shell
 from launch.gcloud import Tpu
 
 POLL_SECONDS = 20.0
+PAUSE_POLLS = 15  # polls' time until what Google Cloud refused is asked for again
 GRACE_SECONDS = 180.0  # from the first sign of trouble on a host until its machine is sure to be known as taken away
 DELETED = (None, "DELETING")  # by a person: a preempted resource stays there, suspended
 GONE = (*DELETED, "SUSPENDING", "SUSPENDED", "FAILED")
-STOPPED = "143"  # by SIGTERM, as the machine shuts down
+STOPPED = str(cli.STOPPED)
 
 
 class Plan(NamedTuple):
@@ -86,10 +88,12 @@ def _live(plan: Plan) -> int:
         say(f"{tpu.name} is there already ({known}): going on with it")
     else:
         _create(plan)
+    had = False  # whether there were machines: what is refused at first is a mistake, and later bad luck
     while True:
-        if not _await_active(plan):
+        if not _await_active(plan, had):
             _recreate(plan)
             continue
+        had = True
         if not known or not _under_way(plan):
             _set_up(plan)
         known = None
@@ -116,27 +120,36 @@ class Over(RunError):
     """A failure that has left nothing behind."""
 
 
-def _create(plan: Plan) -> None:
-    try:
-        shell.do(plan.create, f"Google Cloud did not create {plan.tpu.name}")
-    except RunError as error:
-        if state(plan.tpu) is not None:
-            _delete(plan.tpu)
-        raise Over(f"{error}; nothing is left of it") from None
+def _create(plan: Plan, times: int = 1) -> None:
+    def create() -> None:
+        try:
+            shell.do(plan.create, f"Google Cloud did not create {plan.tpu.name}")
+        except RunError as error:
+            if state(plan.tpu) is None:  # it may be there all the same
+                raise Over(f"{error}; nothing is left of it") from None
+
+    _patiently(create, times)
 
 
 def _recreate(plan: Plan) -> None:
     if state(plan.tpu) is not None:
         _delete(plan.tpu)
-    _create(plan)
+    _create(plan, times=5)
 
 
-def _await_active(plan: Plan) -> bool:
-    """Wait for the machines; False if they were taken away first. Raises RunError where they can not be had."""
+def _await_active(plan: Plan, again: bool) -> bool:
+    """Wait for the machines; False if they were taken away first, or, asked for ``again``, can not be had now.
+
+    Raises RunError where they can not be had the first time.
+    """
     shown = ""
     while (now := state(plan.tpu)) != "ACTIVE":
         if now == "FAILED":
             why = shell.ask(plan.tpu.why_failed()).stdout.strip() or "no reason was given"
+            if again:
+                say(f"{plan.tpu.name} can not be had: {why}; asking again in a while. Ctrl-C to stop asking")
+                time.sleep(PAUSE_POLLS * POLL_SECONDS)
+                return False
             _delete(plan.tpu)
             raise Over(f"{plan.tpu.name} can not be had: {why}; the request is deleted")
         if now in DELETED:
@@ -165,8 +178,8 @@ def _set_up(plan: Plan) -> None:
     say("copying the code, installing it, starting the command on every host")
     try:
         _patiently(lambda: shell.do(copy, "the code could not be copied to the machines"))  # they take a while to answer
-        shell.do(install, "the code could not be installed on the machines")
-        shell.do(start, "the command could not be started on the machines")
+        _patiently(lambda: shell.do(install, "the code could not be installed on the machines"))
+        _patiently(lambda: shell.do(start, "the command could not be started on the machines"))
     except RunError as error:
         if state(plan.tpu) in GONE:
             return  # which following it will notice
@@ -231,7 +244,14 @@ def _taken_away(tpu: Tpu) -> bool:
 
 
 def _delete(tpu: Tpu) -> None:
-    shell.do(tpu.delete(), f"{tpu.name} COULD NOT BE DELETED, and is paid for until it is")
+    def delete() -> None:
+        try:
+            shell.do(tpu.delete(), f"{tpu.name} COULD NOT BE DELETED, and is paid for until it is")
+        except RunError:
+            if state(tpu) is not None:
+                raise
+
+    _patiently(delete)
 
 
 def still_there(tpu: Tpu) -> str:

@@ -39,6 +39,11 @@ class Stop:
         if self._notice:  # straight to stderr: what it interrupts may be a print
             os.write(2, f"\n{self.name}: {self._notice}\n".encode())
 
+    @property
+    def exit_code(self) -> int:
+        """What a process that a signal ends has by convention: done is only what was not stopped."""
+        return 128 + signal.Signals[self.name]
+
     def asked(self, step: int) -> bool:
         """Whether to stop after ``step``."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):

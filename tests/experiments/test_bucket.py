@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 import hybrid_jax
-from experiments import report
+from experiments import cli, report
 from hybrid_jax.config import LogConfig
 from hybrid_jax.train import metrics as module
 from hybrid_jax.train.metrics import Metrics, read_rows
@@ -74,7 +74,7 @@ def remove(gcs, folder, pattern):
 
 def test_a_run_goes_on_and_comes_to_what_it_comes_to_on_disk(finished, on_disk):
     workdir, first, second = finished
-    assert (first.code, second.code, first.err, second.err) == (0, 0, "", "")
+    assert (first.code, second.code, first.err, second.err) == (cli.STOPPED, 0, "", "")
     step = int(re.search(r"stopped after step (\d+) of 8, which is saved", first.out)[1])
     assert f"step {step} of 8" in second.out and f"in {workdir}" in second.out
     assert curve(workdir) == curve(on_disk)

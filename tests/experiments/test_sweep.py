@@ -70,8 +70,7 @@ def test_a_failed_run_is_named_and_the_others_are_kept(started, capsys, tmp_path
 
 
 def test_a_run_that_is_stopped_is_not_done(started, tmp_path, monkeypatch):
-    """By SIGTERM: the trainer saves, and exits with 0."""
-    monkeypatch.setattr(sweep.Children, "run", lambda *_, **__: True)
+    monkeypatch.setattr(sweep.Children, "run", lambda *_, **__: False)
     outcome = sweep.do(Job("gla_r6", "tiny", None), tmp_path, [], {"mqar": []}, sweep.Children(), print)
     assert outcome == (None, {"mqar": False}) and not outcome.done
 
@@ -80,7 +79,7 @@ def test_nothing_is_begun_after_a_signal(started, monkeypatch, capsys):
     def run(children, command, *_, log):
         started.append(command)
         children.stopped = "SIGTERM"
-        return True
+        return False
 
     monkeypatch.setattr(sweep.Children, "run", run)
     assert sweep.main([]) == 1 and started == ["train"]

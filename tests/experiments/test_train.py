@@ -86,7 +86,7 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(finished, tmp_path, 
     with monkeypatch.context() as patch:
         stop_at(patch, 2, lambda: os.kill(os.getpid(), number))
         result = run_train(workdir)
-    assert result.code == 0
+    assert result.code == 128 + number
     assert capfd.readouterr().err == f"\n{number.name}: {train.STOPPING}\n"  # at once, not when the step is done
     step = saved_steps(workdir)[-1]
     assert 2 < step < 8

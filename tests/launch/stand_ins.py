@@ -68,6 +68,13 @@ def interrupt(place):
         save(world)
         os.kill(os.getppid(), signal.SIGINT)
 
+def failing(what):
+    """Whether it fails this time, as the scenario says how often."""
+    left = world["failures"].get(what, 0)
+    world["failures"][what] = left - 1
+    save(world)
+    return left > 0
+
 if words[:3] == ["compute", "tpus", "tpu-vm"]:
     assert words[3:5] == ["accelerator-types", "list"], words
     _, given = flags(words[5:], PLACE, ANY)
@@ -104,6 +111,8 @@ if verb == "create":
         fail("ERROR: (gcloud) exactly one of --node-id and --node-count (at least 2)", 2)
     if tpu:
         fail(f"ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: Resource '{name}' already exists")
+    if world["lives"] and failing("create"):
+        fail("ERROR: (gcloud.compute.tpus.queued-resources.create) UNAVAILABLE: The service is currently unavailable.")
     if world.get("create_error"):
         fail(f"ERROR: (gcloud.compute.tpus.queued-resources.create) {world['create_error']}")
     world["lives"] += 1
@@ -138,8 +147,8 @@ if verb == "delete":
     existing(name)
     if "force" not in given:
         fail("ERROR: FAILED_PRECONDITION: the queued resource has nodes")
-    if world.get("delete_error"):
-        fail(f"ERROR: {world['delete_error']}")
+    if failing("delete"):
+        fail("ERROR: INTERNAL: try again")
     for host in range(world["hosts"]):
         shutil.rmtree(WORLD / f"host{host}")
     world["tpu"] = None
@@ -153,13 +162,13 @@ existing(target)
 if tpu["states"][0] != "ACTIVE":
     fail("ERROR: (gcloud) the TPU is not in state READY", 255)
 if verb == "scp":
-    if world.get("scp_failures"):
-        world["scp_failures"] -= 1
-        save(world)
+    if failing("scp"):
         fail("ERROR: (gcloud.compute.tpus.queued-resources.scp) Connection refused")
     for host in range(world["hosts"]):
         shutil.copy(names[0], WORLD / f"host{host}" / names[1].split(":")[1])
     sys.exit()
+if "setup.sh" in given["command"] and failing("install"):
+    fail("ERROR: Could not find a version that satisfies the requirement uv", 1)
 if "follow.sh" in given["command"]:
     interrupt("follow")
 hosts = range(world["hosts"]) if given["worker"] == "all" else [int(given["worker"])]
@@ -210,7 +219,7 @@ if act == "deleted":
 if act == "stopped":
     os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(0.2)
-    sys.exit(0)
+    sys.exit(143)
 if act == "failed":
     print(f"host {host}: ValueError: out of luck", flush=True)
     sys.exit(1)
@@ -350,6 +359,7 @@ class World:
             "tpu": None,
             "states": [["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]],
             "acts": ["done"],
+            "failures": {},
         }
         (folder / "world.json").write_text(json.dumps(world | scenario))
 

@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments import cli
 from hybrid_jax.config import ConfigError
 from launch import accelerators, code, gcloud, job, shell
 from tests.launch.stand_ins import ROOT, World
@@ -165,6 +166,7 @@ def test_skypilot_file():
     assert set(task) == FIELDS and set(task["resources"]) == RESOURCES
     accelerator = accelerators.find(task["resources"]["accelerators"].removeprefix("tpu-"))
     assert task["resources"]["accelerator_args"] == {"runtime_version": accelerator.generation.runtime}
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [cli.STOPPED]
     assert task["resources"]["use_spot"] and task["envs"]["WORKDIR"] is None  # so that sky asks for it
 
 

@@ -46,7 +46,7 @@ def test_in_the_container(world, tmp_path, acts, code):
     world = world()
     assert world.run("launch.gke", *RUN, *TRAIN, SPECIAL).returncode == 0
     image = world.folder / "image"
-    stop = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))"
+    stop = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))"
     record = f"json.dump(sys.argv[1:], open({str(tmp_path / 'given')!r}, 'w'))"
     world.write(world.folder / "host_bin" / "python", f"import time\n{stop}\n{record}\n{acts}\n")
     world.write(world.folder / "host_bin" / "pip", "assert sys.argv[-1] == '.[tpu,gcs]' and Path('setup.cfg').is_file()")

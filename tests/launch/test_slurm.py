@@ -67,12 +67,12 @@ class Cluster:
         }
         for name, text in commands.items():
             self._write(name, f"#!/bin/bash\n{text}\n")
-        # The trainer: says what it was given; when asked to stop it saves and exits with 0.
+        # The trainer: says what it was given; when asked to stop it saves and exits with 143.
         acts = {"finish": "sys.exit(0)", "fail": "sys.exit(3)", "train": "time.sleep(20); sys.exit(9)"}
         self._write(
             "python",
             f"#!{sys.executable} -SE\nimport json, os, signal, sys, time\nfolder = os.environ['FOLDER']\n"
-            "def save(*_):\n    open(folder + '/saved', 'w').close(); sys.exit(0)\n"
+            "def save(*_):\n    open(folder + '/saved', 'w').close(); sys.exit(143)\n"
             "signal.signal(signal.SIGTERM, save)\n"
             "with open(folder + '/arguments', 'w') as file:\n    json.dump(sys.argv[1:], file)\n"
             f"os.rename(folder + '/arguments', folder + '/given')\n{acts[act]}\n",
@@ -113,7 +113,7 @@ def test_the_signal_saves_and_queues_again(world, tmp_path, asked):
     cluster = Cluster(tmp_path, submitted(world(), *asked), "train")
     cluster.given()
     cluster.process.send_signal(signal.SIGUSR1)
-    assert cluster.process.wait(15) == 0
+    assert cluster.process.wait(15) == 143
     assert (tmp_path / "saved").exists() and cluster.requeued() == f"requeue {cluster.itself}"
 
 

@@ -34,7 +34,7 @@ def run(world, *arguments, **keywords):
 
 
 def test_the_whole_life_of_a_job(world):
-    world = world(scp_failures=1)
+    world = world(failures={"scp": 1})
     result = run(world, *RUN, "--spot", "--project=p", *TRAIN, *AWKWARD, WORKDIR)
     assert result.returncode == 0, result.stderr
     assert world.verbs() == ["create", "scp", "scp", "ssh", "ssh", "ssh", "ssh", "delete"]  # set up, started, followed, asked
@@ -154,8 +154,18 @@ def test_a_request_that_fails_in_the_queue(world):
     assert world.state()["tpu"] is None
 
 
+def test_what_fails_for_a_moment_ends_no_job(world):
+    """Its machines are set up, deleted and asked for again as often as it takes; what was refused at first would be a mistake."""
+    states = [["ACTIVE"], ["WAITING_FOR_RESOURCES", "FAILED"], ["ACTIVE"]]
+    world = world(acts=["preempted", "done"], states=states, failures={"install": 1, "create": 2, "delete": 1}, why_failed="none left")
+    result = run(world, *RUN, "--spot", *TRAIN, WORKDIR)
+    assert result.returncode == 0, result.stderr
+    assert "gla can not be had: none left; asking again in a while" in result.stdout and world.state()["tpu"] is None
+    assert world.verbs().count("create") == 5 and world.verbs().count("delete") == 4
+
+
 def test_machines_that_can_not_be_deleted_are_not_left_without_a_word(world):
-    world = world(delete_error="INTERNAL: try again")
+    world = world(failures={"delete": 9})
     result = run(world, *RUN, *TRAIN, WORKDIR)
     assert result.returncode == 1 and "COULD NOT BE DELETED" in result.stderr
     assert "python -m launch.tpu_vm delete --name=gla --zone=us-central2-b" in result.stderr
@@ -263,6 +273,8 @@ REFUSED = [
     (RUN, ["--", "python", "-m", "experiments.trian", WORKDIR], "did you mean experiments.train?"),
     (RUN, [*TRAIN], "give --workdir=gs://BUCKET/FOLDER"),
     (RUN, [*TRAIN, "--workdir=runs/gla"], "would write to runs/gla on machines that are deleted"),
+    (RUN, ["--", "python", "-m", "experiments.eval", "--workdir=runs/gla"], "would write to runs/gla on machines that are deleted"),
+    (RUN, ["--", "python", "-m", "experiments.sweep", "--size=340m"], "what experiments.sweep writes would be deleted with the machines"),
     (RUN, [*TRAIN, WORKDIR, "--config.train.stesp=3"], "did you mean 'steps'?"),
     (RUN, [*TRAIN, WORKDIR, "--config.train.steps=many"], "train.steps"),
     (RUN, [*TRAIN, "--workdri=gs://bucket/gla", WORKDIR], "did you mean --workdir?"),
