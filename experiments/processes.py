@@ -9,8 +9,8 @@ PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run 
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0; with --coordinator.", lower_bound=0)
 
 
-def connect() -> None:
-    """Join the other processes of this run, if there are any; before JAX is used."""
+def connect(stops_together: bool = False) -> None:
+    """Join the other processes of this run, if there are any; before JAX is used. As `hybrid_jax.distributed.connect`."""
     from hybrid_jax import distributed
 
-    distributed.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    distributed.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, stops_together=stops_together)

@@ -41,7 +41,7 @@ def main(run: cli.Run) -> int:
     def every(n: int | None, step: int) -> bool:
         return step == steps or (n is not None and step > 0 and step % n == 0)
 
-    processes.connect()
+    processes.connect(stops_together=True)
     keep_programs(workdir)
 
     # ---- Can it be done? Nothing is allocated yet.
@@ -75,24 +75,29 @@ def main(run: cli.Run) -> int:
             for note in (*warnings, *advice.notes(config, text, report.peak, carried)):
                 report.say(f"note: {note}")
 
-            def measure() -> None:
-                report.evaluation(step, evaluate(evaluation_params(config.optimizer, state.params, state.opt_state)))
+            def measure() -> bool:
+                """Whether the step is evaluated now: who asks for a stop is not kept waiting."""
+                results = evaluate(evaluation_params(config.optimizer, state.params, state.opt_state), stop.asked)
+                if results:
+                    report.evaluation(step, results)
+                return results is not None
 
-            if every(config.evaluation.every, first) and not evaluation_file(workdir, first).exists():
-                measure()  # what a kill between the checkpoint and its evaluation left out
+            # What a kill between the checkpoint and its evaluation left out.
+            evaluated = every(config.evaluation.every, first) and (evaluation_file(workdir, first).exists() or measure())
 
             # ---- Compile, once.
-            started = time.perf_counter()
-            train_step, held = compile_step(program, batch_shapes(config, mesh))
-            report.say(f"compiled in {time.perf_counter() - started:.0f} s; a step holds {gigabytes(held)} on each device")
-            report.say(advice.implementations(config.model, advice.implementations_of(config.model, train_step.as_text())))
+            if first < steps:
+                started = time.perf_counter()
+                train_step, held = compile_step(program, batch_shapes(config, mesh))
+                report.say(f"compiled in {time.perf_counter() - started:.0f} s; a step holds {gigabytes(held)} on each device")
+                report.say(advice.implementations(config.model, advice.implementations_of(config.model, train_step.as_text())))
 
             # ---- Train. A step is reported when the next one is under way, so that the devices never wait for the host.
             report.start_clock()
             unreported = []
             for step in range(first + 1, steps + 1):
                 state, metrics = train_step(state, next(batches))
-                stopping = stop.asked(step)
+                stopping = stop.asked()
                 saving = stopping or every(config.checkpoint.every, step)
                 evaluating = every(config.evaluation.every, step)
                 unreported.append((step, metrics))
@@ -101,16 +106,17 @@ def main(run: cli.Run) -> int:
                 if saving:
                     report.flush()
                     checkpoints.save(state)
-                if evaluating:
-                    measure()
+                evaluated = evaluating and not stopping and measure()
+                if evaluating and not evaluated and not saving:
+                    checkpoints.save(state)
+                if stopping or evaluating and not evaluated:
+                    break
                 if saving or evaluating:
                     report.start_clock()  # neither is training
-                if stopping:
-                    break
             checkpoints.wait()
 
     # ---- What it came to, and what comes next.
-    if step < steps:
+    if step < steps or not evaluated:
         print(f"{stop.name}: stopped after step {step} of {steps}, which is saved. To continue: {run.command}", flush=True)
         return stop.exit_code
     return summary.finish(run.name, config, workdir, report.speed())

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -21,13 +22,13 @@ from hybrid_jax.train.feed import LocalRows
 from hybrid_jax.train.loss import Losses, batch_losses
 from hybrid_jax.train.workdir import write_whole
 
-Evaluate = Callable[[nnx.State], dict[str, Any]]
+Evaluate = Callable[..., dict[str, Any] | None]
 
 
 def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: TokenSource) -> Evaluate:
     """A function of parameters that evaluates them on the first ``evaluation.tokens`` tokens of ``held_out``, whatever the mesh.
 
-    It returns, ready for JSON:
+    Between two batches it asks ``stopped``, its second argument, and returns None where that says so; else, ready for JSON:
         loss                nats a token, each seen with what precedes it in its window
         bits_per_byte       the same in bits, a byte of the text (the ends of documents are paid for, and are no bytes)
         xz_bits_per_byte, unigram_bits_per_byte    of the same bytes
@@ -56,24 +57,26 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
 
     local = LocalRows(mesh, rows)
 
-    def sums(params: nnx.State, batches: Iterator[dict], steps: int) -> Losses:
+    def sums(params: nnx.State, batches: Iterator[dict], steps: int, stopped: Callable[[], bool]) -> Losses:
         parts = []
-        for _, batch in zip(range(steps), batches, strict=False):
-            parts.append(jax.device_get(losses(params, local.to_mesh(batch))))
-        batches.close()
+        with closing(batches):
+            for _, batch in zip(range(steps), batches, strict=False):
+                parts.append(jax.device_get(losses(params, local.to_mesh(batch))))
+                if stopped():
+                    raise _Stopped
         return Losses(*(np.sum([np.asarray(x, np.float64) for x in part], axis=0) for part in zip(*parts, strict=True)))
 
-    def task_sums(params: nnx.State, task: mqar.Task) -> Losses:
+    def task_sums(params: nnx.State, task: mqar.Task, stopped: Callable[[], bool]) -> Losses:
         problem_rows = -(-config.data.mqar.examples // (window // task.length))
         batches = pipeline.mqar_evaluation_batches(
             task, rows=problem_rows, batch=rows, window=window, vocabulary=held_out.tokenizer.vocabulary, local=local.numbers
         )
-        return sums(params, batches, -(-problem_rows // rows))
+        return sums(params, batches, -(-problem_rows // rows), stopped)
 
-    def evaluate(params: nnx.State) -> dict[str, Any]:
+    def measure(params: nnx.State, stopped: Callable[[], bool]) -> dict[str, Any]:
         options = {"batch": rows, "window": window, "packing": packing, "tokens": scored, "local": local.numbers}
         batches = pipeline.evaluation_batches(held_out, **options)
-        found = sums(params, batches, steps)
+        found = sums(params, batches, steps, stopped)
         with np.errstate(invalid="ignore"):
             by_position = found.total_by_position / found.weight_by_position
         results = {
@@ -83,11 +86,21 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
             "loss_by_position": [float(x) if math.isfinite(x) else None for x in by_position],
         }
         if tasks:
-            recall = jax.tree.map(lambda *parts: sum(parts), *(task_sums(params, task) for task in tasks))
+            recall = jax.tree.map(lambda *parts: sum(parts), *(task_sums(params, task, stopped) for task in tasks))
             results |= {"mqar_accuracy": float(recall.correct / recall.weight), "mqar_loss": float(recall.total / recall.weight)}
         return results
 
+    def evaluate(params: nnx.State, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+        try:
+            return measure(params, stopped)
+        except _Stopped:
+            return None
+
     return evaluate
+
+
+class _Stopped(Exception):
+    """An evaluation is not gone on with."""
 
 
 def write_evaluation(file: epath.Path, step: int, results: dict[str, Any]) -> None:

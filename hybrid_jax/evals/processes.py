@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.progress import track
 
 from hybrid_jax.config import MeshConfig
+from hybrid_jax.distributed import gather
 from hybrid_jax.model import Model
 from hybrid_jax.sharding import make_mesh
 
@@ -48,16 +48,6 @@ def on_local_devices(model: Model) -> tuple[Mesh, Model]:
 def rows_at_once(mesh: Mesh, batch: int, rows: int) -> int:
     """Rows of a batch that is dealt over ``mesh``, each device's ``batch`` at most, no more than ``rows`` need."""
     return min(batch, -(-rows // mesh.size)) * mesh.size
-
-
-def gather(content: bytes) -> list[bytes]:
-    """The ``content`` of every process, in their order."""
-    from jax.experimental import multihost_utils
-
-    sizes = multihost_utils.process_allgather(np.array(len(content), np.int32))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: len(content)] = np.frombuffer(content, np.uint8)
-    return [row[:size].tobytes() for row, size in zip(multihost_utils.process_allgather(padded), sizes, strict=True)]
 
 
 def watched(items: Sequence[Item], what: str) -> Iterable[Item]:

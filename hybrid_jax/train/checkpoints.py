@@ -1,6 +1,7 @@
 """Orbax checkpoints of a run: saved in the background, kept by policy, restored on any mesh, with a way back from a broken one."""
 
 import itertools
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,13 @@ from orbax.checkpoint import v1 as ocp
 
 from hybrid_jax.amounts import gigabytes
 from hybrid_jax.config import CheckpointConfig, ConfigError, OptimizerConfig, RunConfig
+from hybrid_jax.distributed import gather
 from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import TrainState, abstract_state, state_bytes
 from hybrid_jax.train.workdir import RunError, in_bucket
+
+TRIES = 3  # to read a checkpoint, before it is taken for broken: storage may fail for a moment
+PAUSE = 5.0  # seconds between them
 
 
 class Checkpoints:
@@ -78,21 +83,21 @@ class Checkpoints:
         """The newest state that can be read, placed as the shapes in ``state`` say, and warnings.
 
         Of a run that starts from given parameters (:meth:`save_params`) these alone; None where there is no checkpoint yet.
-        A checkpoint that can not be read is told of and moved to WORKDIR/unreadable-STEP, or -2 and so on after that. Raises RunError
-        if none can.
+        A checkpoint that one of the processes can not read is told of and moved to WORKDIR/unreadable-STEP, or -2 and so on after
+        that. Raises RunError if none can.
         """
         broken: dict[int, str] = {}
         for step in reversed(self.steps):
-            try:
-                given = step == 0 and self._orbax.checkpointables_metadata(step).metadata.keys() == {"params"}
-                loaded = self._orbax.load_checkpointables(step, {"params": state.params} if given else _checkpointables(state))
-            except Exception as error:  # each layer of storage has errors of its own
-                broken[step] = reason(error)
+            loaded, why = self._read(step, _checkpointables(state))
+            if loaded is None:
+                broken[step] = why
                 continue
             told = [self._move_aside(bad, why, step) for bad, why in broken.items()]
             if told:
                 self._orbax.reload()
-            return loaded["params"] if given else TrainState(loaded["params"], loaded["opt_state"], **loaded["counters"]), told
+            if loaded.keys() == {"params"}:
+                return loaded["params"], told
+            return TrainState(loaded["params"], loaded["opt_state"], **loaded["counters"]), told
         if broken:
             shown = "; ".join(f"step {step}: {why}" for step, why in broken.items())
             raise RunError(f"no checkpoint in {self.folder} can be read ({shown}): put one back, or start anew in another --workdir")
@@ -110,13 +115,35 @@ class Checkpoints:
         if step is not None and step not in self.steps:
             raise ConfigError(f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, self.steps))}")
         for candidate in [step] if step is not None else reversed(self.steps):
-            try:
-                held = items if candidate else self._orbax.checkpointables_metadata(candidate).metadata  # given parameters stand alone
-                return candidate, self._orbax.load_checkpointables(candidate, {name: x for name, x in items.items() if name in held})
-            except Exception as error:
-                why = reason(error)
-                warnings.warn(f"the checkpoint of step {candidate} in {self.folder} can not be read ({why})", stacklevel=3)
+            loaded, why = self._read(candidate, items)
+            if loaded is not None:
+                return candidate, loaded
+            warnings.warn(f"the checkpoint of step {candidate} in {self.folder} can not be read ({why})", stacklevel=3)
         raise ConfigError(f"no checkpoint asked for in {self.folder} can be read ({why}); it has {', '.join(map(str, self.steps))}")
+
+    def _read(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+        """The named parts of a checkpoint; None, and why, where one of the processes could not read its share.
+
+        Each reads on its own, and then all are told how the others fared: in Orbax's own barriers the rest would wait for the one that
+        failed. Out of memory says nothing of a checkpoint, and is raised.
+        """
+        for attempt in range(1, TRIES + 1):
+            loaded, why = None, ""
+            try:
+                with _alone():
+                    folder = self.folder / str(step)
+                    held = items if step else ocp.checkpointables_metadata(folder).metadata  # given parameters stand alone
+                    loaded = ocp.load_checkpointables(folder, {name: x for name, x in items.items() if name in held})
+            except Exception as error:  # each layer of storage has errors of its own
+                if any(isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(e) for e in _chain(error)):
+                    raise
+                why = reason(error)
+            failed = [found.decode() for found in gather(why.encode()) if found]
+            if not failed:
+                return loaded, ""
+            if attempt < TRIES:
+                time.sleep(PAUSE)
+        return None, failed[0]
 
     def _move_aside(self, step: int, why: str, instead: int) -> str:
         names = (f"unreadable-{step}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
@@ -133,6 +160,12 @@ class Checkpoints:
             room = f" (one takes {gigabytes(size)})" if size else ""
             return RunError(f"no space left to write a checkpoint in {self.folder}{room}; {safe}: make room and start again")
         return RunError(f"a checkpoint could not be written in {self.folder} ({reason(error)}); {safe}")
+
+
+def _alone() -> ocp.Context:
+    """Orbax's settings for reading without waiting for other processes."""
+    me = jax.process_index()
+    return ocp.Context(multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}))
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ import math
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,13 +40,17 @@ class Metrics:
             self._sinks.append(self._wandb(config.wandb_project, name))
 
     def write(self, step: int, row: dict[str, Any]) -> None:
-        """Write the row of ``step``; numbers that are not finite are written as None, which JSON has."""
+        """Write the row of ``step``; numbers that are not finite are written as None, which JSON has. Warns where a bucket takes none."""
         row = _finite(row)
         for sink in self._sinks:
             sink(step, row)
         self._more = True
         if time.monotonic() - self._copied > COPIED_EVERY:
-            self.flush()
+            try:
+                self.flush()
+            except RunError as error:  # no reason to stop training: there is time until the next checkpoint
+                warnings.warn(f"metrics wait to be written to {self._workdir} ({one_line(error.__cause__)})", stacklevel=2)
+                self._copied = time.monotonic()
 
     def flush(self) -> None:
         """Return when all rows are in the workdir. Raises RunError where a bucket does not take them."""

@@ -10,7 +10,7 @@ from hybrid_jax.amounts import count
 from hybrid_jax.config import RunConfig
 from hybrid_jax.evals.evaluate import write_evaluation
 from hybrid_jax.train import step as train_step
-from hybrid_jax.train.metrics import Metrics, by_doubling
+from hybrid_jax.train.metrics import Metrics, by_doubling, read_rows
 from hybrid_jax.train.progress import Display
 from hybrid_jax.train.throughput import peak_flops, training_flops
 from hybrid_jax.train.workdir import RunError, evaluation_file
@@ -90,8 +90,11 @@ class Report:
         self.display.say(text)
 
     def speed(self) -> dict[str, Any]:
-        """How fast training went, over all steps reported."""
-        a_second = (self.last - self.first) / self.training_seconds if self.training_seconds else 0.0
+        """How fast training went, over all steps reported; where only an evaluation was left to do, as was last written down."""
+        if self.training_seconds:
+            a_second = (self.last - self.first) / self.training_seconds
+        else:
+            a_second = [row for row in read_rows(self.workdir / "metrics.jsonl") if "loss" in row][-1]["tokens_per_second"] / self.tokens
         return {
             "seconds": time.perf_counter() - self.started,
             "tokens_per_second": a_second * self.tokens,

@@ -14,6 +14,7 @@ from experiments import checkpoint, cli, convert, folder, generate, processes, r
 from experiments import eval as evaluation
 from hybrid_jax import sharding
 from hybrid_jax.config import to_dict
+from hybrid_jax.train import checkpoints
 from tests.hybrid_jax.train_runs import small_run
 
 CONFIG = f"--config={Path(__file__)}"  # this file is the configuration
@@ -43,7 +44,8 @@ def run(main, *arguments: str, devices: int | None = 1) -> Result:
             flag.unparse()
     make_mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended, Captured() as captured:
-        patch.setattr(processes, "connect", lambda: None)  # JAX has been used
+        patch.setattr(checkpoints, "PAUSE", 0.0)
+        patch.setattr(processes, "connect", lambda **_: None)  # JAX has been used
         patch.setattr(sharding, "make_mesh", lambda config, given=None: make_mesh(config, given or jax.devices()[:devices]))
         if main in (evaluation.main, convert.main, generate.main, report.main):
             cli.start_without_config(main, ["command", *arguments])

@@ -1,7 +1,9 @@
 """Training by several real processes: the losses of one, and what happens when one of them is lost."""
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from experiments import cli
 from hybrid_jax import distributed
 from hybrid_jax.config import ConfigError
 from hybrid_jax.train.metrics import read_rows
+from hybrid_jax.train.workdir import saved_steps
 from tests import compiler
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +124,34 @@ def wait_for_step(workdir, step):
             return
         time.sleep(0.1)
     raise AssertionError("training did not get to its step")
+
+
+@pytest.mark.slow
+def test_what_one_process_can_not_read_all_pass_over(alone, tmp_path):
+    """Its shards are in files of their own: the others would read theirs."""
+    workdir = tmp_path / "run"
+    codes, outputs = finish(start(workdir, 2))
+    assert codes == [0, 0], outputs
+    (workdir / "summary.json").unlink()
+    for file in (workdir / "checkpoints/8/params/ocdbt.process_1/d").iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    began = time.monotonic()
+    codes, outputs = finish(start(workdir, 2))
+    assert codes == [0, 0] and time.monotonic() - began < 120, outputs  # Orbax waits five minutes for a process
+    assert "the checkpoint of step 8 can not be read" in outputs[0] and "goes on from step 4" in outputs[0]
+    assert (workdir / "unreadable-8").is_dir()
+    same(losses(workdir), losses(alone))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_one_process_is_told_to_stop_and_all_save(tmp_path, number):
+    processes = start(tmp_path / "run", 2, *LONG)
+    wait_for_step(tmp_path / "run", 20)
+    processes[1].send_signal(number)
+    codes, outputs = finish(processes)
+    assert codes == [cli.STOPPED] * 2, outputs
+    step = int(re.search(r"SIGTERM: stopped after step (\d+) of 300, which is saved", outputs[0])[1])
+    assert saved_steps(tmp_path / "run")[-1] == step
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 
 import hybrid_jax.train.report
 from experiments import train
+from hybrid_jax.evals import evaluate
 from hybrid_jax.train.metrics import read_rows
 from hybrid_jax.train.workdir import saved_steps
 from tests.experiments.commands import CONFIG, run_train
@@ -118,9 +119,31 @@ def test_an_evaluation_that_a_kill_left_out_is_made_up_for(finished, tmp_path):
     (workdir / "eval-8.json").unlink()
     rows = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join(rows[:-1]))
+    result = run_train(workdir)
+    assert result.code == 0 and "compiled in" not in result.out  # no step is left to do
+    assert curve(workdir) == curve(finished[0])
+    last = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row][-1]
+    assert json.loads((workdir / "summary.json").read_text())["tokens_per_second"] == pytest.approx(last["tokens_per_second"])
+
+
+@pytest.mark.parametrize("step, saved_every", [(4, 4), (4, 8), (8, 4)])
+def test_a_signal_ends_an_evaluation_which_is_made_up_for(finished, tmp_path, monkeypatch, step, saved_every):
+    """An evaluation may take longer than a machine that is taken away leaves."""
+    workdir, batches, evaluations = tmp_path / "run", evaluate.pipeline.evaluation_batches, []
+
+    def begin(*given, **options):
+        evaluations.append(4 * (len(evaluations) + 1))
+        if evaluations[-1] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batches(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.pipeline, "evaluation_batches", begin)
+        result = run_train(workdir, f"--config.checkpoint.every={saved_every}")
+    assert result.code == 143 and f"stopped after step {step} of 8, which is saved" in result.out
+    assert saved_steps(workdir)[-1] == step and not (workdir / f"eval-{step}.json").exists()
     assert run_train(workdir).code == 0
     assert curve(workdir) == curve(finished[0])
-    assert (workdir / "summary.json").exists()
 
 
 def test_eight_devices_train_to_the_losses_of_one(finished, tmp_path):

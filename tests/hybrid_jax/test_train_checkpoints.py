@@ -52,6 +52,11 @@ def break_checkpoint(workdir: Path, step: int):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(module, "PAUSE", 0.0)
+
+
 @pytest.fixture(scope="module")
 def shapes():
     return abstract_state(small_run(), mesh_of()).state
@@ -121,6 +126,31 @@ def test_a_truncated_newest_is_put_aside_and_the_one_before_taken(workdir, shape
     with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
         assert_same(checkpoints.restore(shapes)[0], random_state(shapes, 2, 2))
     assert (workdir / "unreadable-3").is_dir() and (workdir / "unreadable-3-2").is_dir()
+
+
+def test_storage_that_fails_for_a_moment_loses_nothing(workdir, shapes, monkeypatch):
+    load, failures = module.ocp.load_checkpointables, [ConnectionError("503 Service Unavailable"), TimeoutError()]
+
+    def flaky(*given):
+        if failures:
+            raise failures.pop()
+        return load(*given)
+
+    monkeypatch.setattr(module.ocp, "load_checkpointables", flaky)
+    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        state, told = checkpoints.restore(shapes)
+    assert not told and not failures and saved_steps(workdir) == [1, 2, 3]
+    assert_same(state, random_state(shapes, 3, 3))
+
+
+def test_a_model_that_does_not_fit_says_nothing_of_its_checkpoint(workdir, shapes, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 211434595920 bytes.")
+
+    monkeypatch.setattr(module.ocp, "load_checkpointables", full)
+    with Checkpoints(workdir, CheckpointConfig()) as checkpoints, pytest.raises(jax.errors.JaxRuntimeError):
+        checkpoints.restore(shapes)
+    assert saved_steps(workdir) == [1, 2, 3]
 
 
 def test_where_none_can_be_read_nothing_is_moved_and_nothing_started_over(workdir, shapes):
