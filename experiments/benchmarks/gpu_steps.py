@@ -36,8 +36,10 @@ CONFIGS = [
 ]
 WINDOWS = (2048, 8192)
 ALL = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}  # of the card, for JAX
+SEVERAL = ALL | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # as much, and none of it before it is needed: for those that compile at once
 REMATS = ("none", "operators", "block")  # the first that fits is taken
 CALL_SECONDS = 400.0  # that a step's row is waited for, its compilation included
+OVERTIME = 90.0  # seconds after which a row that was begun in time is given up
 ROOM = 0.95  # of JAX's share, which a step may take
 
 
@@ -124,15 +126,16 @@ def time_ours(case: Case) -> dict:
     return row | {"cudnn": "__cudnn" in compiled.as_text()}  # full attention's, of one document a row
 
 
-def measure(case: Case) -> dict:
-    """The row of a step, run in a process that ends with it."""
+def measure(case: Case, until: float) -> dict:
+    """The row of a step, run in a process that ends with it, or soon after ``until``, by ``time.monotonic``."""
+    seconds = min(CALL_SECONDS, max(0.0, until - time.monotonic()) + OVERTIME)
     config = case.run_config(REMATS[0])
     with contextlib.closing(Process(f"the process of {case}", ALL)) as process:
         if case.implementation == "ours":
-            row = process.call(time_ours, case, seconds=CALL_SECONDS)
+            row = process.call(time_ours, case, seconds=seconds)
         else:
             asked = fla_options(config.model), config.train.batch, case.window
-            row = process.call(fla_peer.time_step, *asked, seconds=CALL_SECONDS)
+            row = process.call(fla_peer.time_step, *asked, seconds=seconds)
     row |= {"tokens": TOKENS, "flops": training_flops(config)} | summary(row.pop("seconds"))
     flop_per_s = row["flops"] / row["median_s"]
     return row | {"tokens_per_s": TOKENS / row["median_s"], "flop_per_s": flop_per_s, "mfu": flop_per_s / peak_flops()[0]}
@@ -143,12 +146,12 @@ def suite(wanted: Callable[[Case], bool], until: float, make_room: Callable[[], 
 
     def compile_ahead(cases: list[Case]) -> None:
         make_room()
-        ahead.rehearse(rehearse, [case for case in cases if case.implementation == "ours"], ALL, until)
+        ahead.rehearse(rehearse, [case for case in cases if case.implementation == "ours"], SEVERAL, until)
 
     return Suite(
         "gpu_step",
         lambda case: [case] if isinstance(case, Case) and wanted(case) else [],
-        measure,
+        lambda case: measure(case, until),
         {
             "ms a step": lambda row: f"{row['median_s'] * 1e3:.1f}",
             "quartiles": lambda row: " ... ".join(f"{q * 1e3:.1f}" for q in row["quartiles_s"]),

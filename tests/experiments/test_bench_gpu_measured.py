@@ -67,9 +67,10 @@ class Peer:
     """Answers as fla's process does: with our own outputs, times a constant, and two milliseconds a call."""
 
     def __init__(self, factor):
-        self.factor = factor
+        self.factor, self.called = factor, []
 
     def call(self, function, operator, sizes, inputs, *rest, seconds):
+        self.called.append(function)
         if function is fla_peer.time_operator:
             assert sizes == dataclasses.asdict(tiny().shape)
             return {"seconds": [0.002] * 3, "peak_bytes": None}
@@ -82,7 +83,9 @@ class Peer:
 
 
 def test_a_peer_is_held_against_our_reference():
-    assert gpu.measure(tiny("fla"), Runs(Here(), Peer(1.0)))["median_s"] == 0.002
+    peer = Peer(1.0)
+    assert gpu.measure(tiny("fla"), Runs(Here(), peer))["median_s"] == 0.002
+    assert peer.called == [fla_peer.time_operator, fla_peer.outputs]  # it chooses block sizes at its first call
     row = gpu.measure(tiny("fla"), Runs(Here(), Peer(1.05)))
     assert "median_s" not in row and row["failure"].startswith("not measured, errors above 0.03: ") and "output 5.0e-02" in row["failure"]
 
@@ -139,7 +142,7 @@ def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path, capsys):
 def test_a_step_of_ours(monkeypatch):
     monkeypatch.setattr(gpu_steps, "TOKENS", 256)
     monkeypatch.setattr(gpu_steps, "Process", lambda *_: Here())
-    row = gpu_steps.measure(gpu_steps.Case("ours", "hgrn_r6:tiny", 128))
+    row = gpu_steps.measure(gpu_steps.Case("ours", "hgrn_r6:tiny", 128), time.monotonic() + 300)
     assert row["tokens_per_s"] == pytest.approx(256 / row["median_s"]) and row["flops"] > 1e8
     assert 0 < row["mfu"] < 1 and row["remat"] == "none"
     assert row["loss"] == pytest.approx(np.log(256), abs=1) and row["peak_bytes"] > 1e6
@@ -223,7 +226,7 @@ def test_a_kernel_is_checked_on_all_that_is_timed(kernels):
     def change_one(call, outputs):
         return outputs | {"final_state": outputs["final_state"].at[1, 5].add(float(call))}
 
-    assert "two calls differ in 1.6e-02 of an output: a race" in kernels(change_one)["failure"]
+    assert "two calls differ in 1.6e-02 of final_state: a race" in kernels(change_one)["failure"]
     off = kernels(lambda call, outputs: outputs | {"output": outputs["output"].at[1, 90:].set(0)})
     assert off["failure"].startswith("not measured, output is ") and off["errors_of_whole"]["final_state"] == 0
     lost = kernels(lambda call, outputs: outputs | {"output": outputs["output"].at[1, 3, 3].set(jnp.nan)})
