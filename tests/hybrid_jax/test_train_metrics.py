@@ -183,13 +183,27 @@ def test_a_report_logs_every_few_steps_and_counts_what_was_skipped(tmp_path, pea
     ("kind", "rate"),
     [
         *(("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU7x", 2307e12 / 2)),
-        *(("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GB200", 2500e12)),
+        *(("TPU v5p", 459e12), ("TPU v5e", 197e12), ("TPU v6 lite", 918e12), ("TPU v6e", 918e12)),
+        *(("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA A100-PCIE-40GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12)),
+        *(("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12)),
+        *(("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA GH200 144G HBM3e", 989e12)),
+        *(("NVIDIA B200", 2250e12), ("NVIDIA GB200", 2500e12)),
     ],
 )
 def test_known_chips_have_their_data_sheets_rate(monkeypatch, kind, rate):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind, platform="tpu")])
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     assert throughput.peak_flops()[0] == 4 * rate
+
+
+@pytest.mark.parametrize(
+    "kind", ["NVIDIA H20", "NVIDIA RTX A1000", "NVIDIA H800", "NVIDIA GB300", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "TPU v2", "TPU7"]
+)
+def test_what_is_only_called_like_a_known_chip_is_measured(monkeypatch, kind):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind, platform="gpu")])
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    monkeypatch.setattr(throughput, "matmul_rate", lambda dtype, size: 1e9)
+    assert throughput.peak_flops() == (4e9, "its measured bfloat16 matmul rate")
 
 
 def test_other_devices_are_measured():
