@@ -53,7 +53,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-4  # the peak
     final_fraction: float = 0.1  # of the peak, at the last step
     warmup_steps: int = 1024
-    beta1: float = 0.9
+    beta1: float = 0.9  # under muon of what it leaves to Adam; its matrices' momentum is 0.95, its authors' value
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1

@@ -12,6 +12,7 @@ from hybrid_jax.sharding import logical_axes
 
 # Two-dimensional, yet no linear map between activations: orthogonalising them has no meaning, and Muon's authors use Adam.
 NOT_ORTHOGONALIZED = {"vocabulary", "taps"}
+MUON_MOMENTUM = 0.95
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -31,6 +32,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
     Vectors (gains, biases, decays: fewer than two axes beside the stacked layers) are never decayed. Under "muon" the
     matrices get Muon scaled to Adam's step size (arXiv 2502.16982), so that learning rate and decay keep their meaning;
     embeddings, output projections, convolution taps and vectors get Adam (with Nesterov's momentum, as Muon) without decay.
+    ``beta1`` and ``beta2`` are then of Adam alone: the matrices have the momentum that Muon's authors use, `MUON_MOMENTUM`.
     """
     axes = jax.tree.structure(params).flatten_up_to(logical_axes(params))
     own = [tuple(name for name in names if name != "layers") for names in axes]
@@ -46,6 +48,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
             ]
             update = optax.contrib.muon(
                 learning_rate,
+                beta=MUON_MOMENTUM,
                 weight_decay=config.weight_decay,
                 adam_b1=config.beta1,
                 adam_b2=config.beta2,

@@ -100,6 +100,19 @@ def test_muon_orthogonalizes_each_stacked_matrix_by_itself_and_nothing_else():
         np.testing.assert_allclose((before[name] - after[name]) / 0.01, first * np.sign(g[name]), atol=1e-2)
 
 
+def test_under_muon_beta1_is_of_adam_alone():
+    options = {"name": "muon", "learning_rate": 0.01, "warmup_steps": 0, "clip_norm": 1e9}
+    params, gradients = weights(0), [weights(1), weights(2)]
+    results = [updates(OptimizerConfig(**options, beta1=beta1), gradients, params) for beta1 in (0.9, 0.5)]
+    one, other = (arrays(history[-1]) for history, _ in results)
+    assert {name for name in one if np.array_equal(one[name], other[name])} == {"matrix", "tall"}
+    states = jax.tree.leaves(results[0][1], is_leaf=lambda x: isinstance(x, optax.contrib.MuonState))
+    (momentum,) = (arrays(state.mu) for state in states if isinstance(state, optax.contrib.MuonState))
+    first, second = map(arrays, gradients)
+    for name in ("matrix", "tall"):
+        assert relative_error(momentum[name], 0.05 * (0.95 * first[name] + second[name])) < 1e-6
+
+
 def test_muon_decays_what_it_orthogonalizes():
     plain = OptimizerConfig(name="muon", learning_rate=0.01, warmup_steps=0, weight_decay=0.0)
     decayed = OptimizerConfig(name="muon", learning_rate=0.01, warmup_steps=0, weight_decay=0.3)
