@@ -36,7 +36,7 @@ MODELS = flags.DEFINE_list("models", [], "Names, with wildcards, of files in exp
 SEEDS = flags.DEFINE_list("seeds", [], "Train each model with each of these seeds; the configuration's own if not given.")
 EVAL = flags.DEFINE_multi_string("eval", [], "Flags of `experiments.eval`, a --suite among them: what every run is evaluated by.")
 FOLDER = flags.DEFINE_string("sweep", "runs/sweep", "Folder of the runs.")
-ROWS = flags.DEFINE_string("rows", None, "JSON lines file that each run's summary is appended to, once all have ended.")
+ROWS = flags.DEFINE_string("rows", None, "JSON lines file that each run's summary is appended to, once all have ended, if not there yet.")
 
 
 def chosen(patterns: list[str]) -> list[str]:
@@ -158,6 +158,14 @@ def report(names: list[str], folder: Path) -> Path:
     return write.report(runs, max(run.config.data.window for run in runs), folder / "report")
 
 
+def append_rows(file: Path, summaries: list[dict[str, Any]]) -> None:
+    """Append the summaries that ``file`` does not have yet, a line each: a sweep that is started again finds its own there."""
+    known = set(file.read_text().splitlines()) if file.exists() else set()
+    lines = [json.dumps(summary) for summary in summaries]
+    with file.open("a") as opened:
+        opened.writelines(f"{line}\n" for line in lines if line not in known)
+
+
 def main(overrides: list[str]) -> int:
     if "://" in FOLDER.value:
         raise ConfigError(f"--sweep={FOLDER.value}: logs are written there, line by line: give a folder of a file system")
@@ -184,8 +192,7 @@ def main(overrides: list[str]) -> int:
     if children.stopped or not all(outcome.done for outcome in outcomes.values()):
         return 1
     if ROWS.value:
-        with Path(ROWS.value).open("a") as file:
-            file.writelines(json.dumps(outcome.summary) + "\n" for outcome in outcomes.values())
+        append_rows(Path(ROWS.value), [outcome.summary for outcome in outcomes.values()])
     print(f"tables and figures: {report(list(outcomes), folder)}")
     return 0
 

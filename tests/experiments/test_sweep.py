@@ -145,6 +145,29 @@ def test_summaries_are_gathered(started, tmp_path):
     assert rows == [SUMMARY] * 5
 
 
+def test_a_summary_is_gathered_once(started, tmp_path, monkeypatch):
+    """The same command again adds nothing, and with another seed that seed's row alone; what others wrote stays."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"run": "of another sweep"}\n')
+    run = sweep.Children.run
+
+    def with_a_summary_of_its_own(children, command, *arguments, log):
+        done = run(children, command, *arguments, log=log)
+        (log.with_suffix("") / "summary.json").write_text(json.dumps(SUMMARY | {"run": log.stem}))
+        return done
+
+    monkeypatch.setattr(sweep.Children, "run", with_a_summary_of_its_own)
+    flags.FLAGS["models"].value, flags.FLAGS["seeds"].value = ["gla_r6"], ["1", "2"]
+    assert sweep.main([]) == 0
+    first = file.read_text()
+    assert [json.loads(line)["run"] for line in first.splitlines()] == ["of another sweep", "gla_r6-tiny-s1", "gla_r6-tiny-s2"]
+    assert sweep.main([]) == 0 and file.read_text() == first
+    flags.FLAGS["seeds"].value = ["1", "2", "3"]
+    assert sweep.main([]) == 0
+    added = file.read_text().removeprefix(first)
+    assert [json.loads(line)["run"] for line in added.splitlines()] == ["gla_r6-tiny-s3"]
+
+
 def test_each_seed_is_a_run_of_its_own(started):
     flags.FLAGS["models"].value, flags.FLAGS["seeds"].value = ["gla_r6"], ["3", "4"]
     assert sweep.main([]) == 0
