@@ -1,6 +1,7 @@
 """Multi-query associative recall over numbers of pairs and lengths, those of training and others."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from hybrid_jax.data import DataError, mqar, pipeline
-from hybrid_jax.evals.processes import on_local_devices, rows_at_once
+from hybrid_jax.evals.processes import on_local_devices, rows_at_once, shared
 from hybrid_jax.model import Model
 from hybrid_jax.sharding import batch_sharding
 from hybrid_jax.train.loss import batch_losses
@@ -21,7 +22,8 @@ def evaluate(
 
     pairs, lengths: of :class:`hybrid_jax.data.mqar.Task`; a length under 4 * pairs, or more pairs than the alphabet, is left out.
     alphabet: how many keys, values and fillers there are; the one that the model was trained on.
-    examples: problems of each kind, the same for every model. batch: how many each device reads at once.
+    examples: problems of each kind, the same for every model. batch: how many each device reads at once. In a run of several
+        processes each takes some of the kinds, and all return all results.
 
     Returns {"settings": ..., "scores": {"PAIRSxLENGTH": share}}. Raises DataError where no problem is left, or the alphabet is too
     large for the vocabulary.
@@ -33,6 +35,15 @@ def evaluate(
             "give lengths >= 4 * pairs, and pairs <= alphabet"
         )
     vocabulary = model.tokenizer.vocabulary if model.tokenizer else model.config.vocabulary
+    for task in tasks:
+        task.check(task.length, vocabulary)  # here, that every process raises it, and none waits for one that did
+    shares = shared(partial(_shares, model, vocabulary, examples, batch), tasks, size=lambda task: task.length)
+    scores = {f"{task.pairs}x{task.length}": share for task, share in zip(tasks, shares, strict=True)}
+    return {"settings": {"alphabet": alphabet, "examples": examples}, "scores": scores}
+
+
+def _shares(model: Model, vocabulary: int, examples: int, batch: int, tasks: list[mqar.Task]) -> list[float]:
+    """The share of answers that are right of each task, computed by this process alone."""
     mesh, model = on_local_devices(model)
     graph, params = nnx.split(model)
     rows_together = rows_at_once(mesh, batch, examples)
@@ -50,8 +61,7 @@ def evaluate(
         right, asked = np.sum(found, axis=0, dtype=np.float64)
         return float(right / asked)
 
-    scores = {f"{task.pairs}x{task.length}": share(task) for task in tasks}
-    return {"settings": {"alphabet": alphabet, "examples": examples}, "scores": scores}
+    return [share(task) for task in tasks]
 
 
 def _tasks(pairs: Sequence[int], lengths: Sequence[int], alphabet: int) -> Iterator[mqar.Task]:

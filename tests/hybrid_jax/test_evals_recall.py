@@ -1,12 +1,13 @@
 """MQAR over pairs and lengths, against the answers read off the model's logits."""
 
+import jax
 import numpy as np
 import pytest
 
 from hybrid_jax import build
 from hybrid_jax.data import DataError, mqar, pipeline
 from hybrid_jax.data.tokenizers import ByteTokenizer
-from hybrid_jax.evals import recall
+from hybrid_jax.evals import processes, recall
 from tests.hybrid_jax.train_runs import small_run
 
 
@@ -26,6 +27,27 @@ def test_shares_are_those_of_the_logits(model):
         asked = rows["weights"] > 0
         assert asked.sum() == 7 * pairs
         assert share == pytest.approx((logits.argmax(-1) == rows["targets"])[asked].mean())
+
+
+def test_processes_share_the_kinds(model, monkeypatch):
+    """Each of two reads its own, the longest dealt out first, and both return what one alone does."""
+    options = {"pairs": (1, 2, 4), "lengths": (8, 16), "alphabet": 6, "examples": 7, "batch": 3}
+    alone = recall.evaluate(model, **options)
+    read, parts, make = [], [None, None], pipeline.mqar_evaluation_batches
+    monkeypatch.setattr(pipeline, "mqar_evaluation_batches", lambda task, **rest: read.append(task) or make(task, **rest))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def evaluate(process):
+        read.clear()
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        monkeypatch.setattr(processes, "gather", lambda content: parts.__setitem__(process, content) or parts)
+        return recall.evaluate(model, **options), [f"{task.pairs}x{task.length}" for task in read]
+
+    with pytest.raises(TypeError):
+        evaluate(0)  # to know its part: the other's is not there yet
+    results = [evaluate(process) for process in (1, 0)]
+    assert [found for found, _ in results] == [alone, alone]
+    assert [kinds for _, kinds in results] == [["2x16", "1x8"], ["1x16", "4x16", "2x8"]]
 
 
 def test_symbols_are_those_of_the_tokenizer(model):
