@@ -7,9 +7,11 @@ WORKDIR/huggingface/dtypes.json          tensor -> the dtype it came in, and goe
 float32 holds every bfloat16 and float16, so that there and back is the same bits.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
 )  # fmt: skip
+PARTIAL = ".partial"  # in a folder that is being written
 Advance = Callable[[int, int], None]  # told, as each tensor is done, its elements and those of the whole model
 
 
@@ -105,10 +108,10 @@ def to_hf(workdir: epath.Path, folder: Path, step: int | None = None, dtype: str
 
     ``dtype`` is of all tensors ("float32", "bfloat16" or "float16"); None: each that it came in, float32 for a model of our own.
     Raises ConfigError where there is no such checkpoint, fla has no such model, ``folder`` has files already, or a value
-    does not fit the dtype.
+    does not fit the dtype. Whatever stops it, ``folder`` is then as it was, and the same can be asked for again.
     """
     run = workdirs.read_config(workdir)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != PARTIAL for path in folder.iterdir()):
         raise ConfigError(f"{folder} has files already: give an empty or a new folder")
     carried = workdir / "huggingface"
     came = carried.is_dir()
@@ -129,16 +132,35 @@ def to_hf(workdir: epath.Path, folder: Path, step: int | None = None, dtype: str
 
     with _sparing_memory(state.params), Checkpoints(workdir) as checkpoints:
         step, parameter = _parameters(checkpoints, run, state, step)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors.write(folder, {name: (slot.shape, dtypes[name]) for name, slot in slots.items()}, tensor)
-    for name in CARRIED:
-        if came and (carried / name).exists():
-            (folder / name).write_bytes((carried / name).read_bytes())
-    if not came and run.data.source != "stdlib":  # whose tokens are bytes, of which transformers has no tokenizer
-        TokenStore.open(run.data.source, "train").tokenizer.save(folder)
-    key = "dtype" if "dtype" in described else "torch_dtype"
-    _write_json(folder / "config.json", described | {key: dtypes["model.embeddings.weight"].name})  # last: now it is whole
+        with _filled_at_once(folder) as partial:
+            tensors.write(partial, {name: (slot.shape, dtypes[name]) for name, slot in slots.items()}, tensor)
+            for name in CARRIED:
+                if came and (carried / name).exists():
+                    (partial / name).write_bytes((carried / name).read_bytes())
+            if not came and run.data.source != "stdlib":  # whose tokens are bytes, of which transformers has no tokenizer
+                TokenStore.open(run.data.source, "train").tokenizer.save(partial)
+            key = "dtype" if "dtype" in described else "torch_dtype"
+            _write_json(partial / "config.json", described | {key: dtypes["model.embeddings.weight"].name})
     return step
+
+
+@contextlib.contextmanager
+def _filled_at_once(folder: Path) -> Iterator[Path]:
+    """A folder to write in: at the end its files become those of ``folder``; on an error it goes, and ``folder`` too if it was not there.
+
+    It is in ``folder``, not beside it, which may be a mount, a link, or all that may be written to.
+    """
+    new, partial = not folder.exists(), folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # last: now it is whole
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(partial)
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _parameters(checkpoints: Checkpoints, run: RunConfig, state: TrainState, step: int | None) -> tuple[int, Callable[[tuple], np.ndarray]]:

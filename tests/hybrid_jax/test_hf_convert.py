@@ -83,6 +83,38 @@ def test_values_that_do_not_fit_the_dtype_are_named(tmp_path):
         there_and_back(tmp_path, dtype="float16")
 
 
+@pytest.mark.parametrize("before", ["no folder", "an empty folder", "what a killed conversion left"])
+def test_a_conversion_that_fails_leaves_nothing_and_can_be_repeated(before, tmp_path, monkeypatch):
+    described = fla_options("hgrn")
+    given = random_tensors(described)
+    given["model.norm.weight"][0] = 1e6
+    assert list(given)[0] != "model.norm.weight"  # what fails is not the first tensor that is written
+    hf_folders.write(tmp_path / "theirs", described, given)
+    convert.from_hf(tmp_path / "theirs", tmp_path / "run")
+    back = tmp_path / "back"
+    if before != "no folder":
+        back.mkdir()
+    if before == "what a killed conversion left":
+        (back / convert.PARTIAL).mkdir()
+        (back / convert.PARTIAL / "tokenizer.model").write_bytes(b"half")
+    others = {path.name for path in tmp_path.iterdir()} - {"back"}
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 20_000)
+    with pytest.raises(ConfigError, match="model.norm.weight has values that are no float16"):
+        convert.to_hf(tmp_path / "run", back, dtype="float16")
+    assert back.exists() == (before != "no folder") and not list(back.glob("*"))
+    assert {path.name for path in tmp_path.iterdir()} - {"back"} == others
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "_write_json", lambda *_: 1 / 0)  # the last file
+        with pytest.raises(ZeroDivisionError):
+            convert.to_hf(tmp_path / "run", back)
+    assert back.exists() == (before != "no folder") and not list(back.glob("*"))
+    convert.to_hf(tmp_path / "run", back)
+    assert_same_bits(read_back(back), given)
+    assert not (back / convert.PARTIAL).exists() and not (back / "tokenizer.model").exists()
+    with pytest.raises(ConfigError, match="has files already: give an empty or a new folder"):
+        convert.to_hf(tmp_path / "run", back)
+
+
 def test_a_large_model_is_written_in_shards(tmp_path, monkeypatch):
     described = fla_options("gla")
     given = random_tensors(described)
