@@ -5,7 +5,7 @@
 
 --runs are folders of training runs (or of converted checkpoints) that were evaluated: by training itself, or by
 `python -m experiments.eval` with any of its suites. Runs that differ in nothing but their seed are one model, whose
-scores are means, ± their standard deviation.
+scores are means, ± their standard deviation; they must have been measured alike. Where models were not, their table says so.
 """
 
 from pathlib import Path

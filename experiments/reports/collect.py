@@ -1,10 +1,12 @@
 """Runs, as a report sees them: which model of the study each is, what it costs, and what was measured of it."""
 
+import itertools
 import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from etils import epath
 
@@ -14,6 +16,7 @@ from hybrid_jax.train.workdir import differences, files, is_free, read_config, r
 
 RATIOS = ("pure", "24:1", "12:1", "6:1", "3:1", "full")  # in order of the share of full attention, as the study's figures have them
 SIZES = {1024: "340M", 2048: "1.3B"}  # by model.width
+OWN = "evaluation"  # the run's own, beside the suites
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,17 @@ class Run:
     config: RunConfig
     step: int
     scores: dict[str, float]  # by measure: "bits_per_byte", "mqar", "lm/arc_easy", "ruler/average", "mqar/8x64", ...
+    settings: dict[str, dict[str, Any]]  # {suite, or OWN: what it was measured with}, such as {"ruler": {"lengths": [4096], ...}}
     notes: tuple[str, ...] = ()  # what a reader of its scores must know, such as substitutes for texts
 
     @property
     def model(self) -> tuple[str, str, str]:
         """(size, family, ratio): what runs of different seeds have in common."""
         return size(self.config.model), NAMES[type(self.config.model.mixer)], ratio(self.config.model)
+
+    def measured(self, suite: str) -> dict[str, Any]:
+        """All that its scores of ``suite`` depend on beside the model, by name."""
+        return {"step": self.step} | self.settings[suite]
 
 
 @dataclass(frozen=True)
@@ -77,12 +85,14 @@ def read(workdir: epath.Path) -> Run:
     step, own, of_suites = evaluated[-1]
     names = {"loss": "loss", "bits_per_byte": "bits_per_byte", "mqar_accuracy": "mqar"}
     scores, notes = {name: own[step][key] for key, name in names.items() if key in own.get(step, ())}, []
+    settings = {OWN: {"tokens": own[step]["tokens"]}} if step in own else {}
     for file in of_suites:
         suite = file.name.removesuffix(f"-{step}.json")
         found = json.loads(file.read_text())
         scores |= {f"{suite}/{name}": value for name, value in found["headline"].items()}
+        settings[suite] = {name: value for name, value in found.get("settings", {}).items() if name != "batch"}  # which changes no score
         notes += [f"{suite}: {note}" for note in found.get("notes", ())]
-    return Run(workdir, config, step, scores, tuple(notes))
+    return Run(workdir, config, step, scores, settings, tuple(notes))
 
 
 def suite_files(workdir: epath.Path, step: int) -> list[epath.Path]:
@@ -91,7 +101,10 @@ def suite_files(workdir: epath.Path, step: int) -> list[epath.Path]:
 
 
 def over_seeds(runs: Iterable[Run]) -> dict[tuple[str, str, str], dict[str, Score]]:
-    """{(size, family, ratio): {measure: Score}}. Raises ConfigError where two runs of one model differ in more than their seed."""
+    """{(size, family, ratio): {measure: Score}}.
+
+    Raises ConfigError where two runs of one model differ in more than their seed, or were not measured alike.
+    """
     models: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
     for run in runs:
         models[run.model].append(run)
@@ -99,8 +112,8 @@ def over_seeds(runs: Iterable[Run]) -> dict[tuple[str, str, str], dict[str, Scor
 
 
 def _scores(runs: list[Run]) -> dict[str, Score]:
-    for run in runs[1:]:
-        _check_same(runs[0], run)
+    for pair in itertools.combinations(runs, 2):  # all pairs, as two may share a suite that the first has not
+        _check_same(*pair)
     measures = dict.fromkeys(name for run in runs for name in run.scores)
     return {name: Score(tuple(run.scores[name] for run in runs if name in run.scores)) for name in measures}
 
@@ -111,6 +124,18 @@ def _check_same(one: Run, other: Run) -> None:
         what = f"differ in {', '.join(changed)}" if changed else f"have the same seed, {one.config.train.seed}"
         raise ConfigError(
             f"{one.workdir} and {other.workdir} are both {' '.join(one.model)} and {what}: give --runs of one recipe, a seed each"
+        )
+    unlike = [f"step {one.step} and {other.step}"] if one.step != other.step else []
+    for suite in one.settings.keys() & other.settings.keys():
+        theirs = one.settings[suite], other.settings[suite]
+        for name in sorted(theirs[0].keys() | theirs[1].keys()):
+            first, second = (settings.get(name) for settings in theirs)
+            if first != second:
+                unlike.append(f"{suite}: {name} {first} and {second}")
+    if unlike:
+        raise ConfigError(
+            f"{one.workdir} and {other.workdir} are both {' '.join(one.model)} and were not measured alike ({'; '.join(sorted(unlike))}): "
+            "evaluate both of one step with the same flags (python -m experiments.eval), or leave one out of --runs"
         )
 
 

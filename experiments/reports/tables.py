@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import defaultdict
 from dataclasses import dataclass
 
 from experiments.reports import published
@@ -96,6 +97,20 @@ def by_task(models: Models, size: str, suite: Measure) -> str:
         ]
         lines.append([label(family, ratio), *cells])
     return markdown(lines)
+
+
+def unlike(runs: list[Run], suite: str) -> str:
+    """In what the models of a table were not measured alike by ``suite``, which all ``runs`` have; "" where in nothing. A sentence."""
+    models = {label(*run.model[1:]): run.measured(suite) for run in runs}
+    parts = []
+    for name in dict.fromkeys(name for measured in models.values() for name in measured):
+        with_value = defaultdict(list)
+        for model, measured in models.items():
+            with_value[str(measured.get(name))].append(model)
+        most, *others = sorted(with_value, key=lambda value: -len(with_value[value]))
+        if others:
+            parts.append(f"{name} {most}, but " + " and ".join(f"{value} of {', '.join(with_value[value])}" for value in others))
+    return f"Not measured alike: {'; '.join(parts)}." if parts else ""
 
 
 def label(family: str, ratio: str) -> str:

@@ -26,7 +26,7 @@ def report(runs: list[Run], context: int, folder: Path) -> Path:
     (folder / "scores.csv").write_text(tables.to_csv(models, costs))
     parts = ["# Report", _about(runs, models)]
     for size in sorted({model[0] for model in models}):
-        parts += [f"## {size}", tables.of_models(runs, costs, size, context), *_of_size(models, costs, size, context, folder)]
+        parts += [f"## {size}", tables.of_models(runs, costs, size, context), *_of_size(runs, models, costs, size, context, folder)]
     if notes := dict.fromkeys(note for run in runs for note in run.notes):
         parts += ["## Notes", "\n".join(f"* {note}" for note in notes)]
     file = folder / "report.md"
@@ -41,21 +41,27 @@ def _about(runs: list[Run], models: tables.Models) -> str:
     )
 
 
-def _of_size(models: tables.Models, costs: dict, size: str, context: int, folder: Path) -> list[str]:
-    parts, stem = [], size.replace(" ", "_")
+def _of_size(runs: list[Run], models: tables.Models, costs: dict, size: str, context: int, folder: Path) -> list[str]:
+    parts, unlike, stem = [], [], size.replace(" ", "_")
+    runs = [run for run in runs if run.model[0] == size]
     measured = {name for model, scores in models.items() if model[0] == size for name in scores}
     for measure in tables.BY_RATIO:
         if measure.name in measured:
-            source = f" In brackets: the study's {measure.table}." if measure.table and size in ("340M", "1.3B") else ""
-            parts += [f"### {measure.heading}", source.strip(), tables.by_ratio(models, size, measure)]
+            source = f"In brackets: the study's {measure.table}." if measure.table and size in ("340M", "1.3B") else ""
+            suite = measure.name.partition("/")[0] if "/" in measure.name else collect.OWN
+            unlike.append(tables.unlike([run for run in runs if measure.name in run.scores], suite))
+            parts += [f"### {measure.heading}", f"{source} {unlike[-1]}".strip(), tables.by_ratio(models, size, measure)]
     for suite in SUITES:
         if table := tables.by_task(models, size, suite):
-            parts += [f"### {suite.heading}", table]
+            unlike.append(tables.unlike([run for run in runs if suite.name in run.settings], suite.name))
+            parts += [f"### {suite.heading}", unlike[-1], table]
     pictures = [
         figures.by_ratio(models, size, folder / f"by_ratio_{stem}.png"),
         figures.ruler_groups(models, size, folder / f"ruler_groups_{stem}.png"),
         *(figures.pareto(models, costs, size, m, context, folder / f"pareto_{stem}.png") for m in _recall(measured)),
     ]
+    if any(unlike) and any(pictures):
+        parts.append("The pictures, too, put together what the tables above say was not measured alike.")
     parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})" for picture in pictures if picture]
     return [part for part in parts if part]
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from hybrid_jax.data import DataError
@@ -63,7 +64,8 @@ def evaluate(
             "rows": count,
             "cut": sum(len(prompt) > room for prompt in prompts),
         }
-    settings = {"max_length": max_length, "max_new_tokens": max_new_tokens, "limit": limit, "beginning": beginning}
+    names = [Path(file).name for file in rows]  # the average is theirs
+    settings = {"files": names, "max_length": max_length, "max_new_tokens": max_new_tokens, "limit": limit, "beginning": beginning}
     return {"settings": settings, "scores": scores, "average": sum(score["contains"] for score in scores.values()) / len(scores)}
 
 

@@ -19,18 +19,19 @@ from tests.experiments.commands import run
 RUNS = ("gla_pure", "gla_r6", "hgrn2_pure", "hgrn2_r6", "transformer")
 
 
-def write_run(folder, name, seed=1, size="1b3", loss=2.0, recall=0.5, step=10, evals=(), **changes):
+def write_run(folder, name, seed=1, size="1b3", loss=2.0, recall=0.5, step=10, tokens=64, evals=(), settings=(), **changes):
     """A run's folder without its parameters."""
     config = cli.load_run([f"--config=configs/{name}.py:{size}"], "").config
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed), **changes)
     workdir = folder / f"{name}-s{seed}"
     (workdir / "checkpoints" / str(step)).mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(to_dict(config)))
-    found = {"step": step, "tokens": 64, "loss": loss, "bits_per_byte": loss / 2, "mqar_accuracy": recall, "loss_by_position": [loss]}
+    found = {"step": step, "tokens": tokens, "loss": loss, "bits_per_byte": loss / 2, "mqar_accuracy": recall, "loss_by_position": [loss]}
     (workdir / f"eval-{step}.json").write_text(json.dumps(found))
     for suite, scores in dict(evals).items():
         (workdir / "evals").mkdir(exist_ok=True)
-        (workdir / "evals" / f"{suite}-{step}.json").write_text(json.dumps({"headline": scores, "notes": [f"{suite} with substitutes"]}))
+        written = {"settings": dict(settings).get(suite, {}), "headline": scores, "notes": [f"{suite} with substitutes"]}
+        (workdir / "evals" / f"{suite}-{step}.json").write_text(json.dumps(written))
     return workdir
 
 
@@ -145,6 +146,67 @@ def test_runs_that_are_not_of_one_recipe_are_refused(tmp_path):
     other = write_run(tmp_path / "c", "gla_r6", 2, optimizer=dataclasses.replace(base.optimizer, learning_rate=0.1))
     with pytest.raises(ConfigError, match="and differ in optimizer.learning_rate"):
         collect.over_seeds(map(collect.read, (one, other)))
+
+
+RULER = {"lengths": [4096], "examples": 500, "batch": 8, "texts": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "unlike"),
+    [
+        ({"step": 50}, "(step 400 and 50)"),
+        ({"tokens": 128}, "(evaluation: tokens 64 and 128)"),
+        ({"settings": {"ruler": RULER | {"lengths": [1024]}}}, "(ruler: lengths [4096] and [1024])"),
+        ({"settings": {"ruler": RULER | {"examples": 50, "texts": "t"}}}, "(ruler: examples 500 and 50; ruler: texts None and t)"),
+        ({"step": 50, "settings": {"ruler": {"lengths": [4096], "examples": 500}}, "tokens": 32}, "tokens 64 and 32; step 400 and 50)"),
+    ],
+)
+def test_seeds_that_were_not_measured_alike_are_refused(tmp_path, changes, unlike):
+    like = {"step": 400, "evals": {"ruler": {"average": 0.5}}, "settings": {"ruler": RULER}}
+    one, other = write_run(tmp_path, "gla_r6", 1, **like), write_run(tmp_path, "gla_r6", 2, **like | changes)
+    with pytest.raises(ConfigError) as refused:
+        collect.over_seeds(map(collect.read, (one, other)))
+    assert f"{one} and {other} are both 1.3B gla 6:1 and were not measured alike" in str(refused.value)
+    assert unlike in str(refused.value) and "evaluate both of one step with the same flags" in str(refused.value)
+
+
+def test_seeds_that_were_measured_alike_are_averaged(tmp_path):
+    """However many texts were read at once, and whatever suites one of them has beside; two others' are still compared."""
+    ruler = {"evals": {"ruler": {"average": 0.5}}, "settings": {"ruler": RULER}}
+    runs = [collect.read(write_run(tmp_path, "gla_r6", 1)), collect.read(write_run(tmp_path, "gla_r6", 2, **ruler))]
+    third = write_run(tmp_path, "gla_r6", 3, evals={"ruler": {"average": 0.7}}, settings={"ruler": RULER | {"batch": 1}})
+    (scores,) = collect.over_seeds([*runs, collect.read(third)]).values()
+    assert scores["ruler/average"] == Score((0.5, 0.7)) and len(scores["loss"].values) == 3
+    fourth = write_run(tmp_path, "gla_r6", 4, evals={"ruler": {"average": 0.7}}, settings={"ruler": RULER | {"examples": 50}})
+    with pytest.raises(ConfigError, match="gla_r6-s2 and .*gla_r6-s4 are .*ruler: examples 500 and 50"):
+        collect.over_seeds([*runs, collect.read(fourth)])
+
+
+def test_models_that_were_not_measured_alike_are_told_beside_their_table(folder):
+    """The short RULER of one and the early checkpoint of another, in every table that has them and in no other."""
+    alike = "Not measured alike"
+    assert made(folder).code == 0 and alike not in (folder / "out" / "report.md").read_text()
+    shorter = {"settings": {"ruler": RULER | {"lengths": [1024]}}, "evals": {"ruler": {"average": 0.6, "MK": 0.2}}}
+    longer = {"settings": {"ruler": RULER}, "evals": {"ruler": {"average": 0.5, "MK": 0.2}}}
+    for name, written in {"gla_r3": shorter, "hgrn2_r3": longer, "delta_net_r3": longer}.items():
+        write_run(folder / "short" / "runs", name, **written)
+    result = made(folder / "short")
+    assert result.code == 0, result.err
+    parts = (folder / "short" / "out" / "report.md").read_text().split("\n\n")
+    told = "Not measured alike: lengths [4096], but [1024] of GLA 3:1."
+    places = [i for i, part in enumerate(parts) if alike in part]
+    assert [parts[i] for i in places] == [f"In brackets: the study's Table 5, at 1.3B. {told}", told]
+    assert [parts[i - 1] for i in places] == ["### RULER, mean of the thirteen tasks (%)", "### RULER by task and group (%)"]
+    assert all(parts[i + 1].startswith("| ") for i in places) and "(study: 33.2)" in parts[places[0] + 1]
+    assert parts.index("The pictures, too, put together what the tables above say was not measured alike.") > places[-1]
+
+    write_run(folder / "short" / "runs", "transformer", step=20, tokens=128)
+    assert made(folder / "short").code == 0
+    parts = (folder / "short" / "out" / "report.md").read_text().split("\n\n")
+    told = "Not measured alike: step 10, but 20 of Transformer; tokens 64, but 128 of Transformer."
+    assert [parts[i - 1] for i, part in enumerate(parts) if part == told] == [
+        *("### Held-out bits per byte", "### Held-out loss, nats a token", "### Associative recall (MQAR), answers right (%)")
+    ]
 
 
 def test_the_studys_numbers_agree_among_themselves():

@@ -42,7 +42,7 @@ def test_right_is_what_the_model_writes(model, tmp_path):
     right, some = results["scores"].values()
     assert right == {"contains": 1.0, "contains_stderr": 0.0, "rows": 3, "cut": 2}
     assert some["contains"] == pytest.approx(2 / 3) and some["contains_stderr"] == pytest.approx((2 / 9 / 2) ** 0.5)
-    assert results["average"] == pytest.approx(5 / 6)
+    assert results["average"] == pytest.approx(5 / 6) and results["settings"]["files"] == ["right.jsonl", "wrong.parquet"]
     few = evaluate(model, files[1:], limit=2, **options)
     assert few["average"] == 1.0 and few["scores"][str(files[1])]["rows"] == 2
 
