@@ -101,7 +101,7 @@ def by_task(models: Models, size: str, suite: Measure) -> str:
 
 def unlike(runs: list[Run], suite: str) -> str:
     """In what the models of a table were not measured alike by ``suite``, which all ``runs`` have; "" where in nothing. A sentence."""
-    models = {label(*run.model[1:]): run.measured(suite) for run in runs}
+    models = {label(*run.model[1:]): run.measured(suite) for run in sorted(runs, key=lambda run: _place(*run.model[1:]))}
     parts = []
     for name in dict.fromkeys(name for measured in models.values() for name in measured):
         with_value = defaultdict(list)
