@@ -26,7 +26,9 @@ class ModelConfig:
     tied: bool = False  # one matrix for embedding and output
     norm_eps: float = 1e-6
     init_std: float = 0.02
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of compute; parameters are float32
+    # Of compute; parameters are float32. Products of float32 follow JAX's jax_default_matmul_precision, which on TPUs and GPUs is less than
+    # float32's own unless asked for (JAX_DEFAULT_MATMUL_PRECISION=highest).
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # What backward computes again: "none" nothing, "operators" all but the projections' outputs, "block" all of a block.
     remat: Literal["none", "operators", "block"] = "block"
 

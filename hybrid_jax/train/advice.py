@@ -7,7 +7,7 @@ from collections import Counter
 import jax
 
 from hybrid_jax.amounts import duration, quantity
-from hybrid_jax.config import ConfigError, LogConfig, ModelConfig, RunConfig
+from hybrid_jax.config import NAMES, ConfigError, LogConfig, ModelConfig, RunConfig
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.data.tokenizers import Tokenizer
 from hybrid_jax.train.throughput import training_flops
@@ -59,6 +59,12 @@ def notes(config: RunConfig, text: TokenSource, peak: float, carried: Tokenizer 
         told.append(
             f"the learning rate never reaches its peak: warm-up takes {config.optimizer.warmup_steps} steps, the run has "
             f"{config.train.steps}; give a smaller --config.optimizer.warmup_steps"
+        )
+    mixer, tensor = config.model.mixer, config.mesh.tensor
+    if tensor > 1 and (heads := getattr(mixer, "heads", 0)) % tensor:
+        told.append(
+            f"--config.mesh.tensor={tensor} does not divide the {heads} heads of {NAMES[type(mixer)]}: each device computes all of them; "
+            f"a divisor of {heads} would deal them out"
         )
     seconds = training_flops(config) / peak
     if seconds > LONG_STEP:

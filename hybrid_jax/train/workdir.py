@@ -114,10 +114,11 @@ def _check_same(workdir: epath.Path, config: RunConfig) -> None:
     if not steps:
         return
     untrained = steps == [0]  # given parameters, and no step taken from them: only the model is settled
+    settled = {"data.source"} if (workdir / "text.sha256").exists() else set()  # by `check_text`: the same tokens may lie elsewhere now
     refused = [
         f"{path}: {old!r} -> {new!r}"
         for path, old, new in differences(read_config(workdir), config)
-        if not (is_free(path) or untrained and (path in GIVEN or not path.startswith("model.")))
+        if not (is_free(path) or path in settled or untrained and (path in GIVEN or not path.startswith("model.")))
     ]
     if refused:
         raise ConfigError(

@@ -347,6 +347,18 @@ def test_a_run_goes_on_on_the_text_it_was_begun_with_alone(workdir, tmp_path):
     assert (tmp_path / "new" / "text.sha256").read_text() == "two\n"
 
 
+def test_text_may_be_moved(workdir, tmp_path):
+    """What the run is trained on is known by its tokens, wherever they lie."""
+    moved = small_run(data={"source": str(tmp_path / "store")})
+    with pytest.raises(ConfigError, match="data.source"):  # a run of before they were noted
+        claim(workdir, moved)
+    (workdir / "text.sha256").write_text("abc\n")
+    claim(workdir, moved)
+    with pytest.raises(ConfigError, match="trained on other text than .* holds now"):
+        check_text(workdir, "the store", "abd")
+    check_text(workdir, "the store", "abc")
+
+
 def test_a_disk_too_small_for_the_run_is_refused_before_it_starts(workdir, shapes, monkeypatch):
     usage = namedtuple("usage", "total used free")
     size = state_bytes(shapes)

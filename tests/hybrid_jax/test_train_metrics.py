@@ -218,6 +218,8 @@ def test_other_devices_are_measured():
         ({"model": {"vocabulary": 32000}}, 10**6, 1e12, ["THIS IS NOT THE STUDY'S DATA.*--config.data.source"]),
         ({}, 96, 1e12, ["reads its 96 tokens of text 20 times over"]),
         ({"optimizer": {"warmup_steps": 20}}, 10**6, 1e12, ["never reaches its peak.*--config.optimizer.warmup_steps"]),
+        ({"mesh": {"tensor": 4}}, 10**6, 1e12, ["mesh.tensor=4 does not divide the 2 heads of attention"]),
+        ({"mesh": {"tensor": 2}}, 10**6, 1e12, []),
         ({}, 10**6, 1e3, ["ONE STEP WILL TAKE AT LEAST .*:tiny.*--config.train.batch=8 --config.data.window=12"]),
     ],
 )
