@@ -85,12 +85,15 @@ def read(workdir: epath.Path) -> Run:
     step, own, of_suites = evaluated[-1]
     names = {"loss": "loss", "bits_per_byte": "bits_per_byte", "mqar_accuracy": "mqar"}
     scores, notes = {name: own[step][key] for key, name in names.items() if key in own.get(step, ())}, []
-    settings = {OWN: {"tokens": own[step]["tokens"]}} if step in own else {}
+    text = {"text": config.data.source}  # whose held-out part it is
+    settings = {OWN: text | {"window": config.data.window, "tokens": own[step]["tokens"]}} if step in own else {}
     for file in of_suites:
         suite = file.name.removesuffix(f"-{step}.json")
         found = json.loads(file.read_text())
         scores |= {f"{suite}/{name}": value for name, value in found["headline"].items()}
         settings[suite] = {name: value for name, value in found.get("settings", {}).items() if name != "batch"}  # which changes no score
+        if suite == "held_out":
+            settings[suite] |= text
         notes += [f"{suite}: {note}" for note in found.get("notes", ())]
     return Run(workdir, config, step, scores, settings, tuple(notes))
 

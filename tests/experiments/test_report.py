@@ -13,7 +13,7 @@ from experiments.configs import recipe
 from experiments.reports import collect, figures, published, tables
 from experiments.reports.collect import Score
 from hybrid_jax import costs, mixers
-from hybrid_jax.config import MIXERS, ConfigError, to_dict
+from hybrid_jax.config import MIXERS, ConfigError, DataConfig, to_dict
 from tests.experiments.commands import run
 
 RUNS = ("gla_pure", "gla_r6", "hgrn2_pure", "hgrn2_r6", "transformer")
@@ -200,10 +200,13 @@ def test_models_that_were_not_measured_alike_are_told_beside_their_table(folder)
     assert all(parts[i + 1].startswith("| ") for i in places) and "(study: 33.2)" in parts[places[0] + 1]
     assert parts.index("The pictures, too, put together what the tables above say was not measured alike.") > places[-1]
 
-    write_run(folder / "short" / "runs", "transformer", step=20, tokens=128)
+    write_run(folder / "short" / "runs", "transformer", step=20, tokens=128, data=DataConfig(source="my_store", window=4096))
     assert made(folder / "short").code == 0
     parts = (folder / "short" / "out" / "report.md").read_text().split("\n\n")
-    told = "Not measured alike: step 10, but 20 of Transformer; tokens 64, but 128 of Transformer."
+    told = (
+        "Not measured alike: step 10, but 20 of Transformer; text stdlib, but my_store of Transformer; "
+        "tokens 64, but 128 of Transformer."
+    )
     assert [parts[i - 1] for i, part in enumerate(parts) if part == told] == [
         *("### Held-out bits per byte", "### Held-out loss, nats a token", "### Associative recall (MQAR), answers right (%)")
     ]
