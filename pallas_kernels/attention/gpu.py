@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import platforms
 from pallas_kernels.attention import gpu_kernels
-from pallas_kernels.attention.gpu_kernels import ROWS, STAGES, TILE, WARPGROUPS, numbers, tokens
+from pallas_kernels.attention.gpu_kernels import ROWS, STAGES, TILE, WARPGROUPS, Visits, numbers, tokens
 from pallas_kernels.attention.reach import Ranges, blocks_at, ranges, ranges_of_whole_rows
 from pallas_kernels.segments import Segments
 
@@ -132,7 +132,7 @@ def _forward(scale, q, k, v, reach, places):
     B, T, H, K = q.shape
     return plan.call(
         gpu_kernels.of_queries,
-        (q, k, v, reach.first, reach.last, reach.key, *_blocks_of_keys(plan, reach, places)),
+        (q, k, v, reach.first, reach.last, reach.key, _blocks_of_keys(plan, reach, places)),
         (jax.ShapeDtypeStruct((B, T, H, plan.values), v.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)),
         own=[
             tokens(ROWS, K, WARPGROUPS),
@@ -160,7 +160,7 @@ def _attend_backward(scale, residuals, d_output):
     plan = Plan.of(scale, q, q, k, v, block=TILE if max(K, v.shape[3]) <= 64 else ROWS)  # what fits in registers
     (dq,) = plan.call(
         gpu_kernels.d_queries,
-        (q, k, v, d_output, reach.first, reach.last, reach.key, *_blocks_of_keys(plan, reach, places), logsumexp, mean),
+        (q, k, v, d_output, reach.first, reach.last, reach.key, _blocks_of_keys(plan, reach, places), logsumexp, mean),
         (jax.ShapeDtypeStruct(q.shape, q.dtype),),
         own=[
             tokens(ROWS, K, WARPGROUPS),
@@ -175,7 +175,7 @@ def _attend_backward(scale, residuals, d_output):
     plan = Plan.of(scale, k, q, k, v, block=ROWS)
     dk, dv = plan.call(
         gpu_kernels.d_keys,
-        (q, k, v, d_output, reach.first, reach.last, reach.key, *_blocks_of_queries(plan, reach, places), logsumexp, mean),
+        (q, k, v, d_output, reach.first, reach.last, reach.key, _blocks_of_queries(plan, reach, places), logsumexp, mean),
         tuple(jax.ShapeDtypeStruct((B, S, H, width), q.dtype) for width in (K, plan.values)),
         own=[tokens(ROWS, K, WARPGROUPS), tokens(ROWS, plan.values, WARPGROUPS), numbers(ROWS, jnp.int32, WARPGROUPS)],
         loads=3,
@@ -197,19 +197,43 @@ def _keys_and_values(plan):
 
 
 def _blocks_of_keys(plan, reach: Ranges, places):
-    """For each tile of queries, [B,tiles]: the first block of keys whose last one the first query reaches, and one past the tile's own."""
+    """For each tile of queries, [B,tiles,4] (:class:`Visits`), from the first block of keys whose last one the first query reaches to the
+    tile's own.
+    """
     unreached = reach.rank[:, None, plan.block - 1 :: plan.block] < reach.first[:, ::TILE, None]
     begin = jnp.sum(unreached, axis=2, dtype=jnp.int32)
     end = (places + 1) * (TILE // plan.block)
-    return jnp.minimum(begin, end), jnp.broadcast_to(end, begin.shape)
+    first, last = _cut(reach.first, TILE).max(2), _cut(reach.last, TILE).min(2)
+    keys = _cut(reach.key, plan.block)
+    whole = (first[:, :, None] <= keys.min(2)[:, None]) & (keys.max(2)[:, None] <= last[:, :, None])
+    return _visits(jnp.minimum(begin, end), jnp.broadcast_to(end, begin.shape), whole)
 
 
 def _blocks_of_queries(plan, reach: Ranges, places):
-    """For each tile of keys, [B,tiles]: the first block of queries not before it; one past the last whose first reaches its last key."""
+    """For each tile of keys, [B,tiles,4] (:class:`Visits`), from the first block of queries not before it to the last whose first reaches
+    its last key.
+    """
     reaching = reach.first[:, None, :: plan.block] <= reach.rank[:, TILE - 1 :: TILE, None]
     end = jnp.sum(reaching, axis=2, dtype=jnp.int32)
     begin = jnp.sum(places < jnp.arange(plan.tiles)[:, None], axis=1, dtype=jnp.int32) * (TILE // plan.block)
-    return jnp.minimum(begin, end), end
+    first, last = _cut(reach.first, plan.block).max(2), _cut(reach.last, plan.block).min(2)
+    keys = _cut(reach.key, TILE)
+    whole = (first[:, None] <= keys.min(2)[:, :, None]) & (keys.max(2)[:, :, None] <= last[:, None])
+    return _visits(jnp.minimum(begin, end), end, whole)
+
+
+def _cut(x, length):
+    """[B,T] -> [B,T/length,length]."""
+    return x.reshape(len(x), -1, length)
+
+
+def _visits(begin, end, whole):
+    """[B,tiles,4] of begin and end [B,tiles] and of which blocks are whole [B,tiles,blocks]: the first run of these."""
+    at = jnp.arange(whole.shape[2], dtype=jnp.int32)
+    whole &= (begin[:, :, None] <= at) & (at < end[:, :, None])
+    first = jnp.min(jnp.where(whole, at, end[:, :, None]), axis=2)
+    past = jnp.min(jnp.where(~whole & (at >= first[:, :, None]), at, end[:, :, None]), axis=2)
+    return jnp.stack(Visits(begin, first, past, end), axis=2)
 
 
 def _of_shared_heads(x, group):

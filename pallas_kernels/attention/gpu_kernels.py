@@ -8,14 +8,17 @@ of the other side, which a third warpgroup loads ahead of them:
     d_keys        a tile of keys, blocks of queries     dv_j = sum_i p_ij do_i    dk_j = scale * sum_i ds_ij q_i
 
 with p_ij = exp(scale q_i . k_j - logsumexp_i) and ds_ij = p_ij (do_i . v_j - mean_i). Exponentials are powers of two, and so are the
-logsumexps between the kernels. A query i attends to the key j where first_i <= key_j <= last_i (:mod:`.reach`). The blocks that a tile goes
-through are from ``begin`` to before ``end``, both [B,tiles].
+logsumexps between the kernels. A query i attends to the key j where first_i <= key_j <= last_i (:mod:`.reach`). A tile goes through the
+blocks that ``visits`` [B,tiles,4] has of it (:class:`Visits`): first those in which some of its tokens do not attend, or are not attended
+to, by some of the others, and then, without a look at who attends to whom, those in which all do.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -31,6 +34,35 @@ LOG2E = math.log2(math.e)
 # Of 64K registers, what two computing warpgroups and one that loads may take.
 COMPUTE_REGISTERS, LOAD_REGISTERS = 232, 40
 
+
+class Visits(NamedTuple):
+    """Blocks from ``begin`` to before ``end``, of those from ``whole`` to before ``whole_end`` all pairs of tokens; [...] int32 each."""
+
+    begin: jax.Array
+    whole: jax.Array
+    whole_end: jax.Array
+    end: jax.Array
+
+    @classmethod
+    def of_tile(cls, ref, b, tile) -> "Visits":
+        return cls(*(ref[b, tile, i] for i in range(4)))
+
+    @property
+    def checked(self):
+        """How many come first, not whole."""
+        return self.whole - self.begin + self.end - self.whole_end
+
+    @property
+    def count(self):
+        return self.end - self.begin
+
+    def block(self, step):
+        """The ``step``-th block gone through."""
+        before = self.whole - self.begin
+        checked = self.begin + step + jnp.where(step < before, 0, self.whole_end - self.whole)
+        return jnp.where(step < self.checked, checked, self.whole + step - self.checked)
+
+
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -43,11 +75,11 @@ def numbers(count: int, dtype, stages: int) -> plgpu.SMEM:
     return plgpu.SMEM((stages, count), dtype)
 
 
-def of_queries(plan, q, k, v, first, last, key, begin, end, output, logsumexp, own, streamed, barriers):
+def of_queries(plan, q, k, v, first, last, key, visits, output, logsumexp, own, streamed, barriers):
     """own: q, first, last, output, logsumexp; streamed: k, v, key."""
     b, tile, h, kv_head = _program(plan, heavy_last=True)
-    begin, end = begin[b, tile], end[b, tile]
-    load = partial(_load_keys, plan, (k, v, key), streamed, b, kv_head, begin)
+    visits = Visits.of_tile(visits, b, tile)
+    load = partial(_load_keys, plan, (k, v, key), streamed, b, kv_head, visits)
 
     def compute(wg, each_block):
         rows = pl.ds(tile * TILE + wg * ROWS, ROWS)
@@ -56,11 +88,12 @@ def of_queries(plan, q, k, v, first, last, key, begin, end, output, logsumexp, o
         plgpu.barrier_wait(barriers[2].at[wg])
         reach = _row(first_smem), _row(last_smem)
 
-        def block(slot, carry):
+        def block(slot, carry, whole):
             m, total, acc = carry
             k_smem, v_smem, key_smem = (ref.at[slot] for ref in streamed)
             scores = _product(q_smem, k_smem.T) * (plan.scale * LOG2E)
-            scores = jnp.where(_attends(reach, _column(key_smem), plan.block), scores, MASKED)
+            if not whole:
+                scores = jnp.where(_attends(reach, _column(key_smem), plan.block), scores, MASKED)
             m_next = jnp.maximum(m, scores.max(axis=1))
             # While nothing is attended to, less than nothing is subtracted, so that what is masked weighs nothing.
             weights = jnp.exp2(scores - _across(jnp.maximum(m_next, MASKED / 2), scores))
@@ -80,14 +113,14 @@ def of_queries(plan, q, k, v, first, last, key, begin, end, output, logsumexp, o
         plgpu.copy_smem_to_gmem(lse_smem, logsumexp.at[b, h, rows])
         plgpu.wait_smem_to_gmem(0)
 
-    _stream(end - begin, load, compute, barriers)
+    _stream(visits, load, compute, barriers)
 
 
-def d_queries(plan, q, k, v, d_output, first, last, key, begin, end, logsumexp, mean, dq, own, streamed, barriers):
+def d_queries(plan, q, k, v, d_output, first, last, key, visits, logsumexp, mean, dq, own, streamed, barriers):
     """own: q, d_output, first, last, logsumexp, mean; streamed: k, v, key."""
     b, tile, h, kv_head = _program(plan, heavy_last=True)
-    begin, end = begin[b, tile], end[b, tile]
-    load = partial(_load_keys, plan, (k, v, key), streamed, b, kv_head, begin)
+    visits = Visits.of_tile(visits, b, tile)
+    load = partial(_load_keys, plan, (k, v, key), streamed, b, kv_head, visits)
 
     def compute(wg, each_block):
         rows = pl.ds(tile * TILE + wg * ROWS, ROWS)
@@ -97,10 +130,11 @@ def d_queries(plan, q, k, v, d_output, first, last, key, begin, end, logsumexp, 
         plgpu.barrier_wait(barriers[2].at[wg])
         *reach, lse, delta = (_row(ref) for ref in numbers_smem)
 
-        def block(acc, slot):
+        def block(acc, slot, whole):
             k_smem, v_smem, key_smem = (ref.at[slot] for ref in streamed)
             scores = _product(q_smem, k_smem.T) * (plan.scale * LOG2E)
-            scores = jnp.where(_attends(reach, _column(key_smem), plan.block), scores, MASKED)
+            if not whole:
+                scores = jnp.where(_attends(reach, _column(key_smem), plan.block), scores, MASKED)
             weights = jnp.exp2(scores - _across(lse, scores))
             d_weights = _product(do_smem, v_smem.T)
             d_scores = weights * (d_weights - _across(delta, scores))
@@ -113,16 +147,16 @@ def d_queries(plan, q, k, v, d_output, first, last, key, begin, end, logsumexp, 
         plgpu.copy_smem_to_gmem(q_smem, dq.at[b, rows, h])
         plgpu.wait_smem_to_gmem(0)
 
-    _stream(end - begin, load, compute, barriers)
+    _stream(visits, load, compute, barriers)
 
 
-def d_keys(plan, q, k, v, d_output, first, last, key, begin, end, logsumexp, mean, dk, dv, own, streamed, barriers):
+def d_keys(plan, q, k, v, d_output, first, last, key, visits, logsumexp, mean, dk, dv, own, streamed, barriers):
     """own: k, v, key; streamed: q, d_output, first, last, logsumexp, mean. For one head of queries."""
     b, tile, h, kv_head = _program(plan, heavy_last=False)
-    begin, end = begin[b, tile], end[b, tile]
+    visits = Visits.of_tile(visits, b, tile)
 
     def load(step, slot, loaded):
-        at = pl.ds((begin + step) * plan.block, plan.block)
+        at = pl.ds(visits.block(step) * plan.block, plan.block)
         _copy(_of_queries((q, d_output, first, last, logsumexp, mean), b, at, h), (ref.at[slot] for ref in streamed), loaded)
 
     def compute(wg, each_block):
@@ -132,12 +166,14 @@ def d_keys(plan, q, k, v, d_output, first, last, key, begin, end, logsumexp, mea
         plgpu.barrier_wait(barriers[2].at[wg])
         keys = _row(key_smem)
 
-        def block(acc_k, acc_v, slot):
+        def block(acc_k, acc_v, slot, whole):
             q_smem, do_smem, first_smem, last_smem, lse_smem, mean_smem = (ref.at[slot] for ref in streamed)
             scores = _product(k_smem, q_smem.T) * (plan.scale * LOG2E)
-            key_at = _across(keys, scores)
-            allowed = (_along(_column(first_smem), scores) <= key_at) & (key_at <= _along(_column(last_smem), scores))
-            weights = jnp.exp2(jnp.where(allowed, scores, MASKED) - _along(_column(lse_smem), scores))
+            if not whole:
+                key_at = _across(keys, scores)
+                allowed = (_along(_column(first_smem), scores) <= key_at) & (key_at <= _along(_column(last_smem), scores))
+                scores = jnp.where(allowed, scores, MASKED)
+            weights = jnp.exp2(scores - _along(_column(lse_smem), scores))
             plgpu.wgmma(acc_v, weights.astype(jnp.bfloat16), do_smem)
             d_weights = _product(v_smem, do_smem.T)
             d_scores = weights * (d_weights - _along(_column(mean_smem), scores))
@@ -151,7 +187,7 @@ def d_keys(plan, q, k, v, d_output, first, last, key, begin, end, logsumexp, mea
         plgpu.copy_smem_to_gmem(v_smem, dv.at[b, rows, h])
         plgpu.wait_smem_to_gmem(0)
 
-    _stream(end - begin, load, compute, barriers)
+    _stream(visits, load, compute, barriers)
 
 
 def _program(plan, heavy_last: bool):
@@ -160,10 +196,10 @@ def _program(plan, heavy_last: bool):
     return lax.axis_index("batch"), plan.tiles - 1 - tile if heavy_last else tile, h, lax.div(h, jnp.int32(plan.group))
 
 
-def _stream(steps, load: Callable, compute: Callable, barriers) -> None:
+def _stream(visits: Visits, load: Callable, compute: Callable, barriers) -> None:
     """Run ``compute(wg, each_block)`` on the computing warpgroups, for which the last one does ``load(step, slot, loaded)`` ahead of them.
 
-    each_block(body, carry): carry = body(slot, carry) for each step. barriers: of slots loaded, of slots read, of the tile.
+    each_block(body, carry): carry = body(slot, carry, whole) for each step. barriers: of slots loaded, of slots read, of the tile.
     """
     loaded, consumed, _ = barriers
     wg = lax.axis_index("wg")
@@ -173,15 +209,16 @@ def _stream(steps, load: Callable, compute: Callable, barriers) -> None:
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
         def each_block(body, *accumulators, carry=None):
-            def step(i, carry):
+            def step(i, carry, whole):
                 slot = lax.rem(i, jnp.int32(STAGES))
                 plgpu.barrier_wait(loaded.at[slot])
-                carry = body(*accumulators, slot) if carry is None else body(slot, carry)
+                carry = body(*accumulators, slot, whole) if carry is None else body(slot, carry, whole)
                 plgpu.commit_smem()  # what was read here comes before what TMA, another proxy, writes there next
                 plgpu.barrier_arrive(consumed.at[slot])
                 return carry
 
-            return lax.fori_loop(0, steps, step, carry)
+            carry = lax.fori_loop(0, visits.checked, partial(step, whole=False), carry)
+            return lax.fori_loop(visits.checked, visits.count, partial(step, whole=True), carry)
 
         compute(wg, each_block)
 
@@ -189,7 +226,7 @@ def _stream(steps, load: Callable, compute: Callable, barriers) -> None:
     def _():
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
-        @pl.loop(0, steps + STAGES)
+        @pl.loop(0, visits.count + STAGES)
         def _(i):
             slot = lax.rem(i, jnp.int32(STAGES))
 
@@ -197,15 +234,15 @@ def _stream(steps, load: Callable, compute: Callable, barriers) -> None:
             def _():
                 plgpu.barrier_wait(consumed.at[slot])
 
-            @pl.when(i < steps)
+            @pl.when(i < visits.count)
             def _():
                 load(i, slot, loaded.at[slot])
 
 
-def _load_keys(plan, arrays, streamed, b, head, begin, step, slot, loaded):
-    """The ``step``-th block of keys from block ``begin`` on: of k and v [B,T,HK,...] and key [B,T]."""
+def _load_keys(plan, arrays, streamed, b, head, visits, step, slot, loaded):
+    """The ``step``-th block of keys of ``visits``: of k and v [B,T,HK,...] and key [B,T]."""
     k, v, key = arrays
-    at = pl.ds((begin + step) * plan.block, plan.block)
+    at = pl.ds(visits.block(step) * plan.block, plan.block)
     _copy((k.at[b, at, head], v.at[b, at, head], key.at[b, at]), (ref.at[slot] for ref in streamed), loaded)
 
 

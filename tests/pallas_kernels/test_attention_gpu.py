@@ -107,10 +107,35 @@ def test_what_is_behind_the_last_token_costs_nothing():
     real = jnp.stack([jnp.arange(384) < 130, jnp.zeros(384, bool)])
     reach = ranges(number(jnp.where(real, 1, 0)), None)
     plan = gpu.Plan(1.0, tiles=3, block=64, group=1, keys=64, values=64)
-    begin, end = gpu._blocks_of_keys(plan, reach, jnp.arange(3))
-    assert (end - begin).tolist() == [[2, 4, 0], [0, 0, 0]]
-    begin, end = gpu._blocks_of_queries(plan, reach, jnp.arange(3))
-    assert (end - begin).tolist() == [[3, 1, 0], [0, 0, 0]]
+    assert gone_through(gpu._blocks_of_keys(plan, reach, jnp.arange(3))).tolist() == [[2, 4, 0], [0, 0, 0]]
+    assert gone_through(gpu._blocks_of_queries(plan, reach, jnp.arange(3))).tolist() == [[3, 1, 0], [0, 0, 0]]
+
+
+def gone_through(visits):
+    return visits[..., 3] - visits[..., 0]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_blocks_are_gone_through_once_each_and_the_whole_ones_last(seed):
+    """All that a token attends to is in its tile's blocks; in those that are not looked at closely all attend to all."""
+    rng = np.random.default_rng(seed)
+    T, block, window = 1024, int(rng.choice([64, 128])), rng.choice([None, 200])
+    lengths = float(rng.choice([60, 500, 5000]))
+    segments = number(jnp.asarray(random_segment_ids(rng, 1, T, mean_length=lengths))) if seed % 4 else number(jnp.ones((1, T), jnp.int32))
+    reach = ranges(segments, window)
+    first, last, key = (np.asarray(x)[0] for x in (reach.first, reach.last, reach.key))
+    attends = (first[:, None] <= key) & (key <= last[:, None])
+    plan = gpu.Plan(1.0, tiles=T // gpu.TILE, block=block, group=1, keys=64, values=64)
+    places = jnp.arange(plan.tiles, dtype=jnp.int32)
+    for visits, pairs in ((gpu._blocks_of_keys(plan, reach, places), attends), (gpu._blocks_of_queries(plan, reach, places), attends.T)):
+        tiles = pairs.reshape(plan.tiles, gpu.TILE, T // block, block).swapaxes(1, 2)
+        for tile, of_tile in enumerate(gpu.Visits(*row) for row in np.asarray(visits)[0]):
+            gone = [int(of_tile.block(step)) for step in range(of_tile.count)]
+            assert sorted(gone) == list(range(of_tile.begin, of_tile.end)) and of_tile.begin <= of_tile.whole <= of_tile.whole_end
+            assert set(np.flatnonzero(tiles[tile].any((1, 2)))) <= set(gone)
+            assert tiles[tile][gone[of_tile.checked :]].all()
+            if seed % 4 == 0 and window is None:  # one document: all but the blocks on the diagonal
+                assert of_tile.checked == gpu.TILE // block
 
 
 def test_lowered_for_a_card():
