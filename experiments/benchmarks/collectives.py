@@ -48,8 +48,14 @@ def sent(kind: str, parts: int, bytes: float) -> float:
 
 
 def collectives(module: Module, devices: int) -> list[Collective]:
-    """Those of a module compiled for so many devices, in no particular order; of asynchronous ones the start counts."""
-    return [found for execution in module.executions for found in _of(module, execution, devices)]
+    """Those of a module compiled for so many devices, in no particular order; of asynchronous ones the start counts, of a conditional the
+    branch with the fewest bytes.
+    """
+
+    def bytes_sent(execution) -> float:
+        return sum(one.count * sent(one.kind, len(one.groups[0]), one.bytes) for one in _of(module, execution, devices))
+
+    return [found for execution in module.cheapest(bytes_sent) for found in _of(module, execution, devices)]
 
 
 def _of(module, execution, devices) -> Iterator[Collective]:

@@ -6,7 +6,7 @@ Splash Attention says nothing: its kernels are known by their names, and count f
 import math
 import re
 
-from experiments.benchmarks.hlo import Instruction, Module
+from experiments.benchmarks.hlo import Execution, Instruction, Module
 from pallas_kernels.attention.tpu import block_length
 
 _SHAPE = re.compile(r"\[([\d,]*)\]")
@@ -18,12 +18,16 @@ _GROUPS = re.compile(r"(feature|batch)_group_count=(\d+)")
 
 
 def flops(module: Module, window: int | None = None) -> int:
-    """Of one execution of the module, the mean of its devices. window: of its attention, None where that sees all before a token."""
-    return sum(
-        execution.count * _flops(module.computations[computation], instruction, window)
-        for execution in module.executions
-        for computation, instruction in module.parts(execution.computation, execution.name)
-    )
+    """Of one execution of the module, the mean of its devices, conditionals by the branch that has least.
+
+    window: of its attention, None where that sees all before a token.
+    """
+
+    def of(execution: Execution) -> int:
+        parts = module.parts(execution.computation, execution.name)
+        return execution.count * sum(_flops(module.computations[computation], instruction, window) for computation, instruction in parts)
+
+    return sum(map(of, module.cheapest(of)))
 
 
 def _flops(arrays: dict[str, Instruction], instruction: Instruction, window: int | None) -> int:

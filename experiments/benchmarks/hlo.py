@@ -1,12 +1,14 @@
 """What an optimized HLO module executes: each instruction, how often, and the bytes it moves to and from HBM.
 
 XLA's own cost analysis counts the body of a loop once. Here it counts by the loop's trips: those that XLA says, and those of JAX's
-loops over a fixed number of steps, which count from a constant up to one.
+loops over a fixed number of steps, which count from a constant up to one. Of a conditional one branch is run, and which one the data
+say: the cheapest counts, so that what is counted is at most what is run.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,8 +68,14 @@ class Module:
 
     @cached_property
     def executions(self) -> list[Execution]:
-        """Every instruction outside of fusions that does something, in no particular order."""
-        return list(self._walk(self.entry, 1, True))
+        """:meth:`cheapest` in bytes to and from HBM."""
+        return self.cheapest(lambda execution: execution.count * execution.hbm_bytes)
+
+    def cheapest(self, cost: Callable[[Execution], float]) -> list[Execution]:
+        """Every instruction outside of fusions that does something, in no particular order; of a conditional those of its branch that
+        costs least, the sum of ``cost`` over it.
+        """
+        return list(self._walk(self.entry, 1, True, cost))
 
     def parts(self, computation: str, name: str) -> Iterator[tuple[str, Instruction]]:
         """An instruction with its computation, and where it is a fusion all that it consists of, each with its own."""
@@ -78,12 +86,14 @@ class Module:
                 for inner in self.computations[called]:
                     yield from self.parts(called, inner)
 
-    def _walk(self, computation, count, known):
+    def _walk(self, computation, count, known, cost):
         for instruction in self.computations[computation].values():
             if instruction.opcode in CONTROL:
                 times = self._trips(computation, instruction) if instruction.opcode == "while" else 1
-                for called in _called(instruction):
-                    yield from self._walk(called, count * (times or 1), known and times is not None)
+                called = (list(self._walk(name, count * (times or 1), known and times is not None, cost)) for name in _called(instruction))
+                if instruction.opcode == "conditional":
+                    called = [min(called, key=lambda branch: sum(map(cost, branch)))]
+                yield from itertools.chain.from_iterable(called)
             elif instruction.opcode not in FREE and ALLOCATION not in instruction.attributes:
                 yield Execution(instruction.name, computation, count, self._bytes(computation, instruction), known)
 

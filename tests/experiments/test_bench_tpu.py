@@ -5,9 +5,13 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks import hlo, schedule, targets, tpu_chart, tpu_static
+from experiments.benchmarks.collectives import collectives
+from experiments.benchmarks.flops import flops
 from hybrid_jax.config import ConfigError
 from tests.experiments.test_bench import ROOT
 
@@ -105,6 +109,51 @@ def test_instructions_are_counted_by_the_trips_of_loops_and_slices_by_what_they_
     assert found["slice"] == hlo.Execution("slice", "body", 32, 8 * 4 + 4, True)
     unknown = hlo.Module(MODULE.replace("%start = s32[] constant(0)", "%start = s32[] parameter(1)"))
     assert {e.name: (e.count, e.known) for e in unknown.executions}["slice"] == (1, False)
+
+
+CONDITIONAL = """\
+HloModule jit_h
+%dear (d: f32[8,8]) -> f32[8,8] {
+  %d = f32[8,8]{1,0} parameter(0)
+  %moved = f32[8,8]{1,0} copy(%d)
+  %again = f32[8,8]{1,0} copy(%moved)
+  ROOT %back = f32[8,8]{1,0} copy(%again)
+}
+
+%cheap (c: f32[8,8]) -> f32[8,8] {
+  %c = f32[8,8]{1,0} parameter(0)
+  ROOT %product = f32[8,8]{1,0} dot(%c, %c), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (p: pred[], x: f32[8,8]) -> f32[8,8] {
+  %p = pred[] parameter(0)
+  %x = f32[8,8]{1,0} parameter(1)
+  %negated = f32[8,8]{1,0} negate(%x)
+  ROOT %y = f32[8,8]{1,0} conditional(%p, %negated, %negated), BRANCHES
+}
+"""
+
+
+@pytest.mark.parametrize("said", ["true_computation=%dear, false_computation=%cheap", "branch_computations={%cheap, %dear, %dear}"])
+def test_of_a_conditional_the_cheapest_branch_is_counted(said):
+    """In bytes that with the product; in FLOPs that without: each is what no run is below."""
+    module = hlo.Module(CONDITIONAL.replace("BRANCHES", said))
+    assert {(e.name, e.count, e.hbm_bytes) for e in module.executions} == {("negated", 1, 512), ("product", 1, 512)}
+    assert flops(module) == 0 and not collectives(module, 2)
+    both = CONDITIONAL.replace("copy(%moved)", "dot(%moved, %d), lhs_contracting_dims={1}, rhs_contracting_dims={0}")
+    assert flops(hlo.Module(both.replace("BRANCHES", said))) == 2 * 8**3
+    summed = CONDITIONAL.replace("dot(%c, %c),", "all-reduce(%c), replica_groups={{0,1}},")  # the branch with the fewest bytes to HBM
+    assert not collectives(hlo.Module(summed.replace("BRANCHES", said)), 2)
+    everywhere = summed.replace("copy(%again)", "all-to-all(%again), replica_groups={{0,1}}")
+    assert [one.kind for one in collectives(hlo.Module(everywhere.replace("BRANCHES", said)), 2)] == ["all-to-all"]
+
+
+def test_of_a_cond_that_xla_has_compiled_one_branch_is_counted():
+    def run(which, x):
+        return jax.lax.cond(which, lambda x: jnp.sin(x @ x) @ x, lambda x: jnp.cos(x) @ x, x)
+
+    compiled = jax.jit(run).lower(True, jnp.ones((8, 8))).compile()
+    assert flops(hlo.Module(compiled.as_text())) == 2 * 8**3
 
 
 def test_a_loop_that_xla_has_unrolled_has_fewer_trips():
