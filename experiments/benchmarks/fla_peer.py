@@ -4,6 +4,7 @@ Nothing but the functions that run there imports torch or fla. Arrays come and g
 """
 
 import functools
+import importlib.metadata
 import math
 import sys
 from collections.abc import Callable
@@ -225,15 +226,16 @@ def _peak(call: Callable, device: str) -> int | None:
 
 def versions(device: str) -> dict:
     """What a row's numbers depend on beside the case."""
-    import importlib.metadata
-
     import torch
 
-    names = ("torch", "triton", "flash-linear-attention", "transformers")
-    found = {distribution.metadata["Name"]: distribution.version for distribution in importlib.metadata.distributions()}
     kind = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    here = {name: found[name] for name in names if name in found}
-    return {"peer_device": kind, "peer_versions": here, "peer_notes": list(fla_import.prepare())}
+    return {"peer_device": kind, "peer_versions": installed(), "peer_notes": list(fla_import.prepare())}
+
+
+def installed() -> dict[str, str]:
+    """The versions of fla and of what it stands on, as far as they are installed."""
+    found = {distribution.metadata["Name"]: distribution.version for distribution in importlib.metadata.distributions()}
+    return {name: found[name] for name in ("torch", "triton", "flash-linear-attention", "transformers") if name in found}
 
 
 @_alone

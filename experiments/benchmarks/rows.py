@@ -1,6 +1,7 @@
 """Rows: measured one after the other, printed, appended as lines of JSON, each with what its numbers depend on."""
 
 import functools
+import hashlib
 import importlib
 import json
 import os
@@ -18,7 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from experiments.benchmarks import fla_peer
 from experiments.benchmarks.cases import Case
+
+ROOT = Path(__file__).parents[2]  # of the checkout, or where the packages are installed
+PACKAGES = ("pallas_kernels", "hybrid_jax", "experiments", "launch")
 
 
 class Suite(NamedTuple):
@@ -26,7 +31,7 @@ class Suite(NamedTuple):
 
     A case says what it is by ``str`` and, for the row, by its ``identity``; ``about`` is what all rows of the suite are of, failed ones
     included. ``draw`` takes the rows and the file that they are in. Where there is ``until``, by ``time.monotonic``, no row is begun after
-    it, and what the file has of this revision is not measured again: the same command goes on where it was. ``rehearse`` takes the cases
+    it, and what the file has of this very code is not measured again: the same command goes on where it was. ``rehearse`` takes the cases
     that are to be measured, before the first of them is.
     """
 
@@ -60,16 +65,27 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _revision() -> str | None:
-    """The commit of this checkout, with "+dirty" where more than results has changed; None outside of one."""
+def _revision(root: Path = ROOT) -> str:
+    """The commit of the checkout at ``root``; where more than results has changed "COMMIT+SOURCES", a hash of what the packages hold now,
+    and outside of a checkout "+SOURCES": two states of the code never have one name.
+    """
 
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
 
     if shutil.which("git") is None or (head := git("rev-parse", "HEAD")).returncode:
-        return None
-    dirty = git("status", "--porcelain", "--", ":/", ":(top,exclude)experiments/results").stdout
-    return head.stdout.strip() + ("+dirty" if dirty else "")
+        return f"+{_sources(root)}"
+    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)experiments/results").stdout
+    return head.stdout.strip() + (f"+{_sources(root)}" if changed else "")
+
+
+def _sources(root: Path) -> str:
+    """A short hash of the names and contents of all Python files of the packages, whether git knows them or not."""
+    found = hashlib.sha256()
+    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
+        name, content = str(path.relative_to(root)).encode(), path.read_bytes()
+        found.update(b"%d %d %b%b" % (len(name), len(content), name, content))
+    return found.hexdigest()[:12]
 
 
 def measure(name: str, run: Callable[[Case], dict], case: Case, about: dict | None = None) -> dict:
@@ -100,10 +116,11 @@ def table(suite: Suite, cases: list[Case], rows: list[dict]) -> Table:
 
 
 def unmeasured(cases: list[Case], suite: Suite, output: Path) -> list[Case]:
-    """The cases that a file has no row of, measured on this device at this revision."""
+    """The cases that a file has no row of, measured on this device at this revision with what is installed now."""
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
-    here = {"suite": suite.name} | {name: provenance()[name] for name in ("device", "git")}
-    done = [row for row in rows if "failure" not in row and all(row[name] == value for name, value in here.items())]
+    here = {"suite": suite.name} | {name: provenance()[name] for name in ("device", "git", "jax", "jaxlib")}
+    peers = fla_peer.installed()  # of which the rows of our own say nothing
+    done = [row for row in rows if "failure" not in row and here.items() <= row.items() and row.get("peer_versions", peers) == peers]
     return [case for case in cases if not any(case.identity.items() <= row.items() for row in done)]
 
 

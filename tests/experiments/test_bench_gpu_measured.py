@@ -135,8 +135,41 @@ def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path, capsys):
     assert row["pass"] == "forward"
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(lines) == 2
-    output.write_text("\n".join(json.dumps(line | {"git": "another"}) for line in lines))
-    assert rows.unmeasured(asked, gpu.suite(HERE, everything, 0.0), output) == asked
+    for other in ({"git": "another"}, {"jax": "0.1"}, {"jaxlib": "0.1"}, {"device": "another"}, {"peer_versions": {"torch": "0.1"}}):
+        output.write_text("\n".join(json.dumps(line | other) for line in lines))
+        assert rows.unmeasured(asked, gpu.suite(HERE, everything, 0.0), output) == asked
+    output.write_text("\n".join(json.dumps(line | {"peer_versions": fla_peer.installed()}) for line in lines))
+    assert not rows.unmeasured(asked, gpu.suite(HERE, everything, 0.0), output)
+
+
+def test_each_state_of_the_code_is_measured(tmp_path, monkeypatch):
+    """An edit after an edit, neither committed, is another revision; results are no edit."""
+    kernel, output = tmp_path / "pallas_kernels/scan.py", tmp_path / "experiments/results/gpu.jsonl"
+    git = ["git", "-C", tmp_path, "-c", "user.name=A", "-c", "user.email=a@b.c"]
+
+    def write(path, text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return rows._revision(tmp_path)
+
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    outside = [write(kernel, "1"), write(kernel, "2"), write(kernel, "1")]
+    assert outside[0] == outside[2] != outside[1] and all(name.startswith("+") and len(name) == 13 for name in outside)
+    for words in (["init", "-q"], ["add", "pallas_kernels"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert write(output, "") == head
+    edits = [write(kernel, "2"), write(kernel, "3"), write(tmp_path / "pallas_kernels/new.py", "1"), write(kernel, "1")]
+    assert len({head, *edits}) == 5 and all(name.startswith(f"{head}+") for name in edits)
+
+    def measured():
+        monkeypatch.setattr(rows, "provenance", lambda: {"device": "card", "jax": "1", "jaxlib": "1", "git": rows._revision(tmp_path)})
+        suite = rows.Suite("gpu", everything, lambda case: {}, {}, until=time.monotonic() + 60)
+        return len(rows.run([tiny()], suite, output))
+
+    assert (measured(), measured()) == (1, 0)
+    write(kernel, "4")
+    assert (measured(), measured()) == (1, 0)
 
 
 def test_a_step_of_ours(monkeypatch):
