@@ -35,8 +35,8 @@ def gated_linear_attention(
 
     q, k: [B,T,H,K], any T >= 1.
     v: [B,T,HV,V] with HV = n H heads; v head j reads q and k head j // n.
-    log_decay: <= 0; [HV] fixed per head (RetNet), [B,T,HV] per head and step (Mamba-2, simple GLA) or [B,T,HV,K] per channel
-        (GLA, HGRN2). The fewer its axes, the cheaper.
+    log_decay: <= 0, down to -inf, which forgets; [HV] fixed per head (RetNet), [B,T,HV] per head and step (Mamba-2, simple GLA) or
+        [B,T,HV,K] per channel (GLA, HGRN2). The fewer its axes, the cheaper.
     scale: K**-0.5 where None.
     initial_state: [B,HV,K,V], S before the first real token; zeros where None.
     segment_ids: [B,T] integers. The state starts at zero where the id changes; 0 marks padding, which changes no state and

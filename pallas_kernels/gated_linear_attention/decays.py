@@ -7,13 +7,15 @@ decay comes before a weak one, and exp(-running sum) overflows; so each such sum
 * per channel, pairs are split by the middle of the smallest block of 2, 4, 8, ... tokens that holds both. The decay is then
   that from j to the middle times that from the middle to i, both at most 1, and all pairs of a level are one matmul.
 
-Either is as exact for a log decay of -50 a step as for none, and so is its derivative.
+Either is as exact for a log decay of -50 a step, or of -inf, as for none, and so is its derivative.
 """
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+FORGOTTEN = -1024.0  # a log decay whose exp is 0, in float64 too, as is that of all below, -inf among them
 
 
 class Decayed(NamedTuple):
@@ -32,7 +34,8 @@ class Decayed(NamedTuple):
 def per_head(q: jax.Array, k: jax.Array, log_decay: jax.Array) -> Decayed:
     """q, k [...,C,K]; log_decay [...,C], or [...,1] where all tokens of the chunk have the same."""
     C = q.shape[-2]
-    log_decay = jnp.broadcast_to(log_decay, (*log_decay.shape[:-1], C))
+    # Of -inf, the products below would make nan where it is no addend: 0 times it.
+    log_decay = jnp.broadcast_to(jnp.maximum(log_decay, FORGOTTEN), (*log_decay.shape[:-1], C))
     causal = np.tril(np.ones((C, C), bool))
     through, after = causal.astype(log_decay.dtype), np.tril(causal, -1).astype(log_decay.dtype)  # [i, t]: t <= i; [t, j]: j < t
     sums = jnp.einsum("it,...t,tj->...ij", through, log_decay, after, precision=jax.lax.Precision.HIGHEST)

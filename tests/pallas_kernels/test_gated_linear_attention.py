@@ -166,6 +166,25 @@ def test_float32_is_as_exact_for_any_decay(case):
     assert max(found.values()) < 1e-6, found
 
 
+@pytest.mark.parametrize("axes", ["fixed", "head", "channel"])
+@pytest.mark.parametrize("implementation", sorted(set(IMPLEMENTATIONS) - {"reference"}))
+def test_a_log_decay_of_minus_infinity_forgets(implementation, axes):
+    """Here and there, at a chunk's first token and its last, and with none after: values and gradients are those of the reference."""
+    case = Case(70, axes, documents=True)  # as large as another
+    segment_ids = documents(5, case)
+    arguments = example(5, case, segment_ids)
+    forgets = np.random.default_rng(5).random(arguments["log_decay"].shape) < 0.15
+    if axes == "fixed":
+        forgets[0] = True
+    else:
+        forgets[0, [0, 31, 32, 63, 64, 69]] = True
+    arguments["log_decay"][forgets] = -np.inf
+    for dtype, bound in ((jnp.float64, 1e-12), (jnp.float32, 1e-6)):
+        if implementation != "pallas" or dtype == jnp.float32:
+            found = errors(arguments, segment_ids, implementation, dtype)
+            assert max(found.values()) < bound, found  # nan is not below it
+
+
 CASE = Case(70, "channel", documents=True)  # as large as another case: compiled once for both
 
 
