@@ -49,6 +49,13 @@ def check_segment_ids(operator: str, segment_ids: jax.Array | None) -> None:
         raise ValueError(f"{operator}: segment_ids has dtype {segment_ids.dtype}, needs integers (0 marks padding)")
 
 
+def check_tokens(operator: str, **arrays: jax.Array) -> None:
+    """Raise ValueError for an array [B,T,...] without a token: T = 0. Without a row, B = 0, there is just nothing to do."""
+    for name, array in arrays.items():
+        if array.shape[1] == 0:
+            raise ValueError(f"{operator}: {name} has shape {array.shape}, needs T >= 1")
+
+
 def check_kernel_dtypes(operator: str, **arrays: jax.Array) -> None:
     """Raise ValueError for an array that a Pallas kernel does not take."""
     for name, array in arrays.items():

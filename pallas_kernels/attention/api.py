@@ -25,7 +25,8 @@ def attention(
 ) -> jax.Array:
     """Causal softmax attention: o_i = sum_j softmax_j(scale * q_i . k_j) v_j over the j <= i of i's document.
 
-    q: [B,T,H,K], k: [B,T,HK,K], v: [B,T,HK,V], floating point; HK divides H and query head h reads head h // (H / HK) of k and v.
+    q: [B,T,H,K], k: [B,T,HK,K], v: [B,T,HK,V], floating point, any B, any T >= 1; HK divides H and query head h reads head h // (H / HK)
+        of k and v.
     scale: K**-0.5 where None.
     window: a token sees itself and the window - 1 before it (i - j < window); None for no limit.
     segment_ids: [B,T] int; a token attends within its own document. 0 marks padding, which is skipped: its output is 0, nothing
@@ -38,11 +39,13 @@ def attention(
     Returns the output [B,T,H,V] in v's dtype. Scores, softmax and sums are float32 (float64 for float64 inputs); "xla" multiplies
     operands in their own dtype, at jax's default matmul precision. Differentiable in q, k and v.
     Raises ValueError for shapes that disagree, heads that do not divide, dtypes that are not floating point (segment_ids:
-    integer), a window below 1 and an unknown implementation.
+    integer), T = 0, a window below 1 and an unknown implementation.
     """
     sizes = check(q, k, v, window, segment_ids)
     kernel = "pallas" if platforms.kernels(tpu, gpu).is_faster(q, k, v) else None
     run = checks.choose("attention", IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
+    if sizes["B"] == 0:  # which no blocks are dealt out over
+        return jnp.zeros_like(v, shape=(*q.shape[:3], sizes["V"]))
     scale = sizes["K"] ** -0.5 if scale is None else scale
     return run(q, k, v, scale, window, None if segment_ids is None else segments.number(segment_ids)).astype(v.dtype)
 
@@ -55,6 +58,7 @@ def check(q, k, v, window: int | None, segment_ids: jax.Array | None) -> dict[st
     )
     _check("attention", sizes, window, q=q, k=k, v=v)
     checks.check_segment_ids("attention", segment_ids)
+    checks.check_tokens("attention", q=q)
     return sizes
 
 

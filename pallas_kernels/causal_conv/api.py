@@ -1,5 +1,6 @@
 """The public face of the short convolution: arguments checked, implementation chosen."""
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import checks, platforms, segments
 from pallas_kernels.causal_conv import gpu, reference, tpu, xla
@@ -25,7 +26,7 @@ def causal_conv(
 ) -> tuple[jax.Array, jax.Array]:
     """Depthwise causal convolution: y_t = act(sum_w weight[:, w] * x_{t-W+1+w}), a document at a time.
 
-    x: [B,T,D] floating point.
+    x: [B,T,D] floating point, any B, any T >= 1.
     weight: [D,W] floating point; the last tap multiplies the token itself (the layout of a causal Conv1d with D groups).
     activation: None or "silu".
     initial_state: [B,W-1,D] floating point, the inputs before the first token, oldest first; zeros where None. It belongs to
@@ -39,14 +40,17 @@ def causal_conv(
     Returns (output [B,T,D] in x's dtype, final_state [B,W-1,D]): the state is the last W-1 inputs, before the convolution, of the last
     real token's document, zeros before its start; float32 (float64 for float64 x), as is every sum.
     Differentiable in x, weight and initial_state.
-    Raises ValueError for shapes that disagree, dtypes that are not floating point (segment_ids: integer), an unknown activation
+    Raises ValueError for shapes that disagree, dtypes that are not floating point (segment_ids: integer), T = 0, an unknown activation
     or implementation.
     """
     sizes = _check(x, weight, activation, "causal_conv", "B T D", initial_state, "initial_state")
     checks.bind_shapes("causal_conv", {"segment_ids": (segment_ids, "B T")}, B=sizes["B"], T=sizes["T"])
     checks.check_segment_ids("causal_conv", segment_ids)
+    checks.check_tokens("causal_conv", x=x)
     kernel = "pallas" if platforms.kernels(tpu, gpu).is_faster(x, weight) else None
     run = checks.choose("causal_conv", IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
+    if sizes["B"] == 0:  # which no blocks are dealt out over
+        return jnp.zeros_like(x), jnp.zeros_like(x, shape=(0, sizes["W"] - 1, sizes["D"]), dtype=jnp.promote_types(x.dtype, jnp.float32))
     return run(x, weight, activation, initial_state, None if segment_ids is None else segments.number(segment_ids))
 
 

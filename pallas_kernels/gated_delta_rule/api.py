@@ -36,7 +36,7 @@ def gated_delta_rule(
 
     DeltaNet (g = 0), Gated DeltaNet (g per head and step), Kimi Delta Attention (g per channel).
 
-    q, k: [B,T,H,K] floating point. The caller normalises k; where |k| is not 1 the equation holds as it stands, and S_t is bounded
+    q, k: [B,T,H,K] floating point, any B. The caller normalises k; where |k| is not 1 the equation holds as it stands, and S_t is bounded
         as long as beta_t |k_t|^2 <= 2.
     v: [B,T,HV,V] with HV a multiple of H: value head j reads the query and key head j // (HV / H).
     beta: [B,T,HV].
@@ -61,8 +61,7 @@ def gated_delta_rule(
     sizes = _check(name, "B T", q, k, v, beta, log_decay, initial_state, "initial_state")
     checks.bind_shapes(name, {"segment_ids": (segment_ids, "B T")}, B=sizes["B"], T=sizes["T"])
     checks.check_segment_ids(name, segment_ids)
-    if sizes["T"] == 0:
-        raise ValueError(f"{name}: q has shape {q.shape}, needs at least one token")
+    checks.check_tokens(name, q=q)
     kernel = "pallas" if platforms.kernels(tpu, gpu).is_faster(q, k, v, beta, log_decay) else None
     run = checks.choose(name, IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
 
@@ -73,6 +72,8 @@ def gated_delta_rule(
     state = jnp.zeros_like(v, shape=tuple(sizes[letter] for letter in ("B", "HV", "K", "V")), dtype=dtype)
     if initial_state is not None:
         state = state + initial_state
+    if sizes["B"] == 0:  # which no chunks are dealt out over
+        return jnp.zeros_like(v), state
     numbered = None if segment_ids is None else segments.number(segment_ids)
     return run(q, k, v, beta, log_decay, state, numbered, _scale(scale, q))
 

@@ -33,7 +33,7 @@ def gated_linear_attention(
 
         S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
 
-    q, k: [B,T,H,K], any T >= 1.
+    q, k: [B,T,H,K], any B, any T >= 1.
     v: [B,T,HV,V] with HV = n H heads; v head j reads q and k head j // n.
     log_decay: <= 0, down to -inf, which forgets; [HV] fixed per head (RetNet), [B,T,HV] per head and step (Mamba-2, simple GLA) or
         [B,T,HV,K] per channel (GLA, HGRN2). The fewer its axes, the cheaper.
@@ -65,8 +65,7 @@ def gated_linear_attention(
             "segment_ids": (segment_ids, "B T"),
         },
     )
-    if sizes["T"] == 0:
-        raise ValueError(f"{operator}: q has shape {q.shape}, needs T >= 1")
+    checks.check_tokens(operator, q=q)
     _check_heads(operator, sizes)
     checks.check_floating(operator, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     checks.check_segment_ids(operator, segment_ids)
@@ -75,6 +74,8 @@ def gated_linear_attention(
         # Zeros like an outer product of k and v, so that inside shard_map they vary over the same axes of the mesh.
         initial_state = jnp.zeros_like(k[:, 0, :1, :, None] * v[:, 0, :, None, :])
     initial_state = initial_state.astype(_state_dtype(q, k, v, log_decay))
+    if sizes["B"] == 0:  # which no chunks are dealt out over
+        return jnp.zeros_like(v), initial_state
     numbered = None if segment_ids is None else segments.number(segment_ids)
     return run(q, k, v, log_decay, initial_state, numbered, sizes["K"] ** -0.5 if scale is None else scale)
 

@@ -42,7 +42,7 @@ def linear_scan(
 ) -> tuple[jax.Array, jax.Array]:
     """Gated elementwise recurrence, h_t = decay_t * h_{t-1} + x_t (HGRN, Qin et al. 2023, eq. 4, with x = (1 - decay) * v).
 
-    decay: [B,T,D], the linear (not log) decay, in [0, 1].
+    decay: [B,T,D], any B, the linear (not log) decay, in [0, 1].
     x: [B,T,D], any T >= 1.
     initial_state: [B,D], h before the first real token; zeros where None.
     segment_ids: [B,T] integers. The state starts at zero where the id changes; 0 marks padding, which changes no state and
@@ -61,13 +61,14 @@ def linear_scan(
     )
     checks.check_floating(operator, decay=decay, x=x, initial_state=initial_state)
     checks.check_segment_ids(operator, segment_ids)
-    if sizes["T"] == 0:
-        raise ValueError(f"{operator}: x has shape {x.shape}, needs T >= 1")
+    checks.check_tokens(operator, x=x)
     kernel = "pallas" if platforms.kernels(tpu, gpu).is_faster(decay, x) else None
     scan = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
 
     if initial_state is None:
         initial_state = jnp.zeros_like(x[:, 0])
+    if sizes["B"] == 0:  # which no blocks are dealt out over
+        return jnp.zeros_like(x), initial_state.astype(jnp.result_type(decay, x, jnp.float32))
     (decay, x), real = with_documents(decay, x, segment_ids)
     h, final_state = scan(decay, x, initial_state)
     return h if real is None else jnp.where(real, h, 0), final_state
