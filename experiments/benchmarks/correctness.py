@@ -13,12 +13,15 @@ from experiments.benchmarks.cases import Case, arguments, program
 # Relative errors of whole arrays, ||out - reference|| / ||reference||. float32: sums of hundreds of terms in another order,
 # amplified by recurrences, stay below; a missing term does not. bfloat16: a few roundings of 2^-9 in a row.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
-CHECKED_T = 256  # longer shapes are checked at this length
+WHOLE_T = 256  # shapes that are no longer are checked as they are
+# All others at this length: at least two of the longest chunks or blocks that any implementation works in, and a part of another,
+# so that what goes from one to the next is checked too. Those of products of matrices have 128 tokens, the others up to 1,024.
+CHECKED_T = {"linear_scan": 2100, "gated_linear_attention": 300, "gated_delta_rule": 300, "attention": 2100, "causal_conv": 2100}
 
 
-def shortened(shape):
-    """No more than ``CHECKED_T`` tokens of it."""
-    return dataclasses.replace(shape, T=min(shape.T, CHECKED_T))
+def shortened(case: Case):
+    """The shape that a case is checked at."""
+    return case.shape if case.shape.T <= WHOLE_T else dataclasses.replace(case.shape, T=CHECKED_T[case.operator])
 
 
 @functools.cache
@@ -47,10 +50,11 @@ def relative_error(out, expected) -> float:
     return float(np.linalg.norm(out - expected) / (scale if scale else 1.0))
 
 
-def check(case: Case, smaller: Callable = shortened) -> dict:
+def check(case: Case, smaller: Callable | None = None) -> dict:
     """Of a row: the errors and what they are held against; "failure" where they are too large. Empty for the reference itself.
 
-    The errors are relative, of outputs and gradients to those of the float32 reference, at the ``smaller`` of the case's shape.
+    The errors are relative, of outputs and gradients to those of the float32 reference, at the ``smaller`` of the case's shape, or
+    where that is None as :func:`shortened`.
     """
     if case.implementation == "reference":
         return {}
@@ -58,7 +62,7 @@ def check(case: Case, smaller: Callable = shortened) -> dict:
     return verdict(_errors(compared), case.dtype, compared.shape)
 
 
-def compile_check(case: Case, smaller: Callable = shortened) -> None:
+def compile_check(case: Case, smaller: Callable | None = None) -> None:
     """Compile what :func:`check` runs, and run none of it."""
     compared = _compared(case, smaller)
     reference = dataclasses.replace(compared, implementation="reference")
@@ -66,8 +70,9 @@ def compile_check(case: Case, smaller: Callable = shortened) -> None:
         jax.jit(program(program_of)).lower(*values).compile()
 
 
-def _compared(case: Case, smaller: Callable) -> Case:
-    return dataclasses.replace(case, shape_name="", shape=smaller(case.shape), pass_name="forward_backward")
+def _compared(case: Case, smaller: Callable | None) -> Case:
+    shape = smaller(case.shape) if smaller else shortened(case)
+    return dataclasses.replace(case, shape_name="", shape=shape, pass_name="forward_backward")
 
 
 def verdict(found: dict[str, float], dtype: str, checked) -> dict:

@@ -1,5 +1,6 @@
 """The benchmark on tiny shapes: whole rows, memory rows, and no time for what is wrong."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,17 @@ import pytest
 
 from experiments.benchmarks import cases, correctness, decode, memory, rows, timing
 from hybrid_jax import costs
+from pallas_kernels.attention import tpu as attention_tpu
+from pallas_kernels.attention import xla as attention_xla
 from pallas_kernels.causal_conv import api, reference
+from pallas_kernels.causal_conv import tpu as conv_tpu
+from pallas_kernels.gated_delta_rule import xla as delta_xla
+from pallas_kernels.gated_linear_attention import tpu_blocking
+from pallas_kernels.gated_linear_attention import xla as gla_xla
+from pallas_kernels.linear_scan import api as scan_api
+from pallas_kernels.linear_scan import shapes as scan_shapes
+from pallas_kernels.linear_scan import tpu as scan_tpu
+from pallas_kernels.linear_scan import xla as scan_xla
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,12 +116,45 @@ def test_what_is_wrong_is_refused(tmp_path, monkeypatch, wrong, message):
         assert message in row["failure"] and "median_s" not in row
 
 
-def test_long_shapes_are_checked_at_fewer_tokens(monkeypatch):
-    monkeypatch.setattr(correctness, "CHECKED_T", 32)
+def test_long_shapes_are_checked_at_a_length_of_their_operator(monkeypatch):
+    monkeypatch.setattr(correctness, "WHOLE_T", 64)
+    monkeypatch.setitem(correctness.CHECKED_T, "causal_conv", 32)
     (case,) = cases.select(["causal_conv"], ["xla"], ["tiny"], "float32")
     row = rows.measure(timing.SUITE.name, timing.SUITE.measure, case)
     assert (row["checked_shape"]["T"], row["sizes"]["T"]) == (32, case.shape.T)
     assert max(row["errors"].values()) < 1e-6
+    monkeypatch.setattr(correctness, "WHOLE_T", case.shape.T)
+    assert correctness.shortened(case) == case.shape
+
+
+def test_what_is_checked_has_two_whole_chunks_and_a_part():
+    """By the implementations' own chunks and blocks, those of TPUs and of XLA."""
+    T = correctness.CHECKED_T
+    recurrent = [tpu_blocking.DEFAULT.tokens, tpu_blocking.LARGER.tokens]
+    chunks = {
+        "linear_scan": [scan_tpu.DEFAULT.within(T["linear_scan"]).tokens, scan_xla.block_length(T["linear_scan"])],
+        "gated_linear_attention": [*recurrent, gla_xla.CHUNK_PER_HEAD, gla_xla.CHUNK_PER_CHANNEL],
+        "gated_delta_rule": [*recurrent, delta_xla.CHUNK, delta_xla.CHUNK_ON_CPU],
+        "attention": [attention_tpu.block_length(T["attention"]), attention_xla.block_length(T["attention"])],
+        "causal_conv": [conv_tpu.CHUNK.within(T["causal_conv"]).tokens],
+    }
+    assert chunks.keys() == T.keys() == set(cases.OPERATORS)
+    assert all(2 * chunk < T[operator] and T[operator] % chunk for operator, found in chunks.items() for chunk in found), chunks
+    longest = dict(linear_scan=scan_tpu.DEFAULT.tokens, attention=attention_tpu.LARGEST_BLOCK, causal_conv=conv_tpu.CHUNK.tokens)
+    assert all(2 * chunk < T[operator] for operator, chunk in longest.items())
+
+
+@pytest.mark.parametrize("lost", [1024, 2048])
+def test_a_state_lost_between_chunks_is_found(monkeypatch, lost):
+    """A scan that begins anew at the second chunk of 1,024 tokens, or the third, of a shape that is longer still."""
+
+    def forgetful(decay, x, initial_state):
+        return scan_api.IMPLEMENTATIONS["reference"](decay.at[:, lost].set(0), x, initial_state)
+
+    monkeypatch.setitem(scan_api.IMPLEMENTATIONS, "wrong", forgetful)
+    case = cases.Case("linear_scan", "wrong", "long", scan_shapes.Shape(B=1, T=4096, D=8), "float32", "forward")
+    assert "not measured, errors above 0.0001" in correctness.check(case)["failure"]
+    assert "failure" not in correctness.check(dataclasses.replace(case, implementation="xla"))
 
 
 def test_a_failed_row_says_what_it_is_of():
