@@ -133,11 +133,13 @@ def floors(row: dict, target: Gpu, dtype: str) -> dict:
 
 
 def small(shape):
-    """A shape of the same kernels that the interpreter has done with in seconds: one row, one head, 128 tokens and channels."""
-    least = {"B": 1, "T": 128, "D": 128, "H": 1, "HV": 1}
+    """A shape of the same kernels that the interpreter has done with in seconds: one row, heads that share one, 128 tokens."""
+    least = {"B": 1, "T": 128, "D": 128, "H": 1, "HV": 1, "HK": 1}
     names = [field.name for field in dataclasses.fields(shape)]
-    ratio = getattr(shape, "HV", 1) // getattr(shape, "H", 1)
-    least["HV"] = max(1, ratio)
+    if "HV" in names:
+        least["HV"] = max(1, shape.HV // shape.H)
+    if "HK" in names:
+        least["H"] = shape.H // shape.HK
     return dataclasses.replace(shape, **{name: min(getattr(shape, name), least[name]) for name in names if name in least})
 
 

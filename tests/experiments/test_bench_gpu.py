@@ -207,6 +207,9 @@ def test_shapes_are_those_of_a_step_and_small_where_they_are_interpreted():
     small = gpu_static.small(case.shape)
     assert (small.B, small.T, small.H, small.HV, small.K) == (1, 96, 1, 2, 16)
     assert cases.at_lengths(case, [2048]) == [case]
+    (packed,) = cases.select(["attention"], ["pallas"], ["packed_340m"], "bfloat16")
+    small = gpu_static.small(dataclasses.replace(packed.shape, H=8, HK=2))
+    assert (small.T, small.H, small.HK) == (128, 4, 1)
 
 
 def test_kernels_are_found_by_what_there_is():
