@@ -154,6 +154,7 @@ def start(workdir, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(gcs):
     workdir = run_folder(f"gs://{gcs.new_bucket()}/run")
     start(workdir)

@@ -90,7 +90,7 @@ def same(found, expected, rtol=5e-5):
 @pytest.mark.parametrize(
     ("count", "mesh"),
     [
-        (2, {}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
         (2, {"fsdp": 1, "seq": 2}),  # the processes hold the same rows
         pytest.param(2, {"fsdp": 1, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param(4, {}, marks=pytest.mark.slow),

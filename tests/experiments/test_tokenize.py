@@ -63,7 +63,7 @@ def test_no_more_workers_than_cpus_that_may_be_used():
     assert subprocess.run([sys.executable, "-c", f"{bind}; {count}"], cwd=ROOT, capture_output=True, text=True).stdout == "1\n"
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(tmp_path, seed):
     """kill -9 again and again: the store is the one of an undisturbed run, byte for byte, and no worker lives on."""
     rng = random.Random(seed)
