@@ -1,7 +1,7 @@
 """What the commands share: finding and checking ``--config=configs/NAME.py[:size]``, and mistakes told in one line.
 
-A configuration file has ``get_config(size)`` (or ``get_config()``) that returns a ConfigDict of the fields of
-``hybrid_jax.config.RunConfig``. Any field can be overridden: ``--config.train.steps=100``. All of it is checked before
+A configuration file has ``get_config(size)`` (or ``get_config()``) that returns a ``hybrid_jax.config.RunConfig``, or a
+ConfigDict of its fields. Any field can be overridden: ``--config.train.steps=100``. All of it is checked before
 JAX is started, and what is wrong is said in one line on stderr, with exit code 2.
 """
 
@@ -219,7 +219,7 @@ def _get_config(file: Path, size: str) -> tuple[ConfigDict, str]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ConfigError(f"{file} has no function get_config(size) that returns a ConfigDict")
+        raise ConfigError(f"{file} has no function get_config(size) that returns a RunConfig or a ConfigDict")
     parameters = list(inspect.signature(module.get_config).parameters.values())
     if size and not parameters:
         raise ConfigError(f"{file} knows no sizes: leave out :{size}")
@@ -227,7 +227,12 @@ def _get_config(file: Path, size: str) -> tuple[ConfigDict, str]:
         if parameters[0].default is inspect.Parameter.empty:
             raise ConfigError(f"{file} needs a size: --config={file.name}:SIZE")
         size = parameters[0].default
-    return module.get_config(size) if parameters else module.get_config(), size
+    config = module.get_config(size) if parameters else module.get_config()
+    if isinstance(config, RunConfig):
+        config = ConfigDict(to_dict(config))
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"get_config of {file} returns a {type(config).__name__}, needs a hybrid_jax.config.RunConfig or a ConfigDict")
+    return config, size
 
 
 def _override(config: ConfigDict, arguments: list[str]) -> ConfigDict:

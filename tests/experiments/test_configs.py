@@ -62,6 +62,22 @@ def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     assert load("hgrn_r3", "340m").model.ratio == 2
 
 
+RETURNS = "from hybrid_jax.config import RunConfig, TrainConfig\ndef get_config(): return "
+
+
+def test_a_file_may_return_the_configuration_itself(tmp_path):
+    (tmp_path / "mine.py").write_text(RETURNS + "RunConfig(train=TrainConfig(steps=7))\n")
+    run = cli.load_run([f"--config={tmp_path}/mine.py", "--config.model.width=512"], "")
+    assert (run.name, run.config.train.steps, run.config.model.width) == ("mine", 7, 512)
+
+
+@pytest.mark.parametrize("value", ["{'train': {'steps': 7}}", "None", "RunConfig"])
+def test_a_file_that_returns_something_else_is_refused(value, tmp_path):
+    (tmp_path / "mine.py").write_text(RETURNS + value + "\n")
+    with pytest.raises(config.ConfigError, match="mine.py returns a (dict|NoneType|type), needs a hybrid_jax.config.RunConfig or a ConfigDict"):
+        cli.load_run([f"--config={tmp_path}/mine.py"], "")
+
+
 def test_describe_says_what_the_model_is():
     run = cli.load_run(["--config=configs/gla_r6.py:1b3"], "")
     said = dict(describe.rows(run.config.model, 4096))
