@@ -1,12 +1,13 @@
 """Hybrid linear-attention language models in JAX.
 
-model = hybrid_jax.build(config, seed=0)          # fresh parameters
+model = hybrid_jax.build(config, seed=0)          # fresh parameters, of a ModelConfig or a RunConfig
 model = hybrid_jax.load(folder)                   # a run's workdir, its newest or a named step; or a Hugging Face folder
 logits = model(tokens, segment_ids=None)          # [B,T] int -> [B,T,vocabulary] float32
 texts = hybrid_jax.generate(model, prompts, ...)  # texts or lists of tokens; hybrid_jax.stream gives them as they are written
 """
 
 import importlib
+import importlib.metadata
 
 _HOME = {
     "Model": "hybrid_jax.model",
@@ -18,8 +19,17 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, "__version__"})
+
+
 def __getattr__(name: str):
     # Imported on first use: the data tools need neither JAX nor the models, and their workers should start at once.
+    if name == "__version__":
+        try:
+            return importlib.metadata.version("hybrid-jax")
+        except importlib.metadata.PackageNotFoundError:
+            raise AttributeError(f"{__name__!r} has a version once it is installed: pip install -e .") from None
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -6,6 +6,7 @@ computed. Rows that have ended are passed over: what a session remembers is what
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from inspect import signature
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,9 @@ CHUNK = 512  # tokens of a prompt read at once; shorter ones in the next power o
 
 def generate(model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], **options) -> list[str] | list[list[int]]:
     """What ``model`` writes after each prompt: texts for texts, lists of tokens for lists of tokens. Options as in :func:`stream`."""
+    known = [name for name, parameter in signature(stream).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"generate has no parameter {unknown[0]!r}; beside model and prompts it takes {', '.join(known)}")
     written = [[] for _ in prompts]
     for row, piece in stream(model, prompts, **options):
         written[row].append(piece)

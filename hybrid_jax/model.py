@@ -10,7 +10,7 @@ from flax import nnx
 from hybrid_jax import cache as caches
 from hybrid_jax import layout, mixers
 from hybrid_jax.cache import Cache
-from hybrid_jax.config import HGRN, HGRN2, ModelConfig
+from hybrid_jax.config import HGRN, HGRN2, ModelConfig, RunConfig
 from hybrid_jax.layers import Embedding, Linear, RMSNorm, SwiGLU
 from hybrid_jax.layers.gates import lower_bounds
 from hybrid_jax.layers.rotary import positions
@@ -218,8 +218,12 @@ def _gate_width(config: ModelConfig) -> int:
     return config.width * config.mixer.expand_ratio if isinstance(config.mixer, HGRN) else config.width
 
 
-def build(config: ModelConfig, seed: int = 0) -> Model:
-    """A model with fresh parameters, float32, drawn from ``seed``."""
+def build(config: ModelConfig | RunConfig, seed: int = 0) -> Model:
+    """A model with fresh parameters, float32, drawn from ``seed``. Raises TypeError for a config that is neither."""
+    if isinstance(config, RunConfig):
+        config = config.model
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"build takes a hybrid_jax.config.ModelConfig or RunConfig, got a {type(config).__name__}")
     graph, _ = abstract(config)
     return nnx.merge(graph, jax.jit(initialize, static_argnums=0)(config, jax.random.key(seed)))
 

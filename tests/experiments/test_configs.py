@@ -74,7 +74,7 @@ def test_a_file_may_return_the_configuration_itself(tmp_path):
 @pytest.mark.parametrize("value", ["{'train': {'steps': 7}}", "None", "RunConfig"])
 def test_a_file_that_returns_something_else_is_refused(value, tmp_path):
     (tmp_path / "mine.py").write_text(RETURNS + value + "\n")
-    with pytest.raises(config.ConfigError, match="mine.py returns a (dict|NoneType|type), needs a hybrid_jax.config.RunConfig or a ConfigDict"):
+    with pytest.raises(config.ConfigError, match="mine.py returns a (dict|NoneType|type), needs a .*RunConfig or a ConfigDict"):
         cli.load_run([f"--config={tmp_path}/mine.py"], "")
 
 

@@ -253,6 +253,11 @@ def test_mistakes_are_told_before_anything_runs(model, options, message):
         hybrid_jax.stream(model, **({"prompts": [[1]]} | options))  # at the call, not at the first piece
 
 
+def test_an_option_that_there_is_not_is_told_with_those_that_there_are(model):
+    with pytest.raises(TypeError, match="^generate has no parameter 'max_tokens'; .*it takes max_new_tokens, temperature, .*stop_tokens$"):
+        hybrid_jax.generate(model, [[1]], max_tokens=5)
+
+
 def test_without_a_tokenizer():
     model = build(config.GLA(heads=2), layers=1, ratio=None)
     with pytest.raises(ValueError, match="no tokenizer: give lists of token ids, or set model.tokenizer"):
