@@ -107,12 +107,12 @@ DEALT = {
 }
 
 
-def on_each_device(operator: Callable, *arrays: jax.Array | None, **named) -> Any:
+def on_each_device(operator: Callable, *arrays: jax.Array, **named) -> Any:
     """An operator of :data:`DEALT`, each device of the mesh in force computing its own rows, heads and stretch of time: XLA cannot
     partition a kernel by itself.
 
-    arrays: [B,T,H,...] or [B,T,D]; [H] or [D,W] for what is the same at all tokens; or None.
-    named: ``segment_ids`` [B,T] and ``initial_state``, arrays or None, and what else the operator takes.
+    arrays: [B,T,H,...] or [B,T,D]; [H] or [D,W] for what is the same at all tokens.
+    named: ``log_decay``, shaped as those, ``segment_ids`` [B,T] and ``initial_state``, each may be None; and what else the operator takes.
     Returns what the operator does: [B,T,...], beside it may be a state. What does not divide over the mesh, rows, heads or tokens, is
     computed on all of it.
     """
@@ -124,20 +124,23 @@ def on_each_device(operator: Callable, *arrays: jax.Array | None, **named) -> An
         parts = RULES[name]
         return parts if all(size % mesh_size(mesh, parts) == 0 for size in sizes) else None
 
-    given = [x for x in arrays if x is not None]
     parts = {
         None: None,
-        "batch": dividing("batch", [given[0].shape[0]]),
-        "time": dividing("time", [given[0].shape[1]]),
-        "heads": dividing("heads", [x.shape[2] if x.ndim > 2 else x.shape[0] for x in given]),
+        "batch": dividing("batch", [arrays[0].shape[0]]),
+        "time": dividing("time", [arrays[0].shape[1]]),
+        "heads": dividing("heads", [x.shape[2] if x.ndim > 2 else x.shape[0] for x in arrays]),
     }
     stretch, state_axes = DEALT[operator]
     dealt = partial(stretch, axis_name=parts["time"]) if mesh_size(mesh, parts["time"]) > 1 else operator
     sequence, state = P(parts["batch"], parts["time"], parts["heads"]), P(*(parts[axis] for axis in state_axes))
-    named_specs = {"segment_ids": P(parts["batch"], parts["time"]), "initial_state": state}
+
+    def spec_of(x):
+        return P(parts["heads"]) if x is not None and x.ndim < 3 else sequence
+
+    named_specs = {"segment_ids": P(parts["batch"], parts["time"]), "initial_state": state, "log_decay": spec_of(named.get("log_decay"))}
     sharded = {name: named.pop(name) for name in named_specs if named.get(name) is not None}
 
-    in_specs = [P(parts["heads"]) if x is not None and x.ndim < 3 else sequence for x in arrays]
+    in_specs = map(spec_of, arrays)
     is_pair = isinstance(jax.eval_shape(lambda sharded, *arrays: operator(*arrays, **sharded, **named), sharded, *arrays), tuple)
 
     def run(sharded, *arrays):

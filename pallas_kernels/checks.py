@@ -16,12 +16,13 @@ def bind_shapes(operator: str, arguments: Mapping[str, tuple[jax.Array | None, s
 
     arguments: name -> (array or None, its axes as letters, such as ``"B T H K"``); None is skipped.
     sizes: letters known beforehand.
-    Returns letter -> size. Raises ValueError naming the operator, the argument, what it got and what it needs.
+    Returns letter -> size. Raises ValueError naming the operator, the argument, what it got and what it needs, an array to begin with.
     """
     source: dict[str, str] = {}
     for name, (array, axes) in arguments.items():
         if array is None:
             continue
+        _check_array(operator, name, array)
         letters = axes.split()
         if array.ndim != len(letters):
             raise ValueError(f"{operator}: {name} has shape {array.shape}, needs {len(letters)} axes [{','.join(letters)}]")
@@ -37,10 +38,18 @@ def bind_shapes(operator: str, arguments: Mapping[str, tuple[jax.Array | None, s
 
 
 def check_floating(operator: str, **arrays: jax.Array | None) -> None:
-    """Raise ValueError for an array (None is skipped) that is not floating point."""
+    """Raise ValueError for what is no array (None is skipped), or one that is not floating point."""
     for name, array in arrays.items():
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+        if array is None:
+            continue
+        _check_array(operator, name, array)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{operator}: {name} has dtype {array.dtype}, needs a floating-point dtype")
+
+
+def _check_array(operator: str, name: str, array) -> None:
+    if not hasattr(array, "dtype"):
+        raise ValueError(f"{operator}: {name} is a {type(array).__name__}, needs an array")
 
 
 def check_segment_ids(operator: str, segment_ids: jax.Array | None) -> None:

@@ -55,6 +55,6 @@ class DeltaNet(nnx.Module):
             beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
         if self.config.negative_eigenvalues:
             beta = 2 * beta
-        o, state = recur(gated_delta_rule, q, k, v, beta, None, context=context, state=memory.state)
+        o, state = recur(gated_delta_rule, q, k, v, beta, log_decay=None, context=context, state=memory.state)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.config.heads)
         return self.o_proj(merge_heads(by_head(self.o_norm, o, gate))), Memory(state, tails)

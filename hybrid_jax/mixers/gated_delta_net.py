@@ -44,6 +44,6 @@ class GatedDeltaNet(nnx.Module):
         beta = write_strength(self.b_proj(x), self.config.negative_eigenvalues)
         q, k = (by_head(l2_normalize, split_heads(a, self.config.heads)) for a in (q, k))
         v = split_heads(v, self.value_heads)
-        o, state = recur(gated_delta_rule, q, k, v, beta, log_decay, context=context, state=memory.state)
+        o, state = recur(gated_delta_rule, q, k, v, beta, log_decay=log_decay, context=context, state=memory.state)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x), self.value_heads)
         return self.o_proj(merge_heads(by_head(self.o_norm, o, gate))), Memory(state, tails)

@@ -15,13 +15,20 @@ STEPS = {
 }
 
 
-def recur(operator, *inputs: jax.Array | None, context: Context, state: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """``operator`` on ``inputs``, going on from ``state``: its output, and its state after them.
+def recur(
+    operator, *inputs: jax.Array, context: Context, state: jax.Array | None, **gates: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """``operator`` on ``inputs`` and on ``gates`` by name, going on from ``state``: its output, and its state after them.
 
-    inputs: [B,T,...], None, or of one axis where they are the same at every token.
+    inputs, gates: [B,T,...], or of one axis where they are the same at every token; gates: None too.
     """
     T = inputs[0].shape[1]
     if state is not None and context.segment_ids is None and T == 1:
-        output, state = STEPS[operator](*(x if x is None or x.ndim == 1 else x[:, 0] for x in inputs), state)
+        now = {name: _token(x) for name, x in gates.items()}
+        output, state = STEPS[operator](*map(_token, inputs), state=state, **now)
         return output[:, None], state
-    return on_each_device(operator, *inputs, initial_state=state, segment_ids=context.segment_ids)
+    return on_each_device(operator, *inputs, initial_state=state, segment_ids=context.segment_ids, **gates)
+
+
+def _token(x: jax.Array | None) -> jax.Array | None:
+    return x if x is None or x.ndim == 1 else x[:, 0]

@@ -23,8 +23,8 @@ def gated_delta_rule(
     k: jax.Array,
     v: jax.Array,
     beta: jax.Array,
-    log_decay: jax.Array | None = None,
     *,
+    log_decay: jax.Array | None = None,
     scale: float | None = None,
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
@@ -54,8 +54,8 @@ def gated_delta_rule(
     in float64 where an argument is. Products of float32 arrays follow ``jax.default_matmul_precision``; those that decide about
     exactness (sums of decays, triangular inverses) are always in full precision.
     Differentiable in every floating-point argument.
-    Raises ValueError for shapes and head counts that disagree, dtypes that are not floating point (segment_ids: integer), T = 0 and an
-    unknown implementation.
+    Raises ValueError for what is no array, shapes and head counts that disagree, dtypes that are not floating point (segment_ids:
+    integer), T = 0 and an unknown implementation.
     """
     name = "gated_delta_rule"
     sizes = _check(name, "B T", q, k, v, beta, log_decay, initial_state, "initial_state")

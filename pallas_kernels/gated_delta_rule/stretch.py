@@ -13,8 +13,8 @@ def gated_delta_rule_stretch(
     k: jax.Array,
     v: jax.Array,
     beta: jax.Array,
-    log_decay: jax.Array | None = None,
     *,
+    log_decay: jax.Array | None = None,
     axis_name: str,
     scale: float | None = None,
     initial_state: jax.Array | None = None,
@@ -31,12 +31,10 @@ def gated_delta_rule_stretch(
     scale * P_t^T q_t, P_t being the transition up to token t, which is what a state S that came from before adds to, (P_t S)^T q_t.
     """
     (B, T, HV), K = v.shape[:3], k.shape[-1]
-    options = dict(scale=scale, segment_ids=segment_ids, implementation=implementation)
-    output, increment = api.gated_delta_rule(q, k, v, beta, log_decay, **options)
+    options = dict(log_decay=log_decay, scale=scale, segment_ids=segment_ids, implementation=implementation)
+    output, increment = api.gated_delta_rule(q, k, v, beta, **options)
     identity = jnp.broadcast_to(jnp.eye(K, dtype=increment.dtype), (B, HV, K, K))
-    reads, transition = api.gated_delta_rule(
-        q, k, jnp.zeros_like(v, shape=(B, T, HV, K)), beta, log_decay, initial_state=identity, **options
-    )
+    reads, transition = api.gated_delta_rule(q, k, jnp.zeros_like(v, shape=(B, T, HV, K)), beta, initial_state=identity, **options)
     before = stretches.state_before(then, transition, increment, initial_state, segment_ids, axis_name)
     earlier = jnp.einsum("bthk,bhkv->bthv", reads, before.astype(reads.dtype), preferred_element_type=increment.dtype)
     output = (output.astype(increment.dtype) + earlier).astype(v.dtype)

@@ -309,7 +309,7 @@ def test_transformations(implementation):
 
 def _program(T, implementation):
     def loss(q, k, v, beta, log_decay):
-        output, state = gated_delta_rule(q, k, v, beta, log_decay, implementation=implementation)
+        output, state = gated_delta_rule(q, k, v, beta, log_decay=log_decay, implementation=implementation)
         return jnp.sum(output**2) + jnp.sum(state**2)
 
     shape = (2, T, 8, 64)
@@ -400,5 +400,13 @@ def test_wrong_dtypes_and_names():
         gated_delta_rule(x, x, x, gate, segment_ids=jnp.ones((2, 5)))
     with pytest.raises(ValueError, match="no implementation 'fastest'; choose one of"):
         gated_delta_rule(x, x, x, gate, implementation="fastest")
+    with pytest.raises(ValueError, match="gated_delta_rule: q is a list, needs an array"):
+        gated_delta_rule(x.tolist(), x, x, gate)
+    with pytest.raises(ValueError, match="gated_delta_rule: log_decay is a float, needs an array"):
+        gated_delta_rule(x, x, x, gate, log_decay=-0.1)
+    with pytest.raises(ValueError, match="gated_delta_rule: segment_ids is a list, needs an array"):
+        gated_delta_rule(x, x, x, gate, segment_ids=[[1] * 5] * 2)
+    with pytest.raises(TypeError, match="positional"):  # gated_linear_attention has its decays in the fourth place, and the same shape
+        gated_delta_rule(x, x, x, -gate, gate)
     with pytest.raises(ValueError, match=r"gated_delta_rule_step: state has shape \(2, 2, 16, 8\)"):
         gated_delta_rule_step(x[:, 0], x[:, 0], x[:, 0], gate[:, 0], None, jnp.zeros((2, 2, 16, 8)))
