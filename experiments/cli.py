@@ -179,7 +179,7 @@ def _unknown(name: str, known: flags.FlagValues) -> ConfigError:
     return ConfigError(f"this command has no flag --{name}; it has {', '.join(f'--{flag}' for flag in sorted(known))}{fields}")
 
 
-def load_run(arguments: list[str], command: str, workdir: str | None = None) -> Run:
+def load_run(arguments: list[str], command: str = "", workdir: str | None = None) -> Run:
     """The run that ``--config=PATH[:size] --config.FIELD=VALUE ...`` describe; without PATH, the one in ``workdir``.
 
     Raises ConfigError for whatever is wrong with it.

@@ -98,9 +98,8 @@ class Stage(nnx.Module):
                 return caches.empty_rings(layers, batch, mixer.kv_heads, slots, width // mixer.config.heads, dtype)
             graph, params = nnx.split(mixer)
             one = jax.tree.map(lambda a: a[0, 0], params)
-            context = Context(None, jnp.zeros((batch, 1), jnp.int32))
             x = jnp.zeros((batch, 1, width), dtype)
-            return caches.empty(jax.eval_shape(lambda: nnx.merge(graph, one)(x, context, Memory())[1]), layers)
+            return caches.empty(jax.eval_shape(lambda: nnx.merge(graph, one)(x)[1]), layers)
 
         return [empty(*pair) for pair in zip(self.layout.runs, self.runs, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Every command in the README is run: `pip` and `pytest` by CI, the others here, made short."""
+"""Every command and line of Python in the README is run: `pip` and `pytest` by CI, the others here, made short."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -100,6 +101,20 @@ def test_the_quick_commands_work_in_the_order_of_the_readme(folder):
             for words, fewer in FEWER.items():
                 command = command.replace(words, fewer)
             assert run(command, folder)
+
+
+def test_the_python_works_in_the_order_of_the_readme(folder, tmp_path, monkeypatch, capsys):
+    """On a small Hugging Face folder in the place of a run: `hybrid_jax.load` takes either."""
+    shutil.copytree(folder / "gla-1.3B", tmp_path / "runs/gla_r6-tiny")
+    monkeypatch.chdir(tmp_path)
+    blocks, names = re.findall(r"```python\n(.*?)```", README, re.S), {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["logits"].shape == (*np.shape(names["tokens"]), 400) and "['" in capsys.readouterr().out
+    assert names["run"].config.model.layers == 12 and names["y"].shape == (2, 100, 64)
+    assert names["output"].shape == names["v"].shape and names["state"].shape == (2, 4, 32, 32)
+    (tmp_path / "my_model.py").write_text(blocks[-1])
+    assert cli.load_run(["--config=my_model.py"]).config == names["get_config"]()
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Token mixers: one file each, parameter for parameter the layers of flash-linear-attention.
 
-A mixer is built from its configuration (``hybrid_jax.config``), the model's, and random keys; called on x [B,T,D], a
-:class:`Context` and a :class:`Memory` of the tokens before x it gives [B,T,D] and what to remember of x. The same call trains
-(no memory), reads a prompt a chunk at a time, and decodes (one token, no segment ids: the operators' steps).
+A mixer is built from its configuration (``hybrid_jax.config``), the model's, and random keys; called on x [B,T,D], and where there is
+more to know a :class:`Context` and a :class:`Memory` of the tokens before x, it gives [B,T,D] and what to remember of x. The same call
+trains (no memory), reads a prompt a chunk at a time, and decodes (one token, no segment ids: the operators' steps).
 """
 
 from hybrid_jax.config import NAMES, Mixer, ModelConfig

@@ -7,7 +7,7 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.rotary import rotate
-from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.mixers.context import NO_MEMORY, ONE_DOCUMENT, Context, Memory
 from hybrid_jax.mixers.projections import heads_in, heads_out, merge_heads, split_heads
 from hybrid_jax.sharding import on_each_device
 from pallas_kernels.attention import attention, attention_prefill, attention_step
@@ -30,14 +30,15 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(head_width, QK_NORM_EPS) if mixer.qk_norm else None
         self.o_proj = heads_out(model.width, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
+    def __call__(self, x: jax.Array, context: Context = ONE_DOCUMENT, memory: Memory = NO_MEMORY) -> tuple[jax.Array, Memory]:
         q = split_heads(self.q_proj(x), self.config.heads)
         k = split_heads(self.k_proj(x), self.kv_heads)
         v = split_heads(self.v_proj(x), self.kv_heads)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rope_theta is not None:
-            q, k = (rotate(x, context.positions, self.config.rope_theta) for x in (q, k))
+            places = context.places(x)
+            q, k = (rotate(a, places, self.config.rope_theta) for a in (q, k))
         if memory.state is None:
             o = on_each_device(attention, q, k, v, window=self.config.window, segment_ids=context.segment_ids)
         else:

@@ -6,7 +6,7 @@ from flax import nnx
 
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm, l2_normalize
-from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.mixers.context import NO_MEMORY, ONE_DOCUMENT, Context, Memory
 from hybrid_jax.mixers.projections import by_head, convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
 from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_delta_rule import gated_delta_rule
@@ -48,7 +48,7 @@ class DeltaNet(nnx.Module):
         normalize = l2_normalize if self.config.qk_norm == "l2" else sum_normalize
         return by_head(normalize, q), by_head(normalize, k), v, tails
 
-    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
+    def __call__(self, x: jax.Array, context: Context = ONE_DOCUMENT, memory: Memory = NO_MEMORY) -> tuple[jax.Array, Memory]:
         q, k, v, tails = self._qkv(x, context, memory)
         beta = jnp.ones(q.shape[:-1], jnp.float32)
         if self.b_proj is not None:

@@ -6,7 +6,7 @@ from flax import nnx
 
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
-from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.mixers.context import NO_MEMORY, ONE_DOCUMENT, Context, Memory
 from hybrid_jax.mixers.projections import (
     FEATURE_MAPS,
     by_head,
@@ -44,7 +44,7 @@ class GLA(nnx.Module):
         self.g_norm = RMSNorm(values // self.heads, model.norm_eps, scale=mixer.norm_scale)
         self.o_proj = heads_out(values, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
+    def __call__(self, x: jax.Array, context: Context = ONE_DOCUMENT, memory: Memory = NO_MEMORY) -> tuple[jax.Array, Memory]:
         convs = self.q_conv, self.k_conv, self.v_conv
         (q, k, v), tails = convolve(convs, (self.q_proj(x), self.k_proj(x), self.v_proj(x)), context, memory)
         q, k = self.feature_map(q), self.feature_map(k)

@@ -7,7 +7,7 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.gates import bounded_log_sigmoid
-from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.mixers.context import NO_MEMORY, ONE_DOCUMENT, Context, Memory
 from hybrid_jax.mixers.projections import convolve, heads_in, heads_out, short_convolution
 from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.linear_scan import linear_scan
@@ -25,7 +25,7 @@ class HGRN(nnx.Module):
         self.g_norm = RMSNorm(inner, model.norm_eps, scale=mixer.norm_scale)
         self.o_proj = heads_out(inner, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
+    def __call__(self, x: jax.Array, context: Context = ONE_DOCUMENT, memory: Memory = NO_MEMORY) -> tuple[jax.Array, Memory]:
         (i, f), tails = convolve((self.i_conv, self.f_conv), (self.i_proj(x), self.f_proj(x)), context, memory)
         log_decay = bounded_log_sigmoid(f, context.lower_bound)
         write = jax.nn.silu(i.astype(jnp.float32)) * -jnp.expm1(log_decay)

@@ -7,7 +7,7 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.gates import bounded_log_sigmoid
-from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.mixers.context import NO_MEMORY, ONE_DOCUMENT, Context, Memory
 from hybrid_jax.mixers.projections import convolve, heads_in, heads_out, merge_heads, short_convolution, split_heads
 from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_linear_attention import gated_linear_attention
@@ -28,7 +28,7 @@ class HGRN2(nnx.Module):
         self.g_norm = RMSNorm(model.width, NORM_EPS, scale=mixer.norm_scale)
         self.o_proj = heads_out(model.width, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
+    def __call__(self, x: jax.Array, context: Context = ONE_DOCUMENT, memory: Memory = NO_MEMORY) -> tuple[jax.Array, Memory]:
         convs = self.q_conv, self.f_conv, self.i_conv
         (q, f, v), tails = convolve(convs, (self.q_proj(x), self.f_proj(x), self.i_proj(x)), context, memory)
         log_decay = bounded_log_sigmoid(f, context.lower_bound)

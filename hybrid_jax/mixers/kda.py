@@ -7,7 +7,7 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm, l2_normalize
 from hybrid_jax.layers.gates import initial_decay, write_strength
-from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.mixers.context import NO_MEMORY, ONE_DOCUMENT, Context, Memory
 from hybrid_jax.mixers.projections import by_head, convolve, heads_in, heads_out, low_rank, merge_heads, short_convolution, split_heads
 from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_delta_rule import gated_delta_rule
@@ -39,7 +39,7 @@ class KDA(nnx.Module):
         self.o_norm = RMSNorm(value_width, model.norm_eps, activation="sigmoid")
         self.o_proj = heads_out(values, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
+    def __call__(self, x: jax.Array, context: Context = ONE_DOCUMENT, memory: Memory = NO_MEMORY) -> tuple[jax.Array, Memory]:
         convs = self.q_conv, self.k_conv, self.v_conv
         (q, k, v), tails = convolve(convs, (self.q_proj(x), self.k_proj(x), self.v_proj(x)), context, memory, without=jax.nn.silu)
         log_decay = split_heads(self._log_decay(x), self.value_heads)

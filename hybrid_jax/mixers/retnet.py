@@ -7,7 +7,7 @@ from flax import nnx
 from hybrid_jax import config
 from hybrid_jax.layers import RMSNorm
 from hybrid_jax.layers.rotary import rotate
-from hybrid_jax.mixers.context import Context, Memory
+from hybrid_jax.mixers.context import NO_MEMORY, ONE_DOCUMENT, Context, Memory
 from hybrid_jax.mixers.projections import FEATURE_MAPS, by_head, heads_in, heads_out, merge_heads, split_heads
 from hybrid_jax.mixers.recurrence import recur
 from pallas_kernels.gated_linear_attention import gated_linear_attention
@@ -30,12 +30,13 @@ class RetNet(nnx.Module):
         self.g_norm = RMSNorm(values // self.heads, model.norm_eps, scale=mixer.norm_scale)
         self.o_proj = heads_out(values, model, rngs)
 
-    def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
+    def __call__(self, x: jax.Array, context: Context = ONE_DOCUMENT, memory: Memory = NO_MEMORY) -> tuple[jax.Array, Memory]:
         q = split_heads(self.feature_map(self.q_proj(x)), self.heads)
         k = split_heads(self.feature_map(self.k_proj(x)), self.kv_heads)
         v = split_heads(self.v_proj(x), self.kv_heads)
         group = self.heads // self.kv_heads
-        q, k = (by_head(lambda a: rotate(a, context.positions, ROPE_THETA), a) for a in (q, k))
+        places = context.places(x)
+        q, k = (by_head(lambda a: rotate(a, places, ROPE_THETA), a) for a in (q, k))
         k, v = (jnp.repeat(a, group, axis=2) for a in (k, v))
         log_decay = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.heads, dtype=jnp.float32))))
         o, state = recur(gated_linear_attention, q, k, v, log_decay, context=context, state=memory.state)
