@@ -24,6 +24,7 @@ from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError
 from hybrid_jax.data import DataError
 from hybrid_jax.data.build import build_store
+from hybrid_jax.data.store import lacks
 
 INPUT = flags.DEFINE_multi_string("input", None, "A file, folder or glob (quoted), or its URL")
 OUTPUT = flags.DEFINE_string("output", None, "The folder of the store, or its URL. Twice its room is needed on the way.")
@@ -33,6 +34,8 @@ TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Where JSON records and P
 VALIDATION_FRACTION = flags.DEFINE_float("validation_fraction", 0.005, "Share of the documents held out, chosen by a hash of their text.")
 SHARD = flags.DEFINE_string("shard", "0/1", "i/n: make the i-th, from 0, of n shares of the store.")
 WORKERS = flags.DEFINE_integer("workers", None, "Processes; as many as it may use CPUs if not given.", lower_bound=1)
+
+FEW = 10_000_000  # tokens, too few for the models of the study's sizes
 
 
 def usable_cpus() -> int:
@@ -110,7 +113,11 @@ def main() -> int:
         print(f"{split}: {count(numbers['documents'], 'document')}, {numbers['tokens']:,} tokens, {numbers['bytes']:,} bytes of text")
     tokenizer = manifest["tokenizer"]
     print(f"{OUTPUT.value} is finished ({seconds:.0f} s): tokenizer {tokenizer['name']}, vocabulary {tokenizer['vocabulary']}")
-    print(f"train on it: python -m experiments.train --config=configs/gla_r6.py --config.data.source={OUTPUT.value}")
+    if why := lacks(manifest["splits"]):
+        print(f"it can not be trained on as it is: it has {why}")
+        return 0
+    size = ":tiny" if manifest["splits"]["train"]["tokens"] < FEW else ""
+    print(f"train on it: python -m experiments.train --config=configs/gla_r6.py{size} --config.data.source={OUTPUT.value}")
     return 0
 
 

@@ -30,7 +30,7 @@ import tensorstore as ts
 from hybrid_jax.data import DataError, documents, parts
 from hybrid_jax.data.folders import folder_url, open_folder, remove_folder
 from hybrid_jax.data.parts import COUNTS, SPLITS
-from hybrid_jax.data.store import SHARD, VERSION, create_array, open_array, read_manifest, token_dtype
+from hybrid_jax.data.store import SHARD, VERSION, create_array, lacks, open_array, read_manifest, token_dtype
 from hybrid_jax.data.tokenizers import Tokenizer, load_tokenizer
 
 BATCH_BYTES = 1 << 20  # of text handed to the tokenizer at once
@@ -276,7 +276,7 @@ def _merge(
     if not sum(split["documents"] for split in splits.values()):
         raise DataError("the input holds no text: give files with at least one document that is not empty")
     if not splits["train"]["documents"]:
-        raise DataError("every document fell to the validation split: give a smaller --validation_fraction or more documents")
+        raise DataError(f"the text has {lacks(splits)}")
     splits = {split: numbers for split, numbers in splits.items() if numbers["documents"]}
     dtype = token_dtype(tokenizer.vocabulary)
     done, total = 0, sum(numbers["tokens"] for numbers in splits.values())

@@ -110,11 +110,7 @@ class TokenStore(TokenSource):
         if not manifest["complete"]:
             raise DataError(f"the token store {location} is half-written: run the same experiments.tokenize command again to finish it")
         if split not in manifest["splits"]:
-            held = " and ".join(manifest["splits"])
-            raise DataError(
-                f"the token store {location} has no {split} documents, only {held}: "
-                "build it again in another folder with a larger or smaller --validation_fraction"
-            )
+            raise DataError(f"the token store {location} has {lacks(manifest['splits'])}")
         url = folder_url(location)
         files = open_folder(location)
         read = {name: files.read(name).result() for name in (*FILES, "tokenizer_config.json")}
@@ -136,6 +132,20 @@ class TokenStore(TokenSource):
     def read_ranges(self, ranges: list[tuple[int, int]]) -> list[np.ndarray]:
         reads = [self._tokens[start:stop].read() for start, stop in ranges]  # all under way before the first is waited for
         return [read.result() for read in reads]
+
+
+def lacks(splits: dict[str, dict]) -> str | None:
+    """What keeps a store of these ``splits`` from being trained on, and what to do; None where both have documents."""
+    empty = [split for split in ("train", "validation") if not splits.get(split, {}).get("documents")]
+    if not empty:
+        return None
+    if sum(numbers.get("documents", 0) for numbers in splits.values()) == 1:
+        return (
+            "a single document, and needs one to train on and one held out at least: make several of it, one a .txt file or a line of "
+            ".jsonl, and build the store again in another folder"
+        )
+    change = "larger" if empty[0] == "validation" else "smaller"
+    return f"no {empty[0]} documents: build it again in another folder with more documents or a {change} --validation_fraction"
 
 
 def _why_no_store(location) -> str:

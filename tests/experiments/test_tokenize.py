@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_jax.data import DataError
 from hybrid_jax.data.build import build_store
 from hybrid_jax.data.sources import make_sources
 from tests.hybrid_jax.data_samples import bpe_tokenizer, documents_of, texts, write_jsonl, write_texts
@@ -52,8 +53,19 @@ def test_from_files_to_the_command_that_trains(tmp_path):
     for name, source in zip(("train", "validation"), sources, strict=True):
         assert f"{name}: {len(source.documents):,} documents, {len(source):,} tokens, {source.bytes:,} bytes of text\n" in out
     assert re.search(rf"store is finished \(\d+ s\): tokenizer {tmp_path}/tokenizer.json, vocabulary", out)
-    assert f"train on it: python -m experiments.train --config=configs/gla_r6.py --config.data.source={tmp_path}/store\n" in out
+    assert f"train on it: python -m experiments.train --config=configs/gla_r6.py:tiny --config.data.source={tmp_path}/store\n" in out
     assert "tokenizing: 100.0% of" in err and "writing the store: 100.0% of" in err and "\r" not in err  # a log, not a bar
+
+
+def test_one_document_is_no_store_to_train_on(tmp_path):
+    (tmp_path / "all.txt").write_text("All there is, in one file. " * 50)
+    code, out, err = run(f"--input={tmp_path}/all.txt", f"--output={tmp_path}/store")
+    assert code == 0, err
+    remedy = "a single document, and needs one to train on and one held out at least: make several of it, one a .txt file or a line"
+    assert f"it can not be trained on as it is: it has {remedy}" in out and "train on it:" not in out
+    with pytest.raises(DataError, match=f"store has {remedy}") as error:
+        make_sources(str(tmp_path / "store"))
+    assert "--validation_fraction" not in str(error.value)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to CPUs")

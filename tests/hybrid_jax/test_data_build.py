@@ -97,7 +97,10 @@ def test_nothing_to_build_from(tmp_path):
     (tmp_path / "lines.jsonl").write_text("")
     refuses("the input holds no text", tmp_path / "lines.jsonl", tmp_path / "b")
     write_texts(tmp_path / "one", ["a"])
-    refuses("every document fell to the validation split: give a smaller", tmp_path / "one", tmp_path / "c", validation_fraction=0.9999)
+    refuses("the text has a single document, and needs one to train on", tmp_path / "one", tmp_path / "c", validation_fraction=0.9999)
+    write_texts(tmp_path / "two", ["a", "b"])
+    smaller = "the text has no train documents: .* with more documents or a smaller --validation_fraction"
+    refuses(smaller, tmp_path / "two", tmp_path / "d", validation_fraction=0.9999)
 
 
 def test_mended_input_goes_on(tmp_path):

@@ -142,7 +142,7 @@ def test_damaged(built, tmp_path):
         return change
 
     damaged("half", manifest(complete=False), "half is half-written: run the same experiments.tokenize command again to finish it")
-    damaged("split", manifest(splits={"validation": {}}), "has no train documents, only validation: build it again")
+    damaged("split", manifest(splits={"validation": {}}), "has no train documents: build it again .* smaller --validation_fraction")
     damaged("version", manifest(token_store_version=99), "of version 99, this code reads version 1: build it again")
     damaged("cut", lambda copy: (copy / "manifest.json").write_text("{"), "manifest.json is not a token store's")
     damaged("type", manifest(dtype="uint32"), r"tokens/ is uint16\[\d+\], its manifest says uint32\[\d+\]: copy the store again")
