@@ -149,15 +149,18 @@ def lacks(splits: dict[str, dict]) -> str | None:
 
 
 def _why_no_store(location) -> str:
-    build = f"build one with python -m experiments.tokenize --input=TEXT --output={location}"
+    tokenize = "build one with python -m experiments.tokenize"
+    build = f"{tokenize} --input=TEXT --output={location}"
     if "://" not in str(location):
         path = Path(location)
         if not path.exists():
             return f"no token store at {location}: the folder does not exist; {build}"
         if not path.is_dir():
-            return f"{location} is a file, not a token store: give the folder experiments.tokenize wrote, or {build}"
+            store = path.with_name(f"{path.name.split('.')[0]}_store")
+            return f"{location} is a file, not a token store: {tokenize} --input={location} --output={store}, and give that folder"
         if any(path.iterdir()):
-            return f"{location} is not a token store: it has no manifest.json; {build} (in an empty folder)"
+            store = path.with_name(f"{path.name}_store")
+            return f"{location} is not a token store: it has no manifest.json; {tokenize} --input={location} --output={store}"
     elif open_folder(location).list().result():
         return f"{location} is not a token store: it has no manifest.json; copy a finished store there"
     return f"the token store {location} is empty; {build}"

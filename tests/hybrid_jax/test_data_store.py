@@ -120,7 +120,9 @@ def test_no_store(tmp_path):
     refuses("the token store .*empty is empty; build one", tmp_path / "empty")
     write_texts(tmp_path / "other", ["a"])
     refuses("other is not a token store: it has no manifest.json; build one", tmp_path / "other")
-    refuses("00000.txt is a file, not a token store", tmp_path / "other" / "00000.txt")
+    refuses(f"--input={tmp_path}/other --output={tmp_path}/other_store$", tmp_path / "other")
+    build = f"build one with .* --input={tmp_path}/other/00000.txt --output={tmp_path}/other/00000_store, and give that folder"
+    refuses(f"00000.txt is a file, not a token store: {build}", tmp_path / "other" / "00000.txt")
     refuses("the token store memory://none is empty", "memory://none")
     ts.KvStore.open("memory://other/", context=store.CONTEXT).result().write("a", b"b").result()
     refuses("memory://other is not a token store: it has no manifest.json; copy a finished store there", "memory://other")
