@@ -10,7 +10,9 @@ import errno
 import importlib.util
 import inspect
 import logging
+import os
 import re
+import select
 import shlex
 import signal
 import sys
@@ -95,7 +97,8 @@ def _joined():
 
 
 def guarded(action: Callable[[], int | None]) -> int:
-    """The exit code of ``action``; after one line on stderr 2: a mistake in what was asked, 1: the run can not go on, 130: Ctrl-C.
+    """The exit code of ``action``; after one line on stderr 2: a mistake in what was asked, 1: the run can not go on, 130: Ctrl-C;
+    after none 141: nobody reads what is printed any more.
 
     Where another process of the run was lost this one ends here, with `STOPPED`.
     """
@@ -107,7 +110,9 @@ def guarded(action: Callable[[], int | None]) -> int:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        return action() or 0
+        code = action() or 0
+        sys.stdout.flush()  # here, where a reader that has gone can be told from what is wrong
+        return code
     except (ConfigError, DataError, RunError, flags.Error) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
@@ -115,6 +120,8 @@ def guarded(action: Callable[[], int | None]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            return 128 + signal.SIGPIPE
         if error.errno in UNUSABLE and error.filename:
             print(f"error: {error.filename} can not be used ({error.strerror}): give another path, or mend that one", file=sys.stderr)
             return 2
@@ -136,6 +143,16 @@ def guarded(action: Callable[[], int | None]) -> int:
         return 1
 
 
+def _reader_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as of ``| head``; then what is left for it is dropped."""
+    output = select.poll()
+    output.register(1, 0)
+    gone = any(event & select.POLLERR for _, event in output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
+
+
 def command(argv: list[str], module) -> str:
     """What to type to run this again."""
     name = module.__spec__.name if module.__spec__ else module.__name__
@@ -148,7 +165,7 @@ def parse(argv: list[str], doc: str, takes_config: bool = False) -> list[str]:
     others = [arg for arg in argv[1:] if arg not in config]
     known = _known_flags(takes_config)
     if "--help" in others or "-h" in others:
-        print(doc, known.get_help("  ", include_special_flags=False), sep="\n")
+        print(doc, known.get_help("  ", include_special_flags=False), sep="\n", flush=True)
         sys.exit(0)
     try:
         unexpected = flags.FLAGS([argv[0], *others])[1:]

@@ -328,3 +328,21 @@ def test_ctrl_c_before_a_run_has_begun_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("hybrid_jax.train.advice.check_platform", interrupted)
     result = run_train(tmp_path)
     assert (result.code, result.err) == (130, "stopped by Ctrl-C\n")
+
+
+def test_a_reader_that_has_gone_is_no_mistake():
+    """As `--help | head`: no word, and the exit code of a program that SIGPIPE ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "experiments.train", "--help"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_told_of():
+    def action():
+        raise BrokenPipeError(errno.EPIPE, "of a socket")
+
+    with pytest.raises(BrokenPipeError):
+        cli.guarded(action)
