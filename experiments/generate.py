@@ -53,7 +53,8 @@ def main() -> int:
         if TOKENIZER.value is not None:
             model.tokenizer = load_tokenizer(TOKENIZER.value)
         if model.tokenizer is None and PROMPT_TOKENS.value is None:
-            raise ConfigError(f"{workdir} has no tokenizer: give one (--tokenizer=FOLDER), or prompt with --prompt_tokens=IDS")
+            given = "give one (--tokenizer=FOLDER or --tokenizer=bytes)"
+            raise ConfigError(f"{workdir} has no tokenizer: {given}, or prompt with --prompt_tokens=IDS")
         session = Session(model, 1, SEED.value)
         if INTERACTIVE.value:
             converse(session, settings)
@@ -72,7 +73,12 @@ def converse(session, settings) -> None:
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print()
+            continue
+        except EOFError:
             print()
             return
         if line:

@@ -1,5 +1,6 @@
 """The command that generates: on a trained run, a converted checkpoint and a Hugging Face folder; in one go and in turns."""
 
+import contextlib
 import io
 import json
 import sys
@@ -63,10 +64,29 @@ def test_turns_go_on_from_all_there_was(trained, monkeypatch):
     assert result.out.split("\n", 1)[1] == "\n".join([*turns, "", ""])
 
 
+@pytest.mark.parametrize("in_a_terminal", [True, False])
+def test_ctrl_c_at_the_prompt(in_a_terminal, monkeypatch, capsys):
+    """In a terminal it ends the line, as in a shell; where lines come from elsewhere nobody would see a new prompt."""
+    typed, prompts = [KeyboardInterrupt, "", KeyboardInterrupt, EOFError], []
+
+    def answer(prompt):
+        prompts.append(prompt)
+        if isinstance(line := typed.pop(0), str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(generate.sys.stdin, "isatty", lambda: in_a_terminal)
+    with contextlib.nullcontext() if in_a_terminal else pytest.raises(KeyboardInterrupt):
+        generate.converse(None, None)
+    assert prompts == (["> "] * 4 if in_a_terminal else [""])
+    assert capsys.readouterr().out.count("\n") == (4 if in_a_terminal else 1)
+
+
 def test_a_folder_without_a_tokenizer_takes_tokens(theirs, tmp_path):
     result = run_generate(f"--workdir={theirs}", "--prompt=def")
     assert result.code == 2 and result.err.count("\n") == 1
-    assert "has no tokenizer: give one (--tokenizer=FOLDER), or prompt with --prompt_tokens=IDS" in result.err
+    assert "has no tokenizer: give one (--tokenizer=FOLDER or --tokenizer=bytes), or prompt with --prompt_tokens=IDS" in result.err
     result = run_generate(f"--workdir={theirs}", "--prompt_tokens=5,17,60", "--max_new_tokens=7")
     written = hybrid_jax.generate(hybrid_jax.load(theirs), [[5, 17, 60]], max_new_tokens=7)[0]
     assert result == (0, " ".join(map(str, written)) + " \n", "")
