@@ -88,8 +88,10 @@ def main(run: cli.Run) -> int:
             # ---- Compile, once.
             if first < steps:
                 started = time.perf_counter()
+                report.display.doing("compiling")
                 train_step, held = compile_step(program, batch_shapes(config, mesh))
                 report.say(f"compiled in {time.perf_counter() - started:.0f} s; a step holds {gigabytes(held)} on each device")
+                report.display.doing("first step")
                 report.say(advice.implementations(config.model, advice.implementations_of(config.model, train_step.as_text())))
 
             # ---- Train. A step is reported when the next one is under way, so that the devices never wait for the host.

@@ -35,6 +35,11 @@ class Display:
             width = len(str(self.steps))
             self.say(f"step {step:>{width}}/{self.steps}  {text}  gradient {row['grad_norm']:.3g}  rate {row['learning_rate']:.3g}")
 
+    def doing(self, what: str) -> None:
+        """What is under way before the first step."""
+        if self._bar:
+            self._bar.update(self._task, description=what)
+
     def say(self, text: str) -> None:
         """A line that stays."""
         if self._bar:

@@ -4,6 +4,7 @@ import json
 import re
 import struct
 import sys
+import time
 from types import SimpleNamespace
 
 import jax
@@ -130,6 +131,7 @@ def row(**changes):
 
 def test_a_log_file_gets_plain_lines(capsys):
     display = Display(300, 0)
+    display.doing("compiling")
     display.step(9, row(), 100.0, line=False)
     display.step(10, row(skipped=2), 3600.0, line=True)
     display.close()
@@ -143,6 +145,9 @@ def test_a_terminal_gets_a_bar(capsys, monkeypatch, columns):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("COLUMNS", columns)
     display = Display(300, 0)
+    display.doing("compiling")
+    time.sleep(0.3)  # shown by the bar's own thread, ten times a second
+    assert "compiling" in capsys.readouterr().out
     display.step(150, row(), 100.0, line=False)
     display.say("a line that stays")
     display.close()
