@@ -44,7 +44,7 @@ OWN = ("tokens",)  # what a run's own evaluation takes
 def asked(name: str | None, values: flags.FlagValues) -> list[str]:
     """The flags of the suite, or of a run's own evaluation, that ``values`` were given, as they are typed, in order.
 
-    Raises ConfigError for one that it does not take, and for a file or folder that is not there.
+    Raises ConfigError for one that it does not take or can not do without, and for a file or folder that is not there.
     """
     takes = SUITES[name].takes if name else OWN
     given = sorted(flag for flag in values if values[flag].present)
@@ -58,6 +58,10 @@ def asked(name: str | None, values: flags.FlagValues) -> list[str]:
         for path in [paths] if isinstance(paths, str) else paths:
             if not Path(path).exists():
                 raise ConfigError(f"--{flag.name}={path}: there is no such file or folder")
+    if name == "lm" and not (values["data"].value or values["include_path"].value or values["download"].value):
+        raise ConfigError("--suite=lm needs --data=FOLDER, its tasks' data sets (docs/evaluation.md), or --download to have them fetched")
+    if name == "completion" and not values["files"].value:
+        raise ConfigError("--suite=completion needs --files, such as --files=based-fda.parquet,based-swde.parquet")
     return [values[flag].serialize() for flag in given if flag in takes]
 
 
@@ -225,8 +229,6 @@ def _lm_table(title: str, results: Results) -> Table:
 def _completion(model, workdir: epath.Path, config: RunConfig) -> Results:
     from hybrid_jax.evals import completion
 
-    if not FILES.value:
-        raise ConfigError("--suite=completion needs --files, such as --files=based-fda.parquet,based-swde.parquet")
     options = {"max_length": MAX_LENGTH.value, "batch": BATCH.value, "limit": EXAMPLES.value, "beginning": BEGINNING.value}
     return completion.evaluate(model, FILES.value, **options)
 

@@ -6,6 +6,7 @@ import re
 import pytest
 from absl import flags
 
+from experiments import eval as evaluation
 from experiments import report, suites
 from tests.experiments.commands import run, run_eval, run_train
 
@@ -121,7 +122,6 @@ def test_completion(workdir, tmp_path):
         ),
         (["--suite=mqar", "--pairs=four"], "--pairs=four must be positive integers with commas between them"),
         (["--suite=mqar", "--pairs=9"], "no MQAR problem has 9 pairs in 16 or 32 or 64 tokens of an alphabet of 8"),
-        (["--suite=completion"], "--suite=completion needs --files"),
         (["--suite=ruler", "--tasks=niah_singel_1"], "did you mean 'niah_single_1'?"),
         (["--suite=everything"], "held_out"),
     ],
@@ -130,6 +130,20 @@ def test_refused(workdir, arguments, message):
     result = run_eval(workdir, *arguments)
     assert result.code == 2
     assert message in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite=completion"], "--suite=completion needs --files"),
+        (["--suite=lm"], "--suite=lm needs --data=FOLDER"),
+        (["--suite=lm", "--tasks=arc_easy", "--nodownload"], "--suite=lm needs --data=FOLDER"),
+    ],
+)
+def test_what_is_missing_is_told_of_before_anything_is_imported(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(evaluation, "read_config", None)
+    result = run_eval(tmp_path, *arguments)
+    assert result.code == 2 and message in result.err
 
 
 def test_a_report_of_suites(workdir, tmp_path):

@@ -105,7 +105,7 @@ def test_every_run_is_evaluated_once(started, capsys):
 
 
 def test_an_evaluation_that_failed_is_named(started, capsys):
-    flags.FLAGS["models"].value, flags.FLAGS["eval"].value = ["gla_r6"], ["--suite=lm", "--suite=mqar"]
+    flags.FLAGS["models"].value, flags.FLAGS["eval"].value = ["gla_r6"], ["--suite=lm --download", "--suite=mqar"]
     assert sweep.main([]) == 1
     assert [given.get("suite") for _, _, given in started] == [None, "lm", "mqar"]
     assert "not lm: see" in capsys.readouterr().out.replace("\n", " ")
