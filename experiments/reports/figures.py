@@ -32,6 +32,7 @@ def by_ratio(models: Models, size: str, file: Path) -> Path | None:
         for axes, measure in zip(panels[0], measures, strict=True):
             _ratio_panel(axes, found, {m: s[measure.name] for m, s in found.items() if measure.name in s}, measure)
             _studys_lines(axes, found, measure, size)
+            _within_percents(axes, measure)
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         return figure
@@ -59,7 +60,6 @@ def _ratio_panel(axes, found: dict, scores: dict[tuple[str, str], Score], measur
     axes.set(title=measure.heading, xlabel="linear layers to one of full attention")
     axes.set_xticks(range(len(ratios)), ratios)
     axes.set_xlim(-0.4, len(ratios) - 0.6)
-    _within_percents(axes, measure)
     if not measure.percent:  # a tenth of the mean at least, or noise would fill the panel
         spreads = [score.spread or 0 for score in scores.values()]
         means = [score.mean for score in scores.values()]
@@ -70,10 +70,13 @@ def _ratio_panel(axes, found: dict, scores: dict[tuple[str, str], Score], measur
 
 
 def _within_percents(axes, measure: Measure) -> None:
-    """Cut the axis where there is nothing beyond, though a spread may reach there."""
+    """Ten points at least, or noise would fill the panel; cut where there is nothing beyond, though a spread may reach there."""
     if measure.percent:
         low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -2), min(high, 102))
+        more = max(0, 10 - (high - low)) / 2
+        low, high = max(low - more, -2), min(high + more, 102)
+        high = max(high, min(low + 10, 102))
+        axes.set_ylim(min(low, high - 10), high)
 
 
 def _studys_lines(axes, found: dict, measure: Measure, size: str) -> None:
@@ -102,6 +105,7 @@ def ruler_groups(models: Models, size: str, file: Path) -> Path | None:
             measure = Measure(f"ruler/{name}", name, percent=True)
             _ratio_panel(axes, found, {m: s[measure.name] for m, s in found.items() if measure.name in s}, measure)
             axes.set_xlabel("")
+        _within_percents(axes, measure)  # of all panels, once all is drawn
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         return figure
@@ -128,7 +132,7 @@ def pareto(models: Models, costs: dict, size: str, measure: Measure, context: in
             axes.plot(*zip(*best, strict=True), color=REFERENCE, linewidth=1, zorder=0)
             axes.set(title=title)
             _cost_axis(axes, [price[cost] for _, price in points.values()])
-            _within_percents(axes, measure)
+        _within_percents(axes, measure)
         panels[0].set_ylabel(measure.heading)
         figure.legend(handles=_legend(plt, points), loc="outside lower center", ncols=8)
         return figure

@@ -1,6 +1,7 @@
 """One picture of a run: how the loss fell, what the evaluations say, where in the window, and recall."""
 
 import io
+import json
 
 import numpy as np
 from etils import epath
@@ -29,8 +30,11 @@ STYLE = {
 }
 
 
-def plot_run(workdir: epath.Path) -> epath.Path:
-    """Draw WORKDIR/summary.png from its metrics.jsonl and eval-*.json, for a run that ended or is under way."""
+def plot_run(workdir: epath.Path, name: str | None = None) -> epath.Path:
+    """Draw WORKDIR/summary.png from its metrics.jsonl and eval-*.json, for a run that ended or is under way.
+
+    name: of its model; where it is not given, as summary.json has it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,7 +51,7 @@ def plot_run(workdir: epath.Path) -> epath.Path:
         _bits(axes[0, 1], evaluations)
         _positions(axes[1, 0], full)
         _recall(axes[1, 1], evaluations)
-        figure.suptitle(_title(workdir, rows), x=0.01, ha="left", fontsize=13, fontweight="bold")
+        figure.suptitle(_title(workdir, rows, name), x=0.01, ha="left", fontsize=13, fontweight="bold")
         file = workdir / "summary.png"
         save(figure, file)
         plt.close(figure)
@@ -61,9 +65,11 @@ def save(figure, file: epath.Path) -> None:
     file.write_bytes(picture.getvalue())
 
 
-def _title(workdir: epath.Path, rows: list[dict]) -> str:
-    last = max((row["step"] for row in rows), default=0)
-    return f"{workdir.resolve().name}, {count(last, 'step')}"
+def _title(workdir: epath.Path, rows: list[dict], name: str | None) -> str:
+    last, folder, summary = max((row["step"] for row in rows), default=0), workdir.resolve().name, workdir / "summary.json"
+    if name is None and summary.exists():
+        name = json.loads(summary.read_text())["run"]
+    return f"{folder if name in (None, folder) else f'{name} ({folder})'}, {count(last, 'step')}"
 
 
 def _losses(axes, training: list[dict], evaluations: list[dict]) -> None:
@@ -168,7 +174,9 @@ def _recall(axes, evaluations: list[dict]) -> None:
 
 
 def _annotate_last(axes, x: float, y: float, text: str, color: str) -> None:
-    axes.annotate(text, (x, y), xytext=(0, 8), textcoords="offset points", ha="right", color=color, fontweight="bold")
+    place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right"}
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # so that no line goes through it
+    axes.annotate(text, (x, y), **place, color=color, fontweight="bold", bbox=box)
 
 
 def _empty(axes, text: str) -> None:

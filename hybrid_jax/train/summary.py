@@ -38,7 +38,7 @@ def finish(name: str, config: RunConfig, workdir: epath.Path, speed: dict[str, A
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
-    plot_run(workdir)
+    plot_run(workdir, name)
     write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     show(summary, workdir)
     return 0

@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 from absl import flags
+from matplotlib import pyplot
 
 from experiments import cli, report
 from experiments.configs import recipe
@@ -44,6 +45,34 @@ def folder(tmp_path):
     (tmp_path / "runs" / "notes").mkdir()  # no run
     (tmp_path / "runs" / "gla_pure.log").write_text("")
     return tmp_path
+
+
+def drawn(monkeypatch):
+    """Where a picture's axes end up, low and high of each panel, in place of its file."""
+    limits = []
+
+    def save(draw, file):
+        figure = draw(pyplot)
+        figure.canvas.draw()
+        limits[:] = [axes.get_ylim() for axes in figure.axes]
+        pyplot.close(figure)
+
+    monkeypatch.setattr(figures, "_save", save)
+    return limits
+
+
+@pytest.mark.parametrize("share, least, most", [(0.5, 45, 55), (0.0, -2, 8), (0.999, 92, 102)])
+def test_an_axis_of_percents_is_ten_points_high(monkeypatch, share, least, most):
+    limits = drawn(monkeypatch)
+    models = {("width 64", "gla", ratio): {"mqar": Score((share + i / 1e4,))} for i, ratio in enumerate(("pure", "6:1"))}
+    figures.by_ratio(models, "width 64", None)
+    assert limits == [pytest.approx((least, most), abs=0.1)]
+
+
+def test_panels_with_one_axis_show_what_is_in_each(monkeypatch):
+    limits = drawn(monkeypatch)
+    figures.ruler_groups({("340M", "gla", "pure"): {"ruler/Single": Score((0.95,)), "ruler/QA": Score((0.2,))}}, "340M", None)
+    assert len(limits) == 2 and all(low < 20 and high > 95 for low, high in limits)
 
 
 def made(folder, *arguments):

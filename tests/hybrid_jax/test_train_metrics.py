@@ -268,6 +268,24 @@ def test_a_picture_of_any_run(tmp_path, steps):
     assert file == tmp_path / "summary.png" and content.startswith(b"\x89PNG") and len(content) > 20_000
 
 
+def test_a_picture_names_the_model_and_the_folder(tmp_path):
+    (workdir := tmp_path / "r1").mkdir()
+    assert plot._title(workdir, [{"step": 5}], None) == "r1, 5 steps"
+    assert plot._title(workdir, [{"step": 5}], "gla_r6-tiny") == "gla_r6-tiny (r1), 5 steps"
+    assert plot._title(workdir, [{"step": 5}], "r1") == "r1, 5 steps"
+    (workdir / "summary.json").write_text('{"run": "gla_r6-tiny"}')
+    assert plot._title(workdir, [], None) == "gla_r6-tiny (r1), 0 steps"
+
+
+def test_no_line_goes_through_the_last_value():
+    found = {"xz_bits_per_byte": 2.0, "unigram_bits_per_byte": 4.7, "bits_per_byte": 4.5}
+    figure, axes = pyplot.subplots(figsize=(5.5, 3.75))
+    plot._bits(axes, [{"step": 5, "evaluation": found}])
+    value = next(text for text in axes.texts if text.get_text() == "4.500")
+    assert value.get_bbox_patch().get_facecolor() == (1, 1, 1, 1) and value.zorder > max(line.zorder for line in axes.lines)
+    pyplot.close(figure)
+
+
 @pytest.mark.parametrize("bits", [[8.1], [8.1, 3.0]])
 @pytest.mark.parametrize("steps", [1, 10])
 def test_axes_of_steps_are_whole_and_leave_room_for_the_last_value(bits, steps):
