@@ -29,6 +29,7 @@ from rich.table import Column, Table
 from experiments import cli
 from experiments.children import Children
 from experiments.configs import recipe
+from hybrid_jax.amounts import quantity
 from hybrid_jax.config import ConfigError
 
 SIZE = flags.DEFINE_string("size", "tiny", "Of the models: tiny, recall, 340m or 1b3.")
@@ -108,12 +109,12 @@ class Outcome(NamedTuple):
 def do(job: Job, folder: Path, overrides: list[str], asked: dict[str, list[str]], children: Children, say) -> Outcome:
     """Train one run and evaluate it, each in a process of its own."""
     workdir, log = folder / job.name, folder / f"{job.name}.log"
-    say(job.name)
+    say(f"{job.name}, log in {log}")
     if not children.run("train", *job.flags, f"--workdir={workdir}", *overrides, log=log):
         return Outcome(None, dict.fromkeys(asked, False))
     summary, evaluated = json.loads((workdir / "summary.json").read_text()), {}
     for suite, given in asked.items():
-        say(f"{job.name}: {suite}")
+        say(f"{job.name}: {suite}, log in {log}")
         evaluated[suite] = is_evaluated(workdir, summary["step"], suite, given) or children.run(
             "eval", f"--workdir={workdir}", f"--suite={suite}", *given, log=log
         )
@@ -136,13 +137,14 @@ def row(name: str, outcome: Outcome, log: Path) -> list[str]:
     if outcome.evaluated:
         missing = [suite for suite, done in outcome.evaluated.items() if not done]
         values.append(f"not {', '.join(missing)}: see {log}" if missing else ", ".join(outcome.evaluated))
-    return [name, f"{summary['parameters']:,}", str(summary["step"]), *values]
+    return [name, quantity(summary["parameters"]), str(summary["step"]), *values]
 
 
 def show(outcomes: dict[str, Outcome], folder: Path, with_suites: bool) -> None:
     """Print the table."""
-    names = ("run", "parameters", "steps", "held-out loss", "bits per byte", "recall", "tokens/s", *(["suites"] if with_suites else []))
-    table = Table(*(Column(name, overflow="fold") for name in names), title=f"{SIZE.value}, {folder}")  # numbers whole in any terminal
+    names = ("run", "size", "steps", "held-out loss", "bits per byte", "recall", "tokens/s", *(["suites"] if with_suites else []))
+    columns = (Column(name, overflow="fold", no_wrap=name == "run") for name in names)  # numbers whole in any terminal
+    table = Table(*columns, title=f"{SIZE.value}, {folder}")
     for name, outcome in outcomes.items():
         table.add_row(*row(name, outcome, folder / f"{name}.log"))
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)

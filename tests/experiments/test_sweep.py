@@ -65,7 +65,7 @@ def test_a_failed_run_is_named_and_the_others_are_kept(started, capsys, tmp_path
         ("train", f"{name}-tiny", {"config": f"configs/{name}.py:tiny", "config.train.steps": "5"}) for name in ("gla_r6", "retnet_r3")
     ]
     printed = capsys.readouterr().out
-    assert "1,234" in printed and "2.2500" in printed and "50.0%" in printed and "not done" in printed
+    assert "1.23k" in printed and "2.2500" in printed and "50.0%" in printed and "not done" in printed
     assert not (tmp_path / "rows.jsonl").exists() and "a report of" not in printed
 
 
