@@ -51,8 +51,7 @@ def gated_linear_attention(
     decays is ever formed. Differentiable in every float argument. Raises ValueError for shapes, dtypes or names that do not fit.
     """
     operator = "gated_linear_attention"
-    kernel = "pallas" if platforms.kernels(tpu, gpu).is_faster(q, k, v, log_decay) else None
-    run = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
+    checks.check_floating(operator, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     axes = _decay_axes(operator, log_decay, {4: "B T HV K", 3: "B T HV", 1: "HV"})
     sizes = checks.bind_shapes(
         operator,
@@ -67,8 +66,9 @@ def gated_linear_attention(
     )
     checks.check_tokens(operator, q=q)
     _check_heads(operator, sizes)
-    checks.check_floating(operator, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     checks.check_segment_ids(operator, segment_ids)
+    kernel = "pallas" if platforms.kernels(tpu, gpu).is_faster(q, k, v, log_decay) else None
+    run = checks.choose(operator, IMPLEMENTATIONS, implementation, default="xla", kernel=kernel)
 
     if initial_state is None:
         # Zeros like an outer product of k and v, so that inside shard_map they vary over the same axes of the mesh.

@@ -345,3 +345,11 @@ def test_step_refuses():
     for name, wrong in {"k": array(2, 2, 4), "log_decay": array(2, 5, 4, 3), "state": array(2, 2, 3, 6), "v": array(2, 3, 6)}.items():
         with pytest.raises(ValueError, match=name):
             jax.eval_shape(gated_linear_attention_step, **{**token, name: wrong})
+
+
+def test_lists_are_refused():
+    x = np.ones((1, 2, 1, 3), np.float32)
+    with pytest.raises(ValueError, match="gated_linear_attention: q is a list, needs an array"):
+        gated_linear_attention(x.tolist(), x, x, x)
+    with pytest.raises(ValueError, match="gated_linear_attention: log_decay is a float, needs an array"):
+        gated_linear_attention(x, x, x, -0.1)
