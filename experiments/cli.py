@@ -29,7 +29,8 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 
 from hybrid_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from hybrid_jax.data import DataError
-from hybrid_jax.train.workdir import RunError, read_config, run_folder
+from hybrid_jax.storage import run_folder
+from hybrid_jax.train.workdir import RunError, read_config
 
 CONFIG_HELP = "configs/NAME.py[:size]; any of its fields as --config.train.steps=100 (hybrid_jax/config says what there is)."
 NO_MEMORY = (

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from experiments import checkpoint, cli, folder
 from hybrid_jax.config import ConfigError
-from hybrid_jax.train.workdir import read_config, run_folder
+from hybrid_jax.storage import run_folder
+from hybrid_jax.train.workdir import read_config
 
 FROM_HF = flags.DEFINE_string("from_hf", None, "The Hugging Face folder to read; --workdir becomes a run that starts from it.")
 TO_HF = flags.DEFINE_string("to_hf", None, "The folder to write as a Hugging Face checkpoint, from the run in --workdir.")

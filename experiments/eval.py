@@ -26,7 +26,8 @@ from etils import epath
 
 from experiments import checkpoint, cli, folder, processes, suites
 from hybrid_jax.config import ConfigError, MeshConfig, RunConfig
-from hybrid_jax.train.workdir import evaluation_file, read_config, run_folder, write_whole
+from hybrid_jax.storage import run_folder, write_whole
+from hybrid_jax.train.workdir import evaluation_file, read_config
 
 SUITE = flags.DEFINE_enum("suite", None, sorted(suites.SUITES), "What to measure in place of the run's own evaluation.")
 TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens to score, at most; default: the run's evaluation.tokens.", lower_bound=1)

@@ -5,7 +5,7 @@ import os
 from absl import flags
 from etils import epath
 
-from hybrid_jax.train.workdir import run_folder
+from hybrid_jax.storage import run_folder
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, or gs://BUCKET/FOLDER: checkpoints, metrics, summary and picture.")
 

@@ -16,7 +16,7 @@ from absl import flags
 
 from experiments import checkpoint, cli, folder
 from hybrid_jax.config import ConfigError
-from hybrid_jax.train.workdir import run_folder
+from hybrid_jax.storage import run_folder
 
 PROMPT = flags.DEFINE_string("prompt", None, "The text to go on from.")
 PROMPT_TOKENS = flags.DEFINE_list("prompt_tokens", None, "Token ids to go on from, such as 17,4,99; token ids are printed.")

@@ -15,7 +15,7 @@ from absl import flags
 from experiments import cli
 from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError
-from hybrid_jax.train.workdir import run_folder
+from hybrid_jax.storage import run_folder
 
 RUNS = flags.DEFINE_list("runs", None, "Folders of runs, with wildcards, also gs://BUCKET/FOLDER; others than runs are passed over.")
 OUTPUT = flags.DEFINE_string("output", "report", "Folder to write to.")

@@ -13,8 +13,9 @@ from hybrid_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from hybrid_jax.hf import convert
 from hybrid_jax.model import Model, abstract
 from hybrid_jax.sharding import make_mesh
+from hybrid_jax.storage import run_folder
 from hybrid_jax.train.checkpoints import load_params
-from hybrid_jax.train.workdir import read_config, run_folder
+from hybrid_jax.train.workdir import read_config
 
 
 def load(folder, step: int | None = None) -> Model:

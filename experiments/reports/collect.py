@@ -12,7 +12,8 @@ from etils import epath
 
 from hybrid_jax import costs
 from hybrid_jax.config import NAMES, Attention, ConfigError, ModelConfig, RunConfig
-from hybrid_jax.train.workdir import differences, files, is_free, read_config, read_evaluations, saved_steps
+from hybrid_jax.storage import files
+from hybrid_jax.train.workdir import differences, is_free, read_config, read_evaluations, saved_steps
 
 RATIOS = ("pure", "24:1", "12:1", "6:1", "3:1", "full")  # in order of the share of full attention, as the study's figures have them
 SIZES = {1024: "340M", 2048: "1.3B"}  # by model.width

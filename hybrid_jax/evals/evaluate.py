@@ -18,9 +18,9 @@ from hybrid_jax.data import DataError, mqar, pipeline
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.data.tokenizers import ByteTokenizer
 from hybrid_jax.evals.baselines import unigram_bits_per_byte, xz_bits_per_byte
+from hybrid_jax.storage import write_whole
 from hybrid_jax.train.feed import LocalRows
 from hybrid_jax.train.loss import Losses, batch_losses
-from hybrid_jax.train.workdir import write_whole
 
 Evaluate = Callable[..., dict[str, Any] | None]
 

@@ -28,6 +28,7 @@ from hybrid_jax.data.tokenizers import FILES, Tokenizer, load_tokenizer
 from hybrid_jax.hf import names, options, tensors
 from hybrid_jax.model import Model, abstract
 from hybrid_jax.sharding import make_mesh
+from hybrid_jax.storage import in_bucket
 from hybrid_jax.train import workdir as workdirs
 from hybrid_jax.train.checkpoints import Checkpoints, to_evaluate
 from hybrid_jax.train.optimizer import evaluation_params
@@ -54,7 +55,7 @@ class Folder:
 
     def __init__(self, folder: Path):
         """Raises ConfigError, naming it, for an option or a tensor that is missing, unknown or not supported."""
-        if workdirs.in_bucket(folder):
+        if in_bucket(folder):
             raise ConfigError(f"{folder} is a Hugging Face folder in a bucket: copy it to a file system (gcloud storage cp --recursive)")
         self.path = folder
         self.options = options.modern(_read_json(folder / "config.json"))

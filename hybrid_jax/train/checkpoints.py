@@ -16,9 +16,10 @@ from orbax.checkpoint import v1 as ocp
 from hybrid_jax.amounts import gigabytes
 from hybrid_jax.config import CheckpointConfig, ConfigError, OptimizerConfig, RunConfig
 from hybrid_jax.distributed import gather
+from hybrid_jax.storage import in_bucket
 from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import TrainState, abstract_state, state_bytes
-from hybrid_jax.train.workdir import RunError, in_bucket
+from hybrid_jax.train.workdir import RunError
 
 TRIES = 3  # to read a checkpoint, before it is taken for broken: storage may fail for a moment
 PAUSE = 5.0  # seconds between them

@@ -13,7 +13,8 @@ import numpy as np
 from etils import epath
 
 from hybrid_jax.config import LogConfig
-from hybrid_jax.train.workdir import RunError, in_bucket, one_line
+from hybrid_jax.storage import in_bucket, one_line
+from hybrid_jax.train.workdir import RunError
 
 COPIED_EVERY = 60.0  # seconds, to a bucket
 

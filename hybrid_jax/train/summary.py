@@ -15,8 +15,9 @@ from rich.table import Table
 from hybrid_jax import costs
 from hybrid_jax.amounts import count, duration, gigabytes, quantity
 from hybrid_jax.config import RunConfig
+from hybrid_jax.storage import write_whole
 from hybrid_jax.train.plot import plot_run
-from hybrid_jax.train.workdir import evaluation_file, write_whole
+from hybrid_jax.train.workdir import evaluation_file
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 

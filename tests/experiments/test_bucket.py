@@ -15,9 +15,10 @@ import safetensors.numpy
 import hybrid_jax
 from experiments import cli, report
 from hybrid_jax.config import LogConfig
+from hybrid_jax.storage import run_folder
 from hybrid_jax.train import metrics as module
 from hybrid_jax.train.metrics import Metrics, read_rows
-from hybrid_jax.train.workdir import RunError, run_folder, saved_steps
+from hybrid_jax.train.workdir import RunError, saved_steps
 from tests.experiments import test_processes
 from tests.experiments.commands import CONFIG, run, run_eval, run_train
 from tests.experiments.test_convert import run_convert
