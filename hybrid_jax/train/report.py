@@ -9,9 +9,9 @@ from etils import epath
 from hybrid_jax.amounts import count
 from hybrid_jax.config import RunConfig
 from hybrid_jax.evals.evaluate import write_evaluation
-from hybrid_jax.train import step as train_step
 from hybrid_jax.train.metrics import Metrics, by_doubling, read_rows
 from hybrid_jax.train.progress import Display
+from hybrid_jax.train.step import StepMetrics
 from hybrid_jax.train.throughput import peak_flops, training_flops
 from hybrid_jax.train.workdir import RunError, evaluation_file
 
@@ -32,7 +32,7 @@ class Report:
         self.training_seconds = 0.0  # evaluations and saves left out
         self._seconds_a_step: float | None = None
 
-    def step(self, step: int, metrics: train_step.Metrics) -> None:
+    def step(self, step: int, metrics: StepMetrics) -> None:
         """Report a step, waiting for it if it is still under way. Raises RunError after too many bad ones in a row."""
         metrics = jax.device_get(metrics)
         now = time.perf_counter()

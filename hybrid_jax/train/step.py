@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
     skipped_in_a_row: jax.Array  # [] int32, of them, those since the last good step
 
 
-class Metrics(NamedTuple):
+class StepMetrics(NamedTuple):
     """What a step reports; arrays on the device, fetched when the next step is under way."""
 
     loss: jax.Array  # [] nats a token, weighted
@@ -56,7 +56,7 @@ class Program(NamedTuple):
     state: TrainState  # of ShapeDtypeStructs with their shardings
     init: Callable[[jax.Array], TrainState]  # key -> state, each device drawing its own part
     begin: Callable[[nnx.State], TrainState]  # the state before the first step, of given parameters (donated)
-    step: Callable[[TrainState, dict], tuple[TrainState, Metrics]]  # the state is donated
+    step: Callable[[TrainState, dict], tuple[TrainState, StepMetrics]]  # the state is donated
 
 
 def microbatches(config: RunConfig, mesh: Mesh) -> int:
@@ -147,7 +147,7 @@ def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, lear
         sums = batch_losses(nnx.merge(graph, params), batch)
         return sums.total, sums
 
-    def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, StepMetrics]:
         params = state.params
 
         def add(sums, microbatch):
@@ -169,7 +169,7 @@ def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, lear
         rate = learning_rate(state.step - state.skipped)  # the optimiser counts the steps it took
         skipped = state.skipped + ~finite
         skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-        metrics = Metrics(loss, grad_norm, rate, skipped, skipped_in_a_row, sums.total_by_position, sums.weight_by_position)
+        metrics = StepMetrics(loss, grad_norm, rate, skipped, skipped_in_a_row, sums.total_by_position, sums.weight_by_position)
         return TrainState(params, opt_state, state.step + 1, skipped, skipped_in_a_row), metrics
 
     return step

@@ -21,7 +21,7 @@ from hybrid_jax.train import advice, plot, throughput
 from hybrid_jax.train.metrics import Metrics, by_doubling, read_rows
 from hybrid_jax.train.progress import Display
 from hybrid_jax.train.report import Report
-from hybrid_jax.train.step import Metrics as StepMetrics
+from hybrid_jax.train.step import StepMetrics
 from hybrid_jax.train.workdir import RunError
 from tests.hybrid_jax.train_runs import small_run
 
