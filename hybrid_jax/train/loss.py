@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-BATCH_AXES, TIME_AXIS, VOCABULARY_AXIS = ("data", "fsdp"), "seq", "tensor"  # of the mesh in use, when there is one
+from hybrid_jax.sharding import RULES
+
+BATCH_AXES, TIME_AXIS, VOCABULARY_AXIS = (RULES[axis] for axis in ("batch", "time", "vocabulary"))  # of the mesh, where there is one
 
 
 class Losses(NamedTuple):

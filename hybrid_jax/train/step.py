@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_jax.config import ConfigError, RunConfig
 from hybrid_jax.model import abstract, initialize
-from hybrid_jax.sharding import batch_sharding, param_shardings, spec
+from hybrid_jax.sharding import batch_sharding, constrain, param_shardings
 from hybrid_jax.train.loss import Losses, batch_losses
 from hybrid_jax.train.optimizer import make_optimizer, schedule
 
@@ -179,10 +179,7 @@ def split(batch: dict, n: int) -> dict:
     """Cut a batch's [B,T] arrays into n microbatches, [n, B/n, T], every n-th row to one, so that no row changes device."""
 
     def cut(x):
-        x = x.reshape(x.shape[0] // n, n, x.shape[1]).swapaxes(0, 1)
-        if jax.sharding.get_abstract_mesh().size <= 1:
-            return x
-        return jax.lax.with_sharding_constraint(x, spec(None, "batch", "time"))
+        return constrain(x.reshape(x.shape[0] // n, n, x.shape[1]).swapaxes(0, 1), None, "batch", "time")
 
     return jax.tree.map(cut, batch)
 
