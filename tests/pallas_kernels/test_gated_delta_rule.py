@@ -380,7 +380,7 @@ WRONG = {
     "log_decay width": ({"log_decay": (2, 5, 4, 8)}, "log_decay has shape"),
     "initial_state": ({"initial_state": (2, 4, 8, 16)}, "initial_state has shape"),
     "segment_ids shape": ({"segment_ids": (2, 6)}, "segment_ids has shape"),
-    "no token": ({"q": (2, 0, 2, 16), "k": (2, 0, 2, 16), "v": (2, 0, 4, 8), "beta": (2, 0, 4), "log_decay": (4,)}, "token"),
+    "no token": ({"q": (2, 0, 2, 16), "k": (2, 0, 2, 16), "v": (2, 0, 4, 8), "beta": (2, 0, 4), "log_decay": (4,)}, "needs T >= 1"),
 }
 
 
