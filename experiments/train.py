@@ -110,6 +110,7 @@ def main(run: cli.Run) -> int:
                     checkpoints.save(state)
                 evaluated = evaluating and not stopping and measure()
                 if evaluating and not evaluated and not saving:
+                    report.flush()
                     checkpoints.save(state)
                 if stopping or evaluating and not evaluated:
                     break
