@@ -82,6 +82,10 @@ def main(run: cli.Run) -> int:
                     report.evaluation(step, results)
                 return results is not None
 
+            def save() -> None:
+                report.flush()  # a run that goes on from here is to have all rows until here
+                checkpoints.save(state)
+
             # What a kill between the checkpoint and its evaluation left out.
             evaluated = every(config.evaluation.every, first) and (evaluation_file(workdir, first).exists() or measure())
 
@@ -106,12 +110,10 @@ def main(run: cli.Run) -> int:
                 while len(unreported) > (0 if saving or evaluating else 1):
                     report.step(*unreported.pop(0))
                 if saving:
-                    report.flush()
-                    checkpoints.save(state)
+                    save()
                 evaluated = evaluating and not stopping and measure()
                 if evaluating and not evaluated and not saving:
-                    report.flush()
-                    checkpoints.save(state)
+                    save()
                 if stopping or evaluating and not evaluated:
                     break
                 if saving or evaluating:

@@ -23,7 +23,7 @@ from experiments.benchmarks import ahead, correctness, fla_import, fla_peer, gpu
 from experiments.benchmarks.batches import batches, summary
 from experiments.benchmarks.cases import Case, arguments, at_lengths, both_passes, program, select
 from experiments.benchmarks.gpu_static import takes
-from experiments.benchmarks.process import Here, Process
+from experiments.benchmarks.process import SHARED, Here, Process
 from experiments.benchmarks.rows import Suite
 from experiments.benchmarks.timing import compile_case
 
@@ -33,7 +33,6 @@ SECONDS = 450.0  # after which no further row is begun
 CALL_SECONDS = 200.0  # that an answer is waited for
 CHECKED_T = 1024
 DTYPE = "bfloat16"
-SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # for JAX to leave memory to others; read when it first asks for the card
 UNCHOSEN = {"FLA_CACHE_RESULTS": "0"}  # for fla not to keep which block sizes were fastest, only their kernels
 
 

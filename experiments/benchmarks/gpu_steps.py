@@ -16,7 +16,7 @@ import numpy as np
 from experiments.benchmarks import ahead, fla_peer, gpu_static, gpu_topology, hlo, sass, steps
 from experiments.benchmarks.batches import STEP_SECONDS, batches, summary
 from experiments.benchmarks.cases import TOKENS
-from experiments.benchmarks.process import Process
+from experiments.benchmarks.process import SHARED, Process
 from experiments.benchmarks.rows import Suite
 from experiments.benchmarks.targets import GPUS
 from experiments.configs import recipe
@@ -36,7 +36,6 @@ CONFIGS = [
 ]
 WINDOWS = (2048, 8192)
 ALL = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}  # of the card, for JAX
-SEVERAL = ALL | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # as much, and none of it before it is needed: for those that compile at once
 REMATS = ("none", "operators", "block")  # the first that fits is taken
 CALL_SECONDS = 400.0  # that a step's row is waited for, its compilation included
 OVERTIME = 90.0  # seconds after which a row that was begun in time is given up
@@ -146,7 +145,7 @@ def suite(wanted: Callable[[Case], bool], until: float, make_room: Callable[[], 
 
     def compile_ahead(cases: list[Case]) -> None:
         make_room()
-        ahead.rehearse(rehearse, [case for case in cases if case.implementation == "ours"], SEVERAL, until)
+        ahead.rehearse(rehearse, [case for case in cases if case.implementation == "ours"], ALL | SHARED, until)
 
     return Suite(
         "gpu_step",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from unittest import mock
 
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # for JAX to leave a card's memory to others; read when it first asks for the card
 _ENVIRONMENT = threading.Lock()  # of this process, in which another one is given its own
 
 

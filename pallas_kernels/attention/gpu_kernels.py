@@ -53,7 +53,7 @@ class Visits(NamedTuple):
         return self.whole - self.begin + self.end - self.whole_end
 
     @property
-    def count(self):
+    def steps(self):
         return self.end - self.begin
 
     def block(self, step):
@@ -218,7 +218,7 @@ def _stream(visits: Visits, load: Callable, compute: Callable, barriers) -> None
                 return carry
 
             carry = lax.fori_loop(0, visits.checked, partial(step, whole=False), carry)
-            return lax.fori_loop(visits.checked, visits.count, partial(step, whole=True), carry)
+            return lax.fori_loop(visits.checked, visits.steps, partial(step, whole=True), carry)
 
         compute(wg, each_block)
 
@@ -226,7 +226,7 @@ def _stream(visits: Visits, load: Callable, compute: Callable, barriers) -> None
     def _():
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
-        @pl.loop(0, visits.count + STAGES)
+        @pl.loop(0, visits.steps + STAGES)
         def _(i):
             slot = lax.rem(i, jnp.int32(STAGES))
 
@@ -234,7 +234,7 @@ def _stream(visits: Visits, load: Callable, compute: Callable, barriers) -> None
             def _():
                 plgpu.barrier_wait(consumed.at[slot])
 
-            @pl.when(i < visits.count)
+            @pl.when(i < visits.steps)
             def _():
                 load(i, slot, loaded.at[slot])
 

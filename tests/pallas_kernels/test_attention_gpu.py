@@ -128,7 +128,7 @@ def test_blocks_are_gone_through_once_each_and_the_whole_ones_last(seed):
     for visits, pairs in ((gpu._blocks_of_keys(plan, reach, places), attends), (gpu._blocks_of_queries(plan, reach, places), attends.T)):
         tiles = pairs.reshape(plan.tiles, gpu.TILE, T // block, block).swapaxes(1, 2)
         for tile, of_tile in enumerate(gpu.Visits(*row) for row in np.asarray(visits)[0]):
-            gone = [int(of_tile.block(step)) for step in range(of_tile.count)]
+            gone = [int(of_tile.block(step)) for step in range(of_tile.steps)]
             assert sorted(gone) == list(range(of_tile.begin, of_tile.end)) and of_tile.begin <= of_tile.whole <= of_tile.whole_end
             assert set(np.flatnonzero(tiles[tile].any((1, 2)))) <= set(gone)
             assert tiles[tile][gone[of_tile.checked :]].all()
