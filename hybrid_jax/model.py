@@ -33,7 +33,8 @@ class Block(nnx.Module):
         self.attn_norm = RMSNorm(config.width, config.norm_eps)
         self.mixer = mixers.build(config.full_attention if kind == "attention" else config.mixer, config, rngs)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
-        self.mlp = SwiGLU(config.width, config.mlp_hidden, std=config.init_std, dtype=dtype, rngs=rngs)
+        stds = dict(std=config.init_std, std_down=config.residual_std(config.mlp_hidden))
+        self.mlp = SwiGLU(config.width, config.mlp_hidden, **stds, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: Context, memory: Memory) -> tuple[jax.Array, Memory]:
         with jax.named_scope(self.kind):

@@ -47,6 +47,7 @@ def get_config(mixer: str, size: str, ratio: int | None = None) -> ConfigDict:
 def _340m(run: ConfigDict) -> None:
     """20 B tokens of FineWeb-Edu."""
     run.model.width = 1024
+    run.model.residual_init = "rescaled"
     run.model.tied = True  # our choice: "340M" counts one matrix; of the released weights some are tied, some not
     run.data.window = 4096  # the study's two versions say 2048 and 4096
     run.train.batch = 128  # our choice: 0.5 M tokens; the study's "50k" is likely a slip for that
@@ -58,6 +59,7 @@ def _340m(run: ConfigDict) -> None:
 def _1b3(run: ConfigDict) -> None:
     """100 B tokens of FineWeb-Edu, 1 M a step as the study says."""
     run.model.width = 2048
+    run.model.residual_init = "rescaled"
     run.data.window = 4096
     run.train.batch = 256
     run.train.steps = 95367

@@ -26,6 +26,9 @@ class ModelConfig:
     tied: bool = False  # one matrix for embedding and output
     norm_eps: float = 1e-6
     init_std: float = 0.02
+    # What the projections back to the model's width start with: "plain" init_std, as all others do; "rescaled" what the study's code had
+    # then: 1 / sqrt(3 inputs), over sqrt(2 layers), as every layer adds two of their outputs.
+    residual_init: Literal["plain", "rescaled"] = "plain"
     # Of compute; parameters are float32. Products of float32 follow JAX's jax_default_matmul_precision, which on TPUs and GPUs is less than
     # float32's own unless asked for (JAX_DEFAULT_MATMUL_PRECISION=highest).
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -61,6 +64,10 @@ class ModelConfig:
         """The mixer's name, layer by layer: "attention" at full-attention layers."""
         full = self.attention_layers or layout.attention_layers(self.layers, self.ratio, self.ratio_reading)
         return layout.layer_kinds(self.layers, full, NAMES[type(self.mixer)])
+
+    def residual_std(self, inputs: int) -> float:
+        """The standard deviation that a projection of so many inputs back to the model's width starts with."""
+        return self.init_std if self.residual_init == "plain" else (3 * inputs * 2 * self.layers) ** -0.5
 
     @property
     def mlp_hidden(self) -> int:

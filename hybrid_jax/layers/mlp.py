@@ -10,10 +10,10 @@ from hybrid_jax.layers.linear import Linear
 class SwiGLU(nnx.Module):
     """down(silu(gate x) * up x), no biases; [B,T,D] -> [B,T,D] through width F."""
 
-    def __init__(self, width: int, hidden: int, *, std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, *, std: float, std_down: float, dtype, rngs: nnx.Rngs):
         self.gate_proj = Linear(width, hidden, ("embed", "mlp"), std=std, dtype=dtype, rngs=rngs)
         self.up_proj = Linear(width, hidden, ("embed", "mlp"), std=std, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(hidden, width, ("mlp", "embed"), std=std, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(hidden, width, ("mlp", "embed"), std=std_down, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = self.gate_proj(x), self.up_proj(x)

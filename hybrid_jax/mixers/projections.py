@@ -34,7 +34,7 @@ def heads_in(model: ModelConfig, rngs: nnx.Rngs):
 
 def heads_out(inputs: int, model: ModelConfig, rngs: nnx.Rngs) -> Linear:
     """The projection from all heads back to the model's width."""
-    return Linear(inputs, model.width, ("heads", "embed"), std=model.init_std, dtype=jnp.dtype(model.dtype), rngs=rngs)
+    return Linear(inputs, model.width, ("heads", "embed"), std=model.residual_std(inputs), dtype=jnp.dtype(model.dtype), rngs=rngs)
 
 
 def short_convolution(width: int, activation: str | None, model: ModelConfig, rngs: nnx.Rngs):

@@ -26,7 +26,7 @@ from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig, from_dic
 from hybrid_jax.storage import files, in_bucket, one_line, write_whole
 
 # What of its model makes no difference to parameters that a run is given at its start, and starts from.
-GIVEN = ("model.dtype", "model.remat", "model.init_std")
+GIVEN = ("model.dtype", "model.remat", "model.init_std", "model.residual_init")
 # What may change between two starts of one run: how it is watched, kept and spread over devices, not what it computes.
 FREE = ("train.microbatch", "train.log_every", "train.bad_steps", "model.remat", "evaluation", "checkpoint", "mesh", "log", "platform")
 

@@ -218,6 +218,10 @@ def test_initial_values():
     A, dt = jnp.exp(mixer.A_log[...]), jax.nn.softplus(mixer.dt_bias[...])
     assert 0 < A.min() and A.max() < 16 and abs(float(A.mean()) - 8) < 1.5  # 192 draws from U(0, 16): s.d. of the mean 0.33
     assert 0.999e-3 < dt.min() and dt.max() < 1.001e-1 and abs(float(jnp.log(dt).mean()) - math.log(1e-2)) < 0.4
+    rescaled = models.build(dataclasses.replace(model.config, residual_init="rescaled")).stages[0].runs[0]
+    for kernel in (rescaled.mixer.o_proj.kernel[...], rescaled.mlp.down_proj.kernel[...]):
+        assert abs(float(jnp.std(kernel)) * math.sqrt(3 * kernel.shape[-2] * 48) - 1) < 0.01
+    assert abs(float(jnp.std(rescaled.mixer.q_proj.kernel[...])) - 0.02) < 2e-4
     zero = dataclasses.replace(model.config, mixer=config.GatedDeltaNet(heads=8, head_width=16, decay_init="zero"))
     mixer = models.build(zero).stages[0].runs[0].mixer
     assert not mixer.A_log[...].any() and not mixer.dt_bias[...].any()
