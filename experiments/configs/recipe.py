@@ -40,6 +40,8 @@ def get_config(mixer: str, size: str, ratio: int | None = None) -> ConfigDict:
     run.model.attention.update(ATTENTION[size])
     run.model.mlp_ratio = 2.0 if mixer == "retnet" else 4.0
     run.model.ratio = ratio
+    if size in ("340m", "1b3") and mixer != "attention":
+        run.model.residual_init = "rescaled"  # as the study's code had all its models then but the Transformer
     {"tiny": _tiny, "recall": _recall, "340m": _340m, "1b3": _1b3}[size](run)
     return run
 
@@ -47,7 +49,6 @@ def get_config(mixer: str, size: str, ratio: int | None = None) -> ConfigDict:
 def _340m(run: ConfigDict) -> None:
     """20 B tokens of FineWeb-Edu."""
     run.model.width = 1024
-    run.model.residual_init = "rescaled"
     run.model.tied = True  # our choice: "340M" counts one matrix; of the released weights some are tied, some not
     run.data.window = 4096  # the study's two versions say 2048 and 4096
     run.train.batch = 128  # our choice: 0.5 M tokens; the study's "50k" is likely a slip for that
@@ -59,7 +60,6 @@ def _340m(run: ConfigDict) -> None:
 def _1b3(run: ConfigDict) -> None:
     """100 B tokens of FineWeb-Edu, 1 M a step as the study says."""
     run.model.width = 2048
-    run.model.residual_init = "rescaled"
     run.data.window = 4096
     run.train.batch = 256
     run.train.steps = 95367
@@ -70,7 +70,7 @@ def _tiny(run: ConfigDict) -> None:
     """Minutes on two CPU cores: text and recall in one small model. All of it is our choice."""
     run.model.layers = max(6, run.model.ratio or 0)  # the least depth at which every ratio has its full-attention layer
     run.model.width = 128
-    run.model.vocabulary = 512  # bytes, the end of a document, and room for the recall task's symbols
+    run.model.vocabulary = 512  # bytes and the end of a document, rounded up; the recall task's symbols are the rarest bytes
     run.model.dtype = "float32"  # CPUs have no fast bfloat16
     run.model.remat = "none"
     run.data.window = 256

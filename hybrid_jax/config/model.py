@@ -26,8 +26,8 @@ class ModelConfig:
     tied: bool = False  # one matrix for embedding and output
     norm_eps: float = 1e-6
     init_std: float = 0.02
-    # What the projections back to the model's width start with: "plain" init_std, as all others do; "rescaled" what the study's code had
-    # then: 1 / sqrt(3 inputs), over sqrt(2 layers), as every layer adds two of their outputs.
+    # What the projections back to the model's width start with: "plain" init_std, as all others do; "rescaled" what flash-linear-attention
+    # gave its recurrent models from March to June of 2025: 1 / sqrt(3 inputs), over sqrt(2 layers), as a layer adds two of their outputs.
     residual_init: Literal["plain", "rescaled"] = "plain"
     # Of compute; parameters are float32. Products of float32 follow JAX's jax_default_matmul_precision, which on TPUs and GPUs is less than
     # float32's own unless asked for (JAX_DEFAULT_MATMUL_PRECISION=highest).
