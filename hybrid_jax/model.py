@@ -16,11 +16,12 @@ from hybrid_jax.layers.gates import lower_bounds
 from hybrid_jax.layers.rotary import positions
 from hybrid_jax.mixers import Context, Memory
 from hybrid_jax.sharding import constrain
-from pallas_kernels import platforms
+from pallas_kernels import kept, platforms
 
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(kept.ATTENTION)
 REMAT_POLICIES = {
-    "operators": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "block": jax.checkpoint_policies.nothing_saveable,
+    "operators": jax.checkpoint_policies.save_from_both_policies(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION),
+    "block": _ATTENTION,
 }
 
 
@@ -67,21 +68,23 @@ class Stage(nnx.Module):
         remat, in_loops = "none" if memories else self.remat, platforms.platform() != "gpu"
         scan = jax.lax.scan if in_loops else _one_after_the_other
 
-        def block(graph):
+        def block(graph, length):
             def call(carry, layer):
                 x, memory = carry
                 params, bound, at = layer
                 x, new = nnx.merge(graph, params)(x, context._replace(lower_bound=bound), caches.read(memory, at))
                 return (x, caches.write(memory, at, new, context.real) if memories else memory), None
 
-            # a loop keeps forward and backward apart; without one, what backward computes again is not to be that of forward, kept
-            return call if remat == "none" else jax.checkpoint(call, policy=REMAT_POLICIES[remat], prevent_cse=not in_loops)
+            # A loop keeps forward and backward apart; without one, and XLA unrolls loops of one layer, what backward computes again is not
+            # to be that of forward, kept.
+            loops = in_loops and self.layout.repeats * length > 1
+            return call if remat == "none" else jax.checkpoint(call, policy=REMAT_POLICIES[remat], prevent_cse=not loops)
 
         def repeat(carry, layers):
             x, memories = carry
             written = []
-            for graph, memory, layer in zip(graphs, memories, layers, strict=True):
-                (x, memory), _ = scan(block(graph), (x, memory), layer)
+            for graph, run, memory, layer in zip(graphs, self.layout.runs, memories, layers, strict=True):
+                (x, memory), _ = scan(block(graph, run.length), (x, memory), layer)
                 written.append(memory)
             return (x, written), None
 

@@ -32,7 +32,8 @@ class ModelConfig:
     # Of compute; parameters are float32. Products of float32 follow JAX's jax_default_matmul_precision, which on TPUs and GPUs is less than
     # float32's own unless asked for (JAX_DEFAULT_MATMUL_PRECISION=highest).
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # What backward computes again: "none" nothing, "operators" all but the projections' outputs, "block" all of a block.
+    # What backward computes again: "none" nothing, "operators" all but the projections' outputs, "block" all of a block; full attention's
+    # output, whose work grows with the square of the window, in no case (but by cuDNN, which does not hand over what it would take).
     remat: Literal["none", "operators", "block"] = "block"
 
     def __post_init__(self):

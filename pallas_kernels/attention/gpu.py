@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import platforms
+from pallas_kernels import kept, platforms
 from pallas_kernels.attention import gpu_kernels
 from pallas_kernels.attention.gpu_kernels import ROWS, STAGES, TILE, WARPGROUPS, Visits, numbers, tokens
 from pallas_kernels.attention.reach import Ranges, blocks_at, ranges, ranges_of_whole_rows
@@ -32,7 +31,7 @@ def attention(q, k, v, scale, window, segments: Segments | None):
     _check(q=q, k=k, v=v)
     B, T = q.shape[:2]
     if segments is None and _cudnn_takes(q, v):
-        return checkpoint_name(_by_cudnn(q, k, v, scale, window), "attention_output")
+        return _by_cudnn(q, k, v, scale, window)
     if segments is None:
         reach = ranges_of_whole_rows(B, T, window, -T % TILE)
     else:  # what padding holds, nan included, ends here
@@ -147,8 +146,7 @@ def _forward(scale, q, k, v, reach, places):
 
 def _attend_forward(scale, q, k, v, reach, places):
     output, logsumexp = _forward(scale, q, k, v, reach, places)
-    output = checkpoint_name(output, "attention_output")
-    logsumexp = checkpoint_name(logsumexp, "attention_logsumexp")
+    output, logsumexp = kept.of_attention(output, logsumexp)
     return output, (q, k, v, reach, places, output, logsumexp)
 
 

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-from pallas_kernels import checks, platforms
+from pallas_kernels import checks, kept, platforms
 from pallas_kernels.attention.reach import blocks_at, stretches
 from pallas_kernels.segments import Segments
 
@@ -99,7 +99,8 @@ def _kernel(heads, length, window, block, interpret):
     else:
         mask = splash.LocalMask((length, length), (window - 1, 0), offset=0)
     sizes = _block_sizes(block, fused=length <= MOST_PARTIAL_DQ * block)
-    return splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret)
+    named = dict(residual_checkpoint_name=kept.ATTENTION, interpret=interpret)
+    return splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * heads), block_sizes=sizes, **named)
 
 
 def _stretch_kernel(heads, length, keys, window, places, interpret):
@@ -136,7 +137,7 @@ def _stretch_kernel(heads, length, keys, window, places, interpret):
         save_residuals=False,
         mask_value=splash_kernel.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=kept.ATTENTION,
         mask_function=lambda query, key: functools.reduce(jnp.logical_and, (test(query, key) for test in allowed)),
         interpret=interpret,
     )

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import chunks
+from pallas_kernels import chunks, kept
 from pallas_kernels.attention.reach import Ranges, blocks_at, ranges, ranges_of_whole_rows
 from pallas_kernels.attention.reference import MASKED, cached_places, query_places
 from pallas_kernels.segments import Segments
@@ -163,8 +162,7 @@ def _attend(scale, q, k, v, reach):
 
 def _attend_forward(scale, q, k, v, reach):
     output, logsumexp = _blocks_forward(scale, q, k, v, reach)
-    output = checkpoint_name(output, "attention_output")
-    logsumexp = checkpoint_name(logsumexp, "attention_logsumexp")
+    output, logsumexp = kept.of_attention(output, logsumexp)
     return output, (q, k, v, reach, output, logsumexp)
 
 

@@ -152,6 +152,29 @@ def test_remat_changes_memory_not_numbers(unrolled, monkeypatch):
         assert max(tree_errors(results[remat], results["none"]).values()) < 1e-4
 
 
+@pytest.mark.parametrize("remat", ["operators", "block"])
+def test_attention_is_not_computed_again(remat, monkeypatch):
+    mixer = config.Attention(heads=2)
+    attention = config.ModelConfig(mixer=mixer, **(SMALL | {"layers": 2, "remat": remat}))
+
+    def products():
+        graph, params = models.abstract(attention)
+        loss = jax.grad(lambda params: jnp.sum(nnx.merge(graph, params).hidden(random_tokens(1, 16))))
+        return str(jax.make_jaxpr(loss)(params)).count("dot_general")
+
+    kept = products()
+    policies = {"operators": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": jax.checkpoint_policies.nothing_saveable}
+    monkeypatch.setattr(models, "REMAT_POLICIES", policies)
+    assert products() == kept + 2  # of queries with keys, of weights with values
+
+
+def test_one_layer_is_computed_again_too():
+    """XLA unrolls its loop, and would find forward's values in what backward computes again."""
+    graph, params = models.abstract(config.ModelConfig(mixer=config.RetNet(heads=2), **(SMALL | {"layers": 1, "remat": "block"})))
+    loss = jax.grad(lambda params: jnp.sum(nnx.merge(graph, params).hidden(random_tokens(1, 16))))
+    assert "optimization_barrier" in jax.jit(loss).lower(params).as_text()
+
+
 def count_equations(jaxpr) -> int:
     inner = [v for eqn in jaxpr.eqns for v in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "jaxpr")) if hasattr(v, "jaxpr")]
     return len(jaxpr.eqns) + sum(count_equations(closed.jaxpr) for closed in inner)
