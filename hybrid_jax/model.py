@@ -227,15 +227,19 @@ def build(config: ModelConfig | RunConfig, seed: int = 0) -> Model:
         config = config.model
     if not isinstance(config, ModelConfig):
         raise TypeError(f"build takes a hybrid_jax.config.ModelConfig or RunConfig, got a {type(config).__name__}")
-    graph, _ = abstract(config)
-    return nnx.merge(graph, jax.jit(initialize, static_argnums=0)(config, jax.random.key(seed)))
+    return nnx.merge(*_fresh(config, jax.random.key(seed)))
 
 
 def initialize(config: ModelConfig, key: jax.Array) -> nnx.State:
     """Fresh parameters of a model, as the state that ``nnx.merge`` takes; a pure function of ``key``, to be jitted with shardings."""
-    return nnx.split(Model(config, rngs=nnx.Rngs(key)))[1]
+    return _fresh(config, key)[1]
 
 
 def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's graph and its parameters as shapes, nothing allocated."""
-    return nnx.split(nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0))))
+    return _fresh.eval_shape(config, jax.eval_shape(jax.random.key, 0))
+
+
+@partial(jax.jit, static_argnums=0)  # so that a model is traced once, however often it is asked for
+def _fresh(config: ModelConfig, key: jax.Array) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(Model(config, rngs=nnx.Rngs(key)))

@@ -1,4 +1,4 @@
-"""Names for what an operator keeps for its backward pass, by which policies of ``jax.checkpoint`` tell it from what is cheap to compute again."""
+"""Names for what operators keep for their backward passes, by which policies of ``jax.checkpoint`` know what is dear to compute again."""
 
 import jax
 from jax.ad_checkpoint import checkpoint_name

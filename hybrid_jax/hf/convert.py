@@ -131,7 +131,7 @@ def to_hf(workdir: epath.Path, folder: Path, step: int | None = None, dtype: str
         advance(value.size, total)
         return value
 
-    with _sparing_memory(state.params), Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir, reading=_sparing_memory(state.params)) as checkpoints:
         step, parameter = _parameters(checkpoints, run, state, step)
         with _filled_at_once(folder) as partial:
             tensors.write(partial, {name: (slot.shape, dtypes[name]) for name, slot in slots.items()}, tensor)

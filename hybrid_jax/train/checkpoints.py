@@ -28,9 +28,13 @@ PAUSE = 5.0  # seconds between them
 class Checkpoints:
     """The checkpoints in WORKDIR/checkpoints, by step. Close it, or use it as a context: the last save ends there."""
 
-    def __init__(self, workdir: epath.Path, config: CheckpointConfig | None = None):
-        """``config`` says how many are kept, for a run that saves; without it nothing in the folder is changed."""
+    def __init__(self, workdir: epath.Path, config: CheckpointConfig | None = None, reading: ocp.Context | None = None):
+        """``config`` says how many are kept, for a run that saves; without it nothing in the folder is changed.
+
+        reading: Orbax's settings to read with.
+        """
         self.folder = (workdir if in_bucket(workdir) else workdir.absolute()) / "checkpoints"
+        self._reading = _alone(reading)
         policies = ocp.training.preservation_policies
         self._orbax = ocp.training.Checkpointer(
             self.folder,
@@ -131,7 +135,7 @@ class Checkpoints:
         for attempt in range(1, TRIES + 1):
             loaded, why = None, ""
             try:
-                with _alone():
+                with self._reading:
                     folder = self.folder / str(step)
                     held = items if step else ocp.checkpointables_metadata(folder).metadata  # given parameters stand alone
                     loaded = ocp.load_checkpointables(folder, {name: x for name, x in items.items() if name in held})
@@ -163,10 +167,12 @@ class Checkpoints:
         return RunError(f"a checkpoint could not be written in {self.folder} ({reason(error)}); {safe}")
 
 
-def _alone() -> ocp.Context:
-    """Orbax's settings for reading without waiting for other processes."""
-    me = jax.process_index()
-    return ocp.Context(multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}))
+def _alone(settings: ocp.Context | None) -> ocp.Context:
+    """Orbax's ``settings`` for reading without waiting for other processes."""
+    alone = ocp.Context(settings)
+    alone.multiprocessing.primary_host = jax.process_index()
+    alone.multiprocessing.active_processes = {jax.process_index()}
+    return alone
 
 
 def is_full_disk(error: BaseException) -> bool:

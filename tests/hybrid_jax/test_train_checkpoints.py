@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from hybrid_jax.config import CheckpointConfig, ConfigError, MeshConfig, RunConfig
 from hybrid_jax.loading import load
@@ -104,6 +105,16 @@ def test_no_more_are_kept_than_asked_for_and_a_kill_leaves_nothing_behind(workdi
         checkpoints.wait()
         assert checkpoints.steps == [3, 4]
     assert saved_steps(workdir) == [3, 4] and not half_written.exists()
+
+
+def test_it_is_read_by_the_settings_given_and_without_a_word(workdir, shapes, caplog):
+    settings = ocp.Context()
+    settings.memory.read_concurrent_bytes = 2**20
+    with Checkpoints(workdir, reading=settings) as checkpoints:
+        assert checkpoints.load(None, {"params": shapes.params})[0] == 3
+        assert checkpoints._reading.memory.read_concurrent_bytes == 2**20
+    assert settings.multiprocessing.active_processes is None
+    assert not caplog.records, caplog.records
 
 
 def test_an_empty_folder_has_nothing_to_restore(tmp_path, shapes):
