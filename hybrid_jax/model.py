@@ -181,7 +181,7 @@ class Model(nnx.Module):
         return self.norm(x), written
 
     def output_kernel(self) -> jax.Array:
-        """[D,vocabulary] float32: the output projection, the embedding transposed where they are tied."""
+        """[D,vocabulary] in the parameters' dtype: the output projection, the embedding transposed where they are tied."""
         return self.embedding.table[...].T if self.output is None else self.output.kernel[...]
 
     def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 SHORT = ["--config.train.steps=2", "--config.evaluation.tokens=256", "--config.data.mqar.examples=1"]
 SMALL = ["--config.train.batch=2", "--config.train.microbatch=2", "--config.evaluation.batch=2"]
 FEWER = {"train.steps=50": "train.steps=2", "--step=100": "--step=2", "experiments.sweep": "experiments.sweep --models=hgrn_pure"}
+FEWER |= {"model.width=192": "model.width=128"}  # which is compiled already
 FEWER |= {"--tokens=100000": "--tokens=2000", "--tokens=16384": "--tokens=2048", "--pairs=2,4,8": "--pairs=2,4 --examples=8"}
 SMALLER = ["--config.train.batch=1", "--config.data.window=64", "--config.evaluation.batch=1"]  # for the 340M and 1.3B models
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 import jax
 
-from hybrid_jax.amounts import duration, quantity
-from hybrid_jax.config import NAMES, ConfigError, LogConfig, ModelConfig, RunConfig
+from hybrid_jax.amounts import count, duration, quantity
+from hybrid_jax.config import HGRN, HGRN2, NAMES, ConfigError, LogConfig, ModelConfig, RunConfig
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.data.tokenizers import Tokenizer
 from hybrid_jax.train.throughput import training_flops
@@ -60,16 +60,27 @@ def notes(config: RunConfig, text: TokenSource, peak: float, carried: Tokenizer 
             f"the learning rate never reaches its peak: warm-up takes {config.optimizer.warmup_steps} steps, the run has "
             f"{config.train.steps}; give a smaller --config.optimizer.warmup_steps"
         )
-    mixer, tensor = config.model.mixer, config.mesh.tensor
-    if tensor > 1 and (heads := getattr(mixer, "heads", 0)) % tensor:
-        told.append(
-            f"--config.mesh.tensor={tensor} does not divide the {heads} heads of {NAMES[type(mixer)]}: each device computes all of them; "
-            f"a divisor of {heads} would deal them out"
-        )
+    for name, heads in _heads(config.model).items():
+        if heads % config.mesh.tensor:
+            told.append(
+                f"--config.mesh.tensor={config.mesh.tensor} does not divide the {count(heads, 'head')} of {name}: each device "
+                f"computes all of them; a divisor of {heads} deals them out"
+            )
     seconds = training_flops(config) / peak
     if seconds > LONG_STEP:
         told.append(_slow(config, seconds, peak))
     return told
+
+
+def _heads(model: ModelConfig) -> dict[str, int]:
+    """The heads of each kind of layer by which it is dealt out over devices: where several share keys, or values, the fewer."""
+    counts = {}
+    for mixer in dict.fromkeys([model.mixer, model.full_attention] if "attention" in model.layer_kinds else [model.mixer]):
+        if isinstance(mixer, HGRN2):
+            counts["hgrn2"] = model.width // mixer.expand_ratio
+        elif not isinstance(mixer, HGRN):  # whose channels are dealt out one by one
+            counts[NAMES[type(mixer)]] = getattr(mixer, "kv_heads", None) or mixer.heads
+    return counts
 
 
 def implementations(model: ModelConfig, found: dict[str, dict[str, list[str]]]) -> str:

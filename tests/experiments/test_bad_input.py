@@ -179,13 +179,6 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_checkpoint_whole(tmp_path, f
 # ---------------------------------------------------------------- a workdir
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("bad") / "run"
-    assert run_train(workdir).code == 0
-    return workdir
-
-
 def again_from(finished: Path, folder: Path, step: int) -> Path:
     """A copy of a run as if it had been killed after the checkpoint of ``step``."""
     workdir = folder / "run"

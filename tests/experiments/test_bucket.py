@@ -36,12 +36,10 @@ def gcs():
         yield server
 
 
-@pytest.fixture(scope="module")
-def on_disk(tmp_path_factory):
+@pytest.fixture
+def on_disk(trained):
     """What the runs in a bucket must come to."""
-    workdir = tmp_path_factory.mktemp("train") / "run"
-    assert run_train(workdir).code == 0
-    return workdir
+    return trained[0]
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,11 @@ def test_the_file_is_the_model_its_name_says(mixer, ratio, size):
     assert size in ("tiny", "recall") or model.layers == 24
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def slow_but(*endings):
+    return [pytest.param(file, id=file.stem, marks=() if file.stem.endswith(endings) else pytest.mark.slow) for file in FILES]
+
+
+@pytest.mark.parametrize("file", slow_but("_pure", "_r6", "transformer"))
 def test_docstring_gives_the_commands_and_the_true_counts(file):
     doc = ast.get_docstring(ast.parse(file.read_text()))
     for size, suffix in (("tiny", ":tiny"), ("340m", ""), ("1b3", ":1b3")):

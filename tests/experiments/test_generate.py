@@ -13,7 +13,7 @@ import hybrid_jax
 from experiments import convert, generate
 from hybrid_jax.generation import Session
 from hybrid_jax.sampling import Sampling
-from tests.experiments.commands import run, run_train
+from tests.experiments.commands import run
 from tests.hybrid_jax import hf_folders
 
 FLAGS = ("prompt", "prompt_tokens", "interactive", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "tokenizer")
@@ -26,36 +26,29 @@ def run_generate(*arguments):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("generate") / "run"
-    assert run_train(workdir).code == 0
-    return workdir
-
-
-@pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """A Hugging Face folder without a tokenizer."""
     described = hf_folders.fla_options("gla", num_hidden_layers=2, attn=dict(layers=[1], num_heads=2))
     return hf_folders.write(tmp_path_factory.mktemp("theirs") / "gla", described, hf_folders.random_tensors(described))
 
 
-def test_a_trained_run_goes_on_from_a_prompt(trained):
-    result = run_generate(f"--workdir={trained}", "--prompt=Straße", "--max_new_tokens=10")
-    model = hybrid_jax.load(trained)
+def test_a_trained_run_goes_on_from_a_prompt(finished):
+    result = run_generate(f"--workdir={finished}", "--prompt=Straße", "--max_new_tokens=10")
+    model = hybrid_jax.load(finished)
     assert result == (0, "Straße" + hybrid_jax.generate(model, ["Straße"], max_new_tokens=10)[0] + "\n", "")
-    short = (f"--workdir={trained}", "--prompt=def", "--max_new_tokens=10")
+    short = (f"--workdir={finished}", "--prompt=def", "--max_new_tokens=10")
     drawn = [run_generate(*short, "--temperature=2", f"--seed={seed}") for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    first = hybrid_jax.load(trained, step=4)
+    first = hybrid_jax.load(finished, step=4)
     result = run_generate(*short, "--step=4", "--top_p=0.9")
     assert result.out == "def" + hybrid_jax.generate(first, ["def"], max_new_tokens=10)[0] + "\n"
 
 
-def test_turns_go_on_from_all_there_was(trained, monkeypatch):
+def test_turns_go_on_from_all_there_was(finished, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("def f(x):\\n    return\n\nimport\n"))
-    result = run_generate(f"--workdir={trained}", "--interactive", "--max_new_tokens=6")
+    result = run_generate(f"--workdir={finished}", "--interactive", "--max_new_tokens=6")
     assert result.code == 0, result.err
-    model = hybrid_jax.load(trained)
+    model = hybrid_jax.load(finished)
     session, turns = Session(model, 1), []
     for line in ("def f(x):\n    return", "import"):
         session.read([model.tokenizer.encode(line)], room=6)
@@ -128,7 +121,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("arguments, message", MISTAKES.values(), ids=MISTAKES.keys())
-def test_mistakes_are_told_in_a_line(trained, arguments, message):
-    result = run_generate(*(argument.format(run=trained) for argument in arguments))
+def test_mistakes_are_told_in_a_line(finished, arguments, message):
+    result = run_generate(*(argument.format(run=finished) for argument in arguments))
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
     assert message in result.err

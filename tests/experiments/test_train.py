@@ -19,15 +19,6 @@ from hybrid_jax.train.workdir import saved_steps
 from tests.experiments.commands import CONFIG, run_train
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run never interrupted: (workdir, what it printed)."""
-    workdir = tmp_path_factory.mktemp("train") / "run"
-    result = run_train(workdir)
-    assert result.code == 0, result
-    return workdir, result
-
-
 def curve(workdir):
     """All that must not depend on how a run was stopped and started: losses, gradients and evaluations by step."""
     keys = ("step", "loss", "grad_norm", "learning_rate", "tokens", "loss_by_position", "evaluation")
@@ -46,8 +37,8 @@ def stop_at(monkeypatch, step, act):
     monkeypatch.setattr(hybrid_jax.train.report.Report, "step", wrapped)
 
 
-def test_a_run_leaves_behind_all_that_is_promised(finished):
-    workdir, result = finished
+def test_a_run_leaves_behind_all_that_is_promised(trained):
+    workdir, result = trained
     assert result.err == ""
     assert saved_steps(workdir) == [4, 8]
     rows = read_rows(workdir / "metrics.jsonl")
@@ -65,16 +56,16 @@ def test_a_run_leaves_behind_all_that_is_promised(finished):
     assert list((workdir / "tensorboard").glob("events*"))
 
 
-def test_a_run_says_what_it_does_and_what_comes_next(finished):
-    workdir, result = finished
+def test_a_run_says_what_it_does_and_what_comes_next(trained):
+    workdir, result = trained
     evaluate = f"experiments.eval --workdir={workdir}"
     layers = "layers: 1 attention (attention: xla)"
     for said in ("step 0 of 8", "compiled in", "holds", layers, "step 8/8", "bits per byte", "after 8 steps", evaluate):
         assert said in result.out, said
 
 
-def test_the_same_command_after_the_end_shows_the_summary_again(finished, monkeypatch):
-    workdir, _ = finished
+def test_the_same_command_after_the_end_shows_the_summary_again(trained, monkeypatch):
+    workdir, _ = trained
     monkeypatch.setattr("hybrid_jax.train.step.compile_step", None)  # nothing is computed
     result = run_train(workdir)
     assert result.code == 0 and "after 8 steps" in result.out
@@ -82,7 +73,7 @@ def test_the_same_command_after_the_end_shows_the_summary_again(finished, monkey
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, capfd, number):
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, capfd, number):
     workdir, handler = tmp_path / "run", signal.getsignal(number)
     with monkeypatch.context() as patch:
         stop_at(patch, 2, lambda: os.kill(os.getpid(), number))
@@ -95,10 +86,10 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(finished, tmp_path, 
     assert signal.getsignal(number) == handler
     again = run_train(workdir)
     assert again.code == 0 and f"step {step} of 8" in again.out
-    assert curve(workdir) == curve(finished[0])
+    assert curve(workdir) == curve(trained[0])
 
 
-def test_a_run_that_crashed_goes_on_from_its_last_checkpoint_to_the_same_bits(finished, tmp_path, monkeypatch):
+def test_a_run_that_crashed_goes_on_from_its_last_checkpoint_to_the_same_bits(trained, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
 
     def crash():
@@ -109,25 +100,25 @@ def test_a_run_that_crashed_goes_on_from_its_last_checkpoint_to_the_same_bits(fi
         run_train(workdir)
     assert saved_steps(workdir) == [4] and read_rows(workdir / "metrics.jsonl")[-1]["step"] == 6
     assert run_train(workdir).code == 0
-    assert curve(workdir) == curve(finished[0])
+    assert curve(workdir) == curve(trained[0])
 
 
-def test_an_evaluation_that_a_kill_left_out_is_made_up_for(finished, tmp_path):
+def test_an_evaluation_that_a_kill_left_out_is_made_up_for(trained, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(finished[0], workdir)
+    shutil.copytree(trained[0], workdir)
     (workdir / "summary.json").unlink()
     (workdir / "eval-8.json").unlink()
     rows = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join(rows[:-1]))
     result = run_train(workdir)
     assert result.code == 0 and "compiled in" not in result.out  # no step is left to do
-    assert curve(workdir) == curve(finished[0])
+    assert curve(workdir) == curve(trained[0])
     last = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row][-1]
     assert json.loads((workdir / "summary.json").read_text())["tokens_per_second"] == pytest.approx(last["tokens_per_second"])
 
 
-@pytest.mark.parametrize("step, saved_every", [(4, 4), (4, 8), (8, 4)])
-def test_a_signal_ends_an_evaluation_which_is_made_up_for(finished, tmp_path, monkeypatch, step, saved_every):
+@pytest.mark.parametrize("step, saved_every", [pytest.param(4, 4, marks=pytest.mark.slow), (4, 8), (8, 4)])
+def test_a_signal_ends_an_evaluation_which_is_made_up_for(trained, tmp_path, monkeypatch, step, saved_every):
     """An evaluation may take longer than a machine that is taken away leaves."""
     workdir, batches, evaluations = tmp_path / "run", evaluate.pipeline.evaluation_batches, []
 
@@ -143,28 +134,28 @@ def test_a_signal_ends_an_evaluation_which_is_made_up_for(finished, tmp_path, mo
     assert result.code == 143 and f"stopped after step {step} of 8, which is saved" in result.out
     assert saved_steps(workdir)[-1] == step and not (workdir / f"eval-{step}.json").exists()
     assert run_train(workdir).code == 0
-    assert curve(workdir) == curve(finished[0])
+    assert curve(workdir) == curve(trained[0])
 
 
-def test_eight_devices_train_to_the_losses_of_one(finished, tmp_path):
+def test_eight_devices_train_to_the_losses_of_one(trained, tmp_path):
     workdir = tmp_path / "run"
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
     result = run_train(workdir, *mesh, devices=None)
     assert result.code == 0 and "on 8 x" in result.out
-    for row, expected in zip(curve(workdir), curve(finished[0]), strict=True):
+    for row, expected in zip(curve(workdir), curve(trained[0]), strict=True):
         if row["loss"]:
             assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         else:
             assert row["evaluation"]["loss"] == pytest.approx(expected["evaluation"]["loss"], rel=1e-4)
 
 
-def test_a_run_goes_on_on_another_number_of_devices(finished, tmp_path):
+def test_a_run_goes_on_on_another_number_of_devices(trained, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(finished[0], workdir)
+    shutil.copytree(trained[0], workdir)
     shutil.rmtree(workdir / "checkpoints" / "8")
     result = run_train(workdir, "--config.mesh.fsdp=4", "--config.mesh.tensor=2", devices=None)
     assert result.code == 0 and "step 4 of 8" in result.out
-    losses, expected = ([row["loss"] for row in curve(folder) if row["loss"]] for folder in (workdir, finished[0]))
+    losses, expected = ([row["loss"] for row in curve(folder) if row["loss"]] for folder in (workdir, trained[0]))
     assert losses[:4] == expected[:4]
     np.testing.assert_allclose(losses[4:], expected[4:], rtol=1e-4)
 
@@ -177,7 +168,7 @@ def test_a_run_that_diverges_stops_with_a_reason(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(finished, tmp_path):
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(trained, tmp_path):
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", "experiments.train", CONFIG, f"--workdir={workdir}"]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -192,4 +183,4 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(finished, tmp_path)
         assert process.returncode in (0, -signal.SIGKILL), process.stderr.read().decode()
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     assert kills >= 3
-    assert [row["loss"] for row in curve(workdir)] == [row["loss"] for row in curve(finished[0])]
+    assert [row["loss"] for row in curve(workdir)] == [row["loss"] for row in curve(trained[0])]

@@ -15,11 +15,13 @@ pytestmark = pytest.mark.usefixtures("one_device")
 T, SPLITS = 37, (1, 5, 17, 36)  # a row of T tokens is read up to its split, padded on the left, and then goes on token by token
 HYBRID = dict(layers=2, ratio=2, attention=config.Attention(heads=4, kv_heads=2))
 PURE = dict(layers=2, ratio=None)
+HYBRIDS = {f"{name} hybrid": (mixer, HYBRID) for name, mixer in FAMILIES.items()}
 LAYOUTS = {
-    **{f"{name} hybrid": (mixer, HYBRID) for name, mixer in FAMILIES.items()},
+    **{name: HYBRIDS.pop(name) for name in ("hgrn hybrid", "retnet hybrid", "gla hybrid", "gated_delta_net hybrid")},
     "transformer, windowed": (config.Attention(heads=4, kv_heads=2, qk_norm=True, window=9), PURE),
 }
 MORE_LAYOUTS = {
+    **HYBRIDS,
     **{f"{name} pure": (mixer, PURE) for name, mixer in FAMILIES.items()},
     **{name: (mixer, PURE) for name, mixer in OPTIONS.items() if "conv" in name or "grouped" in name or "shared" in name},
     "transformer": (config.Attention(heads=2), PURE),

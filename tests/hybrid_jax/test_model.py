@@ -96,7 +96,7 @@ def test_attention_without_positions_follows_the_equations():
     check_equations(build(config.GLA(heads=2), ratio=2, layers=2, width=36, attention=config.Attention(heads=4, rope_theta=None)))
 
 
-@pytest.mark.parametrize("layers, full", [(5, (0, 3)), (4, (1, 2)), (6, (1, 3, 5))])
+@pytest.mark.parametrize("layers, full", [(5, (0, 3)), pytest.param(6, (1, 3, 5), marks=pytest.mark.slow)])
 def test_any_list_of_attention_layers(layers, full):
     check_equations(build(config.GLA(heads=2), layers=layers, ratio=None, attention_layers=full))
 
@@ -272,11 +272,11 @@ def test_same_seed_same_model():
     assert not jnp.array_equal(one.embedding.table[...], other.embedding.table[...])
 
 
-BY_DEFAULT = "hgrn2", "gated_delta_net"
-EACH_FAMILY = [pytest.param(mixer, id=name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name, mixer in FAMILIES.items()]
+def slow_but(default):
+    return [pytest.param(mixer, id=name, marks=() if name == default else pytest.mark.slow) for name, mixer in FAMILIES.items()]
 
 
-@pytest.mark.parametrize("mixer", EACH_FAMILY)
+@pytest.mark.parametrize("mixer", slow_but("gated_delta_net"))
 def test_bfloat16_compute_stays_close(mixer):
     model = models.build(config.ModelConfig(mixer=mixer, **HYBRID))
     half = nnx.merge(models.abstract(dataclasses.replace(model.config, dtype="bfloat16"))[0], nnx.state(model))
@@ -287,7 +287,7 @@ def test_bfloat16_compute_stays_close(mixer):
     assert relative_error(logits, model(tokens)) < 0.06
 
 
-@pytest.mark.parametrize("mixer", [pytest.param(m, id=n, marks=() if n == "hgrn" else pytest.mark.slow) for n, m in FAMILIES.items()])
+@pytest.mark.parametrize("mixer", slow_but("hgrn"))
 def test_gradients_in_bfloat16_stay_close(mixer):
     """Of every parameter, over 4,096 tokens of which a fifth are the same one: sums over tokens are of more than bfloat16's digits."""
     one = config.ModelConfig(mixer=mixer, **(HYBRID | {"init_std": 0.05}))

@@ -25,7 +25,7 @@ MIXERS = {
 }
 
 
-SHORT = [("kda", ["fsdp 2, seq 2, tensor 2"])]  # with convolutions, gates, a bias and vectors of its own
+SHORT = [("gla", ["fsdp 2, seq 2, tensor 2"])]
 FULL = [(name, list(MESHES)) for name in MIXERS]
 
 

@@ -216,6 +216,12 @@ def test_other_devices_are_measured():
     assert 1e8 < rate < 1e15 and "measured" in source
 
 
+SHARED_KEYS = {"model": {"mixer": {"name": "attention", "heads": 2, "kv_heads": 1}}}
+HGRN2_HYBRID = {
+    "model": {"mixer": {"name": "hgrn2", "expand_ratio": 8}, "attention": {"heads": 2, "kv_heads": 1}, "layers": 2, "ratio": 2},
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "tokens", "peak_rate", "expected"),
     [
@@ -225,6 +231,8 @@ def test_other_devices_are_measured():
         ({"optimizer": {"warmup_steps": 20}}, 10**6, 1e12, ["never reaches its peak.*--config.optimizer.warmup_steps"]),
         ({"mesh": {"tensor": 4}}, 10**6, 1e12, ["mesh.tensor=4 does not divide the 2 heads of attention"]),
         ({"mesh": {"tensor": 2}}, 10**6, 1e12, []),
+        (SHARED_KEYS | {"mesh": {"tensor": 2}}, 10**6, 1e12, ["mesh.tensor=2 does not divide the 1 head of attention"]),
+        (HGRN2_HYBRID | {"mesh": {"tensor": 4}}, 10**6, 1e12, ["does not divide the 2 heads of hgrn2", "the 1 head of attention"]),
         ({}, 10**6, 1e3, ["ONE STEP WILL TAKE AT LEAST .*:tiny.*--config.train.batch=8 --config.data.window=12"]),
     ],
 )

@@ -224,7 +224,7 @@ if act == "failed":
     print(f"host {host}: ValueError: out of luck", flush=True)
     sys.exit(1)
 if act == "hanging":
-    time.sleep(3)
+    time.sleep(2)
 print(f"host {host}: done", flush=True)
 """
 

@@ -38,7 +38,7 @@ def check(arguments, segment_ids, activation="silu"):
     assert all(off[name] < 1.1 * xla_off[name] + BOUND[jnp.float32] for name in off), (off, xla_off)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_documents_over_blocks(small_chunks, dtype):
     segment_ids = jnp.tile(ROWS, (1, 2))[2:4, :21]  # padding on both sides and between; the last block goes on after the last token
     check(example(0, *segment_ids.shape, 3, 4, dtype), segment_ids)

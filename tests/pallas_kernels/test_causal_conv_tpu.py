@@ -45,7 +45,7 @@ def test_chunks_and_columns(small_chunks, T, D, W, mean_length, activation):
     assert max(found.values()) < 1e-6, found
 
 
-@pytest.mark.parametrize("dtype, bound", [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-7)])
+@pytest.mark.parametrize("dtype, bound", [pytest.param(jnp.float32, 1e-6, marks=pytest.mark.slow), (jnp.bfloat16, 2**-7)])
 @pytest.mark.parametrize("documents", [True, False])
 def test_no_races_and_nothing_read_before_it_is_written(small_chunks, capsys, documents, dtype, bound):
     interpreter = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")

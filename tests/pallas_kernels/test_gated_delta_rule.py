@@ -45,9 +45,9 @@ class Case(NamedTuple):
 
 CASES = [  # the compiled programs are shared by cases of one shape
     Case(1, "fixed"),
-    Case(40, "none", documents=True, keys="long"),
+    pytest.param(Case(40, "none", documents=True, keys="long"), marks=pytest.mark.slow),
     Case(150, "none", HV=2, keys="same"),
-    Case(128, "head", "mixed", K=24, V=8),
+    pytest.param(Case(128, "head", "mixed", K=24, V=8), marks=pytest.mark.slow),
     Case(150, "head", "mixed", documents=True),
     Case(150, "head", "strong", documents=True),
     Case(150, "channel", "mixed", documents=True),
@@ -358,9 +358,8 @@ def test_triangular_inverse(C, kind):
 def test_named_shapes(name):
     shape = shapes.SHAPES[name]
     arguments = shapes.inputs(shape, jax.random.key(0))
-    expected = jax.jit(partial(gated_delta_rule, implementation="reference"))(**arguments)
-    assert max(tree_errors(jax.jit(gated_delta_rule)(**arguments), expected).values()) < 1e-5
-    assert expected[0].shape == (shape.B, shape.T, shape.HV, shape.V)
+    output, state = jax.eval_shape(gated_delta_rule, **arguments)
+    assert output.shape == (shape.B, shape.T, shape.HV, shape.V) and state.shape == (shape.B, shape.HV, shape.K, shape.V)
     assert shapes.flops(shape) > 0 and shapes.bytes_moved(shape, jnp.bfloat16) < shapes.bytes_moved(shape)
 
 

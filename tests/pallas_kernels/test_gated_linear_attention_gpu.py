@@ -55,7 +55,11 @@ def _matches_the_reference(case):
     assert max(found.values()) < 4e-3, found
 
 
-@pytest.mark.parametrize("name, kernels", [("simple_gla_340m", 5), ("retnet_1b3", 5), ("hgrn2_340m", 6), ("gla_1b3", 6)])
+# Named shapes, and how many kernels each is.
+LOWERED = [(("simple_gla_340m", 5), ()), (("retnet_1b3", 5), pytest.mark.slow), (("hgrn2_340m", 6), ()), (("gla_1b3", 6), pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name, kernels", [pytest.param(*case, marks=marks) for case, marks in LOWERED])
 def test_chosen_where_it_is_lowered_for_hopper(name, kernels):
     shape = shapes.SHAPES[name]
     arguments = jax.eval_shape(lambda: shapes.inputs(shape, jax.random.key(0), jnp.bfloat16))

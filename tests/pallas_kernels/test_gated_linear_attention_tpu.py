@@ -17,14 +17,14 @@ from tests.pallas_kernels.test_gated_linear_attention import ROWS, Case, documen
         Case(1, "head", HV=2),
         Case(70, "fixed", documents=True, HV=2),
         Case(300, "head", documents=True),  # three chunks
-        Case(300, "head", "strong", B=1, HV=2),
+        pytest.param(Case(300, "head", "strong", B=1, HV=2), marks=pytest.mark.slow),
         Case(256, "head", "none", B=1, H=1, HV=2),
         Case(256, "fixed", "weak", B=1, H=1, HV=1, K=130, V=4),  # wider than a register
         Case(130, "head", B=1, H=3, HV=9),  # heads that no group of eight divides
         Case(1, "channel", B=1, HV=2),
         Case(300, "channel", documents=True, H=1, HV=2),  # grouped values
-        Case(200, "channel", "strong", B=1, H=1, HV=1),
-        Case(256, "channel", "none", B=1, H=1, HV=2),
+        pytest.param(Case(200, "channel", "strong", B=1, H=1, HV=1), marks=pytest.mark.slow),
+        pytest.param(Case(256, "channel", "none", B=1, H=1, HV=2), marks=pytest.mark.slow),
         Case(130, "channel", "weak", B=1, H=1, HV=1, K=130, V=4),
     ],
     ids=str,

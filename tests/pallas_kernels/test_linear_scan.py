@@ -84,7 +84,7 @@ def test_matches_a_numpy_loop(implementation):
 
 
 @pytest.mark.parametrize("implementation", OTHERS)
-@pytest.mark.parametrize("T", [1, 2, 50])
+@pytest.mark.parametrize("T", [1, pytest.param(2, marks=pytest.mark.slow), 50])
 def test_matches_the_reference(implementation, T):
     rng = np.random.default_rng(T)
     for segment_ids in (None, random_segment_ids(rng, 2, T)):
