@@ -27,7 +27,7 @@ from etils import epath
 from experiments import checkpoint, cli, folder, processes, suites
 from hybrid_jax.config import ConfigError, MeshConfig, RunConfig
 from hybrid_jax.storage import run_folder, write_whole
-from hybrid_jax.train.workdir import evaluation_file, read_config
+from hybrid_jax.train.workdir import evaluation_file, read_config, write_evaluation
 
 SUITE = flags.DEFINE_enum("suite", None, sorted(suites.SUITES), "What to measure in place of the run's own evaluation.")
 TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens to score, at most; default: the run's evaluation.tokens.", lower_bound=1)
@@ -54,7 +54,7 @@ def evaluate_as_training_does(workdir: epath.Path, config: RunConfig) -> None:
     import jax
 
     from hybrid_jax.data.sources import make_sources
-    from hybrid_jax.evals.evaluate import make_evaluate, write_evaluation
+    from hybrid_jax.evals.evaluate import make_evaluate
     from hybrid_jax.hf.convert import carried_tokenizer
     from hybrid_jax.model import abstract
     from hybrid_jax.sharding import make_mesh

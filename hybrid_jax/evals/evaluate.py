@@ -1,6 +1,5 @@
 """What a model is measured by, during training and after: held-out text and multi-query associative recall."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -9,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -18,7 +16,6 @@ from hybrid_jax.data import DataError, mqar, pipeline
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.data.tokenizers import ByteTokenizer
 from hybrid_jax.evals.baselines import unigram_bits_per_byte, xz_bits_per_byte
-from hybrid_jax.storage import write_whole
 from hybrid_jax.train.feed import LocalRows
 from hybrid_jax.train.loss import Losses, batch_losses
 
@@ -101,11 +98,6 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
 
 class _Stopped(Exception):
     """An evaluation is not gone on with."""
-
-
-def write_evaluation(file: epath.Path, step: int, results: dict[str, Any]) -> None:
-    """Write the evaluation of a step, to where ``train.workdir.read_evaluations`` finds it."""
-    write_whole(file, json.dumps({"step": step, **results}, indent=2) + "\n")
 
 
 def source_text(source: TokenSource, tokens: int) -> bytes:

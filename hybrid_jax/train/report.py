@@ -8,12 +8,11 @@ from etils import epath
 
 from hybrid_jax.amounts import count
 from hybrid_jax.config import RunConfig
-from hybrid_jax.evals.evaluate import write_evaluation
 from hybrid_jax.train.metrics import Metrics, by_doubling, read_rows
 from hybrid_jax.train.progress import Display
 from hybrid_jax.train.step import StepMetrics
 from hybrid_jax.train.throughput import peak_flops, training_flops
-from hybrid_jax.train.workdir import RunError, evaluation_file
+from hybrid_jax.train.workdir import RunError, evaluation_file, write_evaluation
 
 
 class Report:

@@ -188,6 +188,11 @@ def evaluation_file(workdir: epath.Path, step: int, tokens: int | None = None) -
     return workdir / (f"eval-{step}.json" if tokens is None else f"eval-{step}-{tokens}-tokens.json")
 
 
+def write_evaluation(file: epath.Path, step: int, results: dict[str, Any]) -> None:
+    """Write the evaluation of a step, to where ``read_evaluations`` finds it."""
+    write_whole(file, json.dumps({"step": step, **results}, indent=2) + "\n")
+
+
 def read_evaluations(workdir: epath.Path, step: int | None = None) -> dict[int, dict[str, Any]]:
     """{step: its evaluation, that of the most tokens}, in order; of all that were evaluated, or of one ``step``."""
     found = [json.loads(file.read_text()) for file in files(workdir, "eval-*.json" if step is None else f"eval-{step}[-.]*")]
