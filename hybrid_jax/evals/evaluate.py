@@ -16,8 +16,8 @@ from hybrid_jax.data import DataError, mqar, pipeline
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.data.tokenizers import ByteTokenizer
 from hybrid_jax.evals.baselines import unigram_bits_per_byte, xz_bits_per_byte
+from hybrid_jax.loss import Losses, batch_losses
 from hybrid_jax.train.feed import LocalRows
-from hybrid_jax.train.loss import Losses, batch_losses
 
 Evaluate = Callable[..., dict[str, Any] | None]
 

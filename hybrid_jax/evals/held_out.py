@@ -20,8 +20,8 @@ from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.evals.evaluate import source_text
 from hybrid_jax.evals.processes import on_local_devices, rows_at_once, shared, watched
 from hybrid_jax.generation import CHUNK, ring_slots
+from hybrid_jax.loss import token_losses
 from hybrid_jax.model import Model
-from hybrid_jax.train.loss import token_losses
 from hybrid_jax.train.metrics import by_doubling
 from hybrid_jax.train.plot import REFERENCE, STYLE, save
 

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from hybrid_jax.evals.processes import on_local_devices, shared, watched
+from hybrid_jax.loss import token_losses
 from hybrid_jax.model import Model
 from hybrid_jax.sharding import batch_sharding
-from hybrid_jax.train.loss import token_losses
 
 Request = tuple[Sequence[int], Sequence[int]]  # the tokens of a context and of its continuation
 ROW = 512  # tokens of a row that holds short requests alone

@@ -10,9 +10,9 @@ from flax import nnx
 
 from hybrid_jax.data import DataError, mqar, pipeline
 from hybrid_jax.evals.processes import on_local_devices, rows_at_once, shared
+from hybrid_jax.loss import batch_losses
 from hybrid_jax.model import Model
 from hybrid_jax.sharding import batch_sharding
-from hybrid_jax.train.loss import batch_losses
 
 
 def evaluate(

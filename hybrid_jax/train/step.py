@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_jax.config import ConfigError, RunConfig
+from hybrid_jax.loss import Losses, batch_losses
 from hybrid_jax.model import abstract, initialize
 from hybrid_jax.sharding import batch_sharding, constrain, param_shardings
-from hybrid_jax.train.loss import Losses, batch_losses
 from hybrid_jax.train.optimizer import make_optimizer, schedule
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from hybrid_jax import config, layout, mixers
 from hybrid_jax import model as models
-from hybrid_jax.train.loss import batch_losses
+from hybrid_jax.loss import batch_losses
 from pallas_kernels import platforms, segments
 from tests.helpers import relative_error, tree_errors
 from tests.hybrid_jax import reference_model

@@ -11,8 +11,8 @@ from flax import nnx
 import hybrid_jax
 from hybrid_jax.hf import names, options
 from hybrid_jax.hf.convert import Folder
+from hybrid_jax.loss import cross_entropy
 from hybrid_jax.model import abstract
-from hybrid_jax.train.loss import cross_entropy
 from tests.helpers import relative_error
 from tests.hybrid_jax.hf_folders import FAMILIES
 

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_jax.config import MeshConfig
+from hybrid_jax.loss import cross_entropy
 from hybrid_jax.sharding import batch_sharding, make_mesh
-from hybrid_jax.train.loss import cross_entropy
 from tests.helpers import relative_error
 
 
