@@ -38,7 +38,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarks import targets
+from experiments.compiled import targets
 from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError
 

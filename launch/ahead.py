@@ -14,10 +14,11 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from experiments.benchmarks import gpu_topology, hlo, tpu_static
-from experiments.benchmarks.collectives import collectives, total
-from experiments.benchmarks.flops import flops
-from experiments.benchmarks.process import Process
+from experiments.benchmarks import tpu_static
+from experiments.compiled import gpu_topology, hlo
+from experiments.compiled.collectives import collectives, total
+from experiments.compiled.flops import flops
+from experiments.compiled.process import Process
 from hybrid_jax.config import RunConfig
 from hybrid_jax.sharding import AXES, make_mesh, mesh_shape
 from hybrid_jax.train.advice import implementations_of

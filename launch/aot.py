@@ -29,7 +29,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli, folder
-from experiments.benchmarks import targets
+from experiments.compiled import targets
 from hybrid_jax.config import ConfigError
 from launch import topologies
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.benchmarks.collectives import Collective, sent
-from experiments.benchmarks.targets import GPUS
+from experiments.compiled.collectives import Collective, sent
+from experiments.compiled.targets import GPUS
 
 GIB = 2**30
 

@@ -5,7 +5,7 @@ import math
 import re
 from typing import NamedTuple
 
-from experiments.benchmarks.targets import GPUS
+from experiments.compiled.targets import GPUS
 from hybrid_jax.config import ConfigError, RunConfig
 from launch.accelerators import GENERATIONS, Generation
 

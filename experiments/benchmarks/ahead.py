@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from experiments.benchmarks.process import Process
+from experiments.compiled.process import Process
 
 
 def keep_programs() -> dict[str, str]:

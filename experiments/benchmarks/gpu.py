@@ -23,9 +23,9 @@ from experiments.benchmarks import ahead, correctness, fla_import, fla_peer, gpu
 from experiments.benchmarks.batches import batches, summary
 from experiments.benchmarks.cases import Case, arguments, at_lengths, both_passes, program, select
 from experiments.benchmarks.gpu_static import takes
-from experiments.benchmarks.process import SHARED, Here, Process
 from experiments.benchmarks.rows import Suite
 from experiments.benchmarks.timing import compile_case
+from experiments.compiled.process import SHARED, Here, Process
 
 LENGTHS = (2048, 8192, 32768, 4096, 16384)  # most wanted first: what there is no time for is measured by the next call
 XLA_LENGTHS = (2048, 32768)  # of XLA's form, which takes long to compile and is compared with least

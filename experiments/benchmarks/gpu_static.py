@@ -25,12 +25,13 @@ import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import reset_gpu_interpret_mode_state
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode  # public from jax 0.11
 
-from experiments.benchmarks import gpu_topology, hlo, sass
+from experiments.benchmarks import sass
 from experiments.benchmarks.cases import Case, arguments, at_lengths, both_passes, program
 from experiments.benchmarks.correctness import check
-from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
-from experiments.benchmarks.targets import GPUS, Gpu
+from experiments.compiled import gpu_topology, hlo
+from experiments.compiled.process import Process
+from experiments.compiled.targets import GPUS, Gpu
 from pallas_kernels import platforms
 
 LENGTHS = (2048, 32768)  # that a model's shape is measured at

@@ -13,12 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.benchmarks import ahead, fla_peer, gpu_static, gpu_topology, hlo, sass, steps
+from experiments.benchmarks import ahead, fla_peer, gpu_static, sass, steps
 from experiments.benchmarks.batches import STEP_SECONDS, batches, summary
 from experiments.benchmarks.cases import TOKENS
-from experiments.benchmarks.process import SHARED, Process
 from experiments.benchmarks.rows import Suite
-from experiments.benchmarks.targets import GPUS
+from experiments.compiled import gpu_topology, hlo
+from experiments.compiled.process import SHARED, Process
+from experiments.compiled.targets import GPUS
 from experiments.configs import recipe
 from hybrid_jax.config import RunConfig
 from hybrid_jax.hf.options import fla_options

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 import jax
 
 from experiments import cli
-from experiments.benchmarks import hlo, tpu_static
+from experiments.benchmarks import tpu_static
 from experiments.benchmarks.rows import Suite
-from experiments.benchmarks.targets import TPUS
 from experiments.benchmarks.tpu_static import compiler
+from experiments.compiled import hlo
+from experiments.compiled.targets import TPUS
 from experiments.configs import recipe
 from hybrid_jax.config import RunConfig
 from hybrid_jax.sharding import make_mesh

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from experiments.benchmarks.cases import OPERATORS, PASSES
-from experiments.benchmarks.targets import GPUS, TPUS
+from experiments.compiled.targets import GPUS, TPUS
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "docs/tpu.md", ROOT / "docs/gpu.md")

@@ -19,12 +19,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-from experiments.benchmarks import hlo, schedule, tpu_chart
+from experiments.benchmarks import schedule, tpu_chart
 from experiments.benchmarks.cases import Case, arguments, both_passes, program
 from experiments.benchmarks.correctness import check
-from experiments.benchmarks.process import Process
 from experiments.benchmarks.rows import Suite
-from experiments.benchmarks.targets import TPUS, need_libtpu
+from experiments.compiled import hlo
+from experiments.compiled.process import Process
+from experiments.compiled.targets import TPUS, need_libtpu
 
 # For libtpu to be loaded on a machine without a TPU, beside other processes that do the same, and not to look for a host's name and
 # kind, which have no part in what it compiles.

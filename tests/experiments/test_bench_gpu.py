@@ -9,7 +9,8 @@ import sys
 import jax
 import pytest
 
-from experiments.benchmarks import cases, correctness, gpu_static, hlo, sass, targets
+from experiments.benchmarks import cases, correctness, gpu_static, sass
+from experiments.compiled import hlo, targets
 from hybrid_jax.config import ConfigError
 from pallas_kernels.linear_scan import gpu
 from tests.experiments.test_bench import ROOT

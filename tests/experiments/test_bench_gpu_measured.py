@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.benchmarks import ahead, batches, cases, correctness, fla_peer, gpu, gpu_steps, process, rows
+from experiments.benchmarks import ahead, batches, cases, correctness, fla_peer, gpu, gpu_steps, rows
 from experiments.benchmarks.gpu import Runs
-from experiments.benchmarks.process import Here
+from experiments.compiled import process
+from experiments.compiled.process import Here
 from experiments.configs import recipe
 from pallas_kernels.attention import shapes as attention_shapes
 from tests.experiments.test_bench import ROOT

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import hlo, schedule, targets, tpu_chart, tpu_static
-from experiments.benchmarks.collectives import collectives
-from experiments.benchmarks.flops import flops
+from experiments.benchmarks import schedule, tpu_chart, tpu_static
+from experiments.compiled import hlo, targets
+from experiments.compiled.collectives import collectives
+from experiments.compiled.flops import flops
 from hybrid_jax.config import ConfigError
 from tests.experiments.test_bench import ROOT
 

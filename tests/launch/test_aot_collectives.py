@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from experiments.benchmarks import hlo
-from experiments.benchmarks.collectives import Collective, collectives, groups, sent, total
-from experiments.benchmarks.targets import GPUS
+from experiments.compiled import hlo
+from experiments.compiled.collectives import Collective, collectives, groups, sent, total
+from experiments.compiled.targets import GPUS
 from hybrid_jax.train import throughput
 from launch import accelerators
 from launch.chips import CHIPS, Place, network, network_seconds

@@ -13,8 +13,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import process_mask
 
 from experiments import cli
-from experiments.benchmarks import hlo, tpu_static
-from experiments.benchmarks.flops import flops, splash_blocks
+from experiments.benchmarks import tpu_static
+from experiments.compiled import hlo
+from experiments.compiled.flops import flops, splash_blocks
 from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train.feed import batch_shapes
 from hybrid_jax.train.step import compile_step, make_program

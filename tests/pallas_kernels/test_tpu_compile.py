@@ -5,7 +5,8 @@ import importlib.util
 
 import pytest
 
-from experiments.benchmarks import cases, targets, tpu_static
+from experiments.benchmarks import cases, tpu_static
+from experiments.compiled import targets
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from experiments.benchmarks import gpu_topology
+from experiments.compiled import gpu_topology
 from pallas_kernels import platforms
 from tests.pallas_kernels.ptx import launch, machine, parser
 

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 
-from experiments.benchmarks import gpu_topology
-from experiments.benchmarks.process import Process
+from experiments.compiled import gpu_topology
+from experiments.compiled.process import Process
 from tests.pallas_kernels.ptx import cases, emulated
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ Splash Attention says nothing: its kernels are known by their names, and count f
 import math
 import re
 
-from experiments.benchmarks.hlo import Execution, Instruction, Module
+from experiments.compiled.hlo import Execution, Instruction, Module
 from pallas_kernels.attention.tpu import block_length
 
 _SHAPE = re.compile(r"\[([\d,]*)\]")

@@ -4,7 +4,7 @@ import os
 
 from jax.experimental import topologies
 
-from experiments.benchmarks.targets import GPUS, cuda_root
+from experiments.compiled.targets import GPUS, cuda_root
 
 COMPILER = "the GPU compiler"
 # What XLA has to know of a card that is not there, as text of its GpuTargetConfigProto.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.benchmarks.hlo import Module, array_bytes
+from experiments.compiled.hlo import Module, array_bytes
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 # Groups of partitions, which are the places of a mesh in order: listed; as a reshaped and transposed count; as axes of a mesh of XLA's own.
