@@ -14,8 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from experiments.benchmarks import tpu_static
-from experiments.compiled import gpu_topology, hlo
+from experiments.compiled import gpu_topology, hlo, tpu_topology
 from experiments.compiled.collectives import collectives, total
 from experiments.compiled.flops import flops
 from experiments.compiled.process import Process
@@ -49,7 +48,7 @@ def compiler(target: Target) -> contextlib.AbstractContextManager[Process]:
     """A process for :func:`compile_ahead`. Raises ConfigError where the compiler is not installed."""
     if isinstance(target, Hosts):
         return contextlib.closing(Process(gpu_topology.COMPILER, gpu_topology.environment()))
-    return tpu_static.compiler(target.name, schedule=False)
+    return contextlib.closing(Process(tpu_topology.COMPILER, tpu_topology.environment(target.name)))
 
 
 def check(config: RunConfig, target: Target) -> dict[str, int]:
@@ -95,7 +94,7 @@ def compile_ahead(config: RunConfig, target: Target, effort: float) -> dict[str,
         placed = gpu_topology.devices(f"gpu:{target.kind}", target.hosts, target.cards)
         by = {"plugin": importlib.metadata.version("jax-cuda13-plugin")}
     else:
-        placed = tpu_static.devices(target.name, target.slices)
+        placed = tpu_topology.devices(target.name, target.slices)
         by = {"libtpu": importlib.metadata.version("libtpu")}
     mesh = make_mesh(config.mesh, placed)
     row = {"device": placed[0].device_kind, "effort": effort} | by

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 import jax
 
 from experiments import cli
-from experiments.benchmarks import tpu_static
 from experiments.benchmarks.rows import Suite
-from experiments.benchmarks.tpu_static import compiler
-from experiments.compiled import hlo
+from experiments.compiled import hlo, tpu_topology
+from experiments.compiled.process import Process
 from experiments.compiled.targets import TPUS
 from experiments.configs import recipe
 from hybrid_jax.config import RunConfig
@@ -61,7 +60,7 @@ def select(configs: list[str]) -> list[Case]:
 
 def compile_for(case: Case, target: str) -> dict:
     """Compile a case for all chips of a target's smallest topology: what its row says of it."""
-    devices = tpu_static.devices(TPUS[target].topology)
+    devices = tpu_topology.devices(TPUS[target].topology)
     config = case.run_config(len(devices))
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
@@ -90,7 +89,7 @@ def implementations(row: dict) -> str:
 @contextlib.contextmanager
 def suite(target: str) -> Iterator[Suite]:
     """The suite of a target. Raises ConfigError where libtpu is not installed."""
-    with compiler(target, schedule=False) as running:
+    with contextlib.closing(Process(tpu_topology.COMPILER, tpu_topology.environment(target))) as running:
         yield Suite(
             "tpu_step",
             lambda case: (case,),

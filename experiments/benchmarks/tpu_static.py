@@ -16,45 +16,26 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
 from experiments.benchmarks import schedule, tpu_chart
 from experiments.benchmarks.cases import Case, arguments, both_passes, program
 from experiments.benchmarks.correctness import check
 from experiments.benchmarks.rows import Suite
-from experiments.compiled import hlo
+from experiments.compiled import hlo, tpu_topology
 from experiments.compiled.process import Process
-from experiments.compiled.targets import TPUS, need_libtpu
-
-# For libtpu to be loaded on a machine without a TPU, beside other processes that do the same, and not to look for a host's name and
-# kind, which have no part in what it compiles.
-ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-ENVIRONMENT |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-
-
-def devices(topology: str, slices: int = 1) -> list:
-    """Those of a topology, such as "v5e:16x16", or of several slices of it.
-
-    The two cores of a v4 or v5p chip are one device ("megacore"), as they are by default on real ones; libtpu has to be told of v4.
-    """
-    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
-    options |= {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
-    options |= {"num_slices": slices} if slices > 1 else {}
-    return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
+from experiments.compiled.targets import TPUS
 
 
 class Compiler(Process):
-    """A process that compiles for one target.
+    """A process that compiles for one target and writes down the schedule of every kernel: minutes and gigabytes for a whole model."""
 
-    With ``schedule``, libtpu writes down the schedule of every kernel, which takes it minutes and gigabytes for a whole model.
-    """
-
-    def __init__(self, target: str, schedule: bool = True):
+    def __init__(self, target: str):
+        environment = tpu_topology.environment(target)
         self.target = target
         self.dumps = Path(tempfile.mkdtemp(prefix="tpu_static_"))
-        options = f"--xla_jf_dump_to={self.dumps} --xla_jf_dump_llo_text=true" if schedule else ""
-        super().__init__("the TPU compiler", ENVIRONMENT | {"LIBTPU_INIT_ARGS": options})
+        options = f"--xla_jf_dump_to={self.dumps} --xla_jf_dump_llo_text=true"
+        super().__init__(tpu_topology.COMPILER, environment | {"LIBTPU_INIT_ARGS": options})
 
     def cost(self, case: Case) -> dict:
         """:func:`compile_cost` in that process. Raises RuntimeError where it dies."""
@@ -69,7 +50,7 @@ class Compiler(Process):
 
 def chip(target: str) -> jax.sharding.Mesh:
     """A mesh of one device of a target."""
-    return jax.sharding.Mesh(np.array(devices(TPUS[target].topology)[:1]), ("chip",))
+    return jax.sharding.Mesh(np.array(tpu_topology.devices(TPUS[target].topology)[:1]), ("chip",))
 
 
 def compile_cost(case: Case, target: str, dumps: Path, precision: str | None) -> dict:
@@ -154,17 +135,9 @@ def heads(shape) -> float:
 
 
 @contextlib.contextmanager
-def compiler(target: str, schedule: bool = True) -> Iterator[Compiler]:
-    """A :class:`Compiler`, closed at the end. Raises ConfigError where libtpu is not installed."""
-    need_libtpu(target)
-    with contextlib.closing(Compiler(target, schedule)) as compiler:
-        yield compiler
-
-
-@contextlib.contextmanager
 def suite(target: str) -> Iterator[Suite]:
     """The suite of a target, its compiler running meanwhile. Raises ConfigError where libtpu is not installed."""
-    with compiler(target) as running:
+    with contextlib.closing(Compiler(target)) as running:
         yield Suite(
             "tpu_static",
             both_passes,

@@ -1,10 +1,13 @@
 """Whole training steps compiled ahead of time for TPUs: through the kernels, within a chip's memory."""
 
+import contextlib
 import importlib.util
 
 import pytest
 
-from experiments.benchmarks import steps, tpu_static
+from experiments.benchmarks import steps
+from experiments.compiled import tpu_topology
+from experiments.compiled.process import Process
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[tpu]'")
 HBM = {"tpu:v5e": 16, "tpu:v6e": 32}  # GiB a device
@@ -12,7 +15,7 @@ CONVOLVED = ("delta_net", "gated_delta_net", "kda")
 
 
 def compiled(case, target):
-    with tpu_static.compiler(target, schedule=False) as compiler:
+    with contextlib.closing(Process(tpu_topology.COMPILER, tpu_topology.environment(target))) as compiler:
         return compiler.call(steps.compile_for, case, target)
 
 

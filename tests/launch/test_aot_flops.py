@@ -1,5 +1,6 @@
 """FLOPs read from an optimized module: of products, of kernels that say theirs, and of Splash Attention, which does not."""
 
+import contextlib
 import functools
 import importlib.util
 
@@ -13,9 +14,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import process_mask
 
 from experiments import cli
-from experiments.benchmarks import tpu_static
-from experiments.compiled import hlo
+from experiments.compiled import hlo, tpu_topology
 from experiments.compiled.flops import flops, splash_blocks
+from experiments.compiled.process import Process
 from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train.feed import batch_shapes
 from hybrid_jax.train.step import compile_step, make_program
@@ -134,7 +135,7 @@ def step_flops(config, devices):
 
 
 def step_on_tpu(config):
-    return {"flops": step_flops(config, tpu_static.devices("v5e:1x1"))}
+    return {"flops": step_flops(config, tpu_topology.devices("v5e:1x1"))}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[tpu]'")
@@ -143,5 +144,5 @@ def test_a_step_with_splash_has_the_flops_of_one_with_xla():
     """Of a whole training step, compiled for a TPU and for this CPU; a window of one block, for the blocks of the two forms differ."""
     overrides = ("--config.data.window=128", "--config.model.layers=2", "--config.model.remat=none", "--config.mesh.fsdp=1")
     config = cli.load_run(["--config=configs/transformer.py:tiny", *overrides], "").config
-    with tpu_static.compiler("v5e:1x1", schedule=False) as compiler:
+    with contextlib.closing(Process(tpu_topology.COMPILER, tpu_topology.environment("v5e:1x1"))) as compiler:
         assert compiler.call(step_on_tpu, config)["flops"] == step_flops(config, jax.devices("cpu")[:1])
