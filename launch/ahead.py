@@ -18,13 +18,14 @@ from experiments.compiled import gpu_topology, hlo, tpu_topology
 from experiments.compiled.collectives import collectives, total
 from experiments.compiled.flops import flops
 from experiments.compiled.process import Process
+from hybrid_jax.chips import CHIPS
 from hybrid_jax.config import RunConfig
 from hybrid_jax.sharding import AXES, make_mesh, mesh_shape
 from hybrid_jax.train.advice import implementations_of
 from hybrid_jax.train.feed import batch_shapes
 from hybrid_jax.train.step import abstract_state, compile_step, make_program, microbatches, state_shardings
 from hybrid_jax.train.throughput import training_flops
-from launch.chips import CHIPS, Place, network
+from launch.chips import LINKS, Place, network
 from launch.topologies import Hosts, Target
 
 QUICK = -1.0  # of a row: XLA's least effort, a quarter of a run's time to compile; 0 is a run's own
@@ -35,13 +36,12 @@ _NO_ROOM = [re.compile(rf"Used {_SIZE} of {_SIZE} hbm"), re.compile(rf"\({_SIZE}
 
 def devices(target: Target) -> int:
     """That JAX makes of a target's chips."""
-    return target.chips * CHIPS[target.kind].devices
+    return target.chips * LINKS[target.kind].devices
 
 
-def capacity(target: Target) -> float:
+def capacity(target: Target) -> int:
     """Bytes of memory of a device."""
-    chip = CHIPS[target.kind]
-    return chip.hbm_bytes / chip.devices
+    return CHIPS[target.kind].memory_bytes
 
 
 def compiler(target: Target) -> contextlib.AbstractContextManager[Process]:
@@ -138,9 +138,8 @@ def _work(config: RunConfig, target: Target, mesh: Mesh, text: str, effort: floa
         moved = sum(state.values()) + state["parameters"] + state["optimizer"]
     else:
         moved = sum(e.count * e.hbm_bytes for e in module.executions)
-    peak = chip.flops / chip.devices
-    seconds = {"FLOPs": max(computed, model) / peak, "HBM": moved / (chip.hbm_rate / chip.devices)}
-    seconds |= network(chip, target.sizes, Place.of(mesh.devices.flat), found, shape)
+    seconds = {"FLOPs": max(computed, model) / chip.flop_per_s, "HBM": moved / chip.bytes_per_s}
+    seconds |= network(LINKS[target.kind], target.sizes, Place.of(mesh.devices.flat), found, shape)
     return {
         "flops": computed,
         "model_flops": model,
@@ -148,7 +147,7 @@ def _work(config: RunConfig, target: Target, mesh: Mesh, text: str, effort: floa
         "collectives": total(found, shape),
         "seconds": seconds,
         "step_s": max(seconds.values()),
-        "mfu": model / peak / max(seconds.values()),
+        "mfu": model / chip.flop_per_s / max(seconds.values()),
         "unknown_loops": sum(not execution.known for execution in module.executions),
         "implementations": implementations_of(config.model, text),
     }

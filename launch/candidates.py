@@ -9,12 +9,13 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AbstractMesh
 
+from hybrid_jax.chips import CHIPS
 from hybrid_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
 from hybrid_jax.sharding import AXES, mesh_shape
 from hybrid_jax.train.step import abstract_state, microbatches
 from hybrid_jax.train.throughput import training_flops
 from launch.ahead import capacity, devices, held_state
-from launch.chips import CHIPS, Chip
+from launch.chips import LINKS, Links
 from launch.topologies import Target
 
 REMAT = typing.get_args(typing.get_type_hints(ModelConfig)["remat"])  # each holds less than the one before, and computes more again
@@ -44,10 +45,10 @@ class Found(NamedTuple):
 
 def find(config: RunConfig, target: Target) -> Found:
     """All that can be tried of a run on a target. Raises ConfigError where no mesh is possible, with the last reason."""
-    count, chip = devices(target), CHIPS[target.kind]
+    count = devices(target)
     state = abstract_state(config, AbstractMesh((1,) * len(AXES), AXES)).state
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-    model_s = training_flops(config) / target.chips / chip.flops
+    model_s = training_flops(config) / count / CHIPS[target.kind].flop_per_s
     fitting, too_large, impossible, reason = [], [], 0, None
     for mesh in _meshes(config.mesh, count):
         try:
@@ -60,7 +61,7 @@ def find(config: RunConfig, target: Target) -> Found:
             continue
         for variant in variants:
             known = held + _block_inputs(variant)
-            candidate = Candidate(variant, known, _guess(variant, model_s, parameters, chip))
+            candidate = Candidate(variant, known, _guess(variant, model_s, parameters, LINKS[target.kind]))
             (fitting if known <= capacity(target) else too_large).append(candidate)
     if not fitting and not too_large:
         raise reason
@@ -99,7 +100,7 @@ def _block_inputs(config: RunConfig) -> int:
     return config.model.layers * _held_tokens(config) * config.model.width * jax.numpy.dtype(config.model.dtype).itemsize
 
 
-def _guess(config: RunConfig, model_s: float, parameters: int, chip: Chip) -> float:
+def _guess(config: RunConfig, model_s: float, parameters: int, links: Links) -> float:
     """Seconds of a step if weights are gathered for each pass and microbatch, and activations summed twice a block and pass.
 
     model_s: of the model's own FLOPs at the chips' peak. parameters: how many the model has.
@@ -112,4 +113,4 @@ def _guess(config: RunConfig, model_s: float, parameters: int, chip: Chip) -> fl
     sent = (mesh.fsdp > 1) * accumulated * (passes * itemsize + 4) * parameters
     sent += (mesh.data > 1) * 8 * parameters / mesh.fsdp
     sent += (mesh.tensor > 1) * accumulated * passes * 4 * model.layers * _held_tokens(config) * model.width * itemsize
-    return max(COMPUTED[model.remat] * model_s, chip.devices * sent / (2 * chip.link_rate))
+    return max(COMPUTED[model.remat] * model_s, links.devices * sent / (2 * links.link_rate))

@@ -1,4 +1,4 @@
-"""What a chip of each kind can do at most, by its maker's own pages, and how long a step's traffic takes it at the least."""
+"""How chips of each kind are connected, and how long a step's traffic takes them at the least."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -6,35 +6,27 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.compiled.collectives import Collective, sent
-from experiments.compiled.targets import GPUS
-
-GIB = 2**30
+from launch.topologies import CARDS
 
 
-class Chip(NamedTuple):
+class Links(NamedTuple):
     devices: int  # that JAX makes of a chip
-    flops: float  # a second, bfloat16
-    hbm_bytes: float
-    hbm_rate: float  # bytes a second, as all below
-    link_rate: float  # of one link to a neighbour, or to the switch that connects all, one way
+    link_rate: float  # bytes a second, as all below: of one link to a neighbour, or to the switch that connects all, one way
     ring: int | None  # a dimension of the torus of so many chips, or a multiple, is a ring; any other is a line. None: there is a switch
     dcn_rate: float  # of the network between slices or hosts, one way
 
 
-# https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x, in November 2026. Interconnect there is of all links of a
-# chip, four where the torus is flat and six elsewhere, both ways; the network of a v5e or v6e is that of a pod of 256 chips. What
-# those pages leave out, v4's links and network, and which dimensions are rings, is of https://jax-ml.github.io/scaling-book/tpus.
-# Of H100 and H200 NVIDIA's data sheets, 900 GB/s of NVLink both ways among them; the network is a DGX's, 400 Gb/s for each GPU.
-CHIPS = {
-    "v4": Chip(1, 275e12, 32 * GIB, 1200e9, 45e9, 4, 50e9 / 8),
-    "v5e": Chip(1, 197e12, 16 * GIB, 819e9, 400e9 / 8, 16, 6.4e12 / 256 / 8),
-    "v5p": Chip(1, 459e12, 95 * GIB, 2765e9, 1200e9 / 12, 4, 50e9 / 8),
-    "v6e": Chip(1, 918e12, 32 * GIB, 1638e9, 800e9 / 8, 16, 25.6e12 / 256 / 8),
-    "tpu7x": Chip(2, 2307e12, 192 * GIB, 7380e9, 1200e9 / 12, 4, 100e9 / 8),
-} | {
-    name.removeprefix("gpu:"): Chip(1, gpu.flop_per_s["bfloat16"], gpu.memory_bytes, gpu.bytes_per_s, 900e9 / 2, None, 400e9 / 8)
-    for name, gpu in GPUS.items()
-}
+# Of the pages that `hybrid_jax.chips` names. Interconnect there is of all links of a chip, four where the torus is flat and six
+# elsewhere, both ways; the network of a v5e or v6e is that of a pod of 256 chips. What those pages leave out, v4's links and network, and
+# which dimensions are rings, is of https://jax-ml.github.io/scaling-book/tpus. Of H100 and H200 NVIDIA's data sheets, 900 GB/s of NVLink
+# both ways among them; the network is a DGX's, 400 Gb/s for each GPU.
+LINKS = {
+    "v4": Links(1, 45e9, 4, 50e9 / 8),
+    "v5e": Links(1, 400e9 / 8, 16, 6.4e12 / 256 / 8),
+    "v5p": Links(1, 1200e9 / 12, 4, 50e9 / 8),
+    "v6e": Links(1, 800e9 / 8, 16, 25.6e12 / 256 / 8),
+    "tpu7x": Links(2, 1200e9 / 12, 4, 100e9 / 8),
+} | dict.fromkeys(CARDS, Links(1, 900e9 / 2, None, 400e9 / 8))
 
 
 class Place(NamedTuple):
@@ -53,7 +45,7 @@ class Place(NamedTuple):
         return cls(np.array([device.coords for device in devices]), np.array([getattr(device, "slice_index", 0) for device in devices]))
 
 
-def network_seconds(chip: Chip, topology: tuple[int, ...], place: Place, one: Collective) -> tuple[float, float]:
+def network_seconds(links: Links, topology: tuple[int, ...], place: Place, one: Collective) -> tuple[float, float]:
     """How long the links within slices and the network between them take for a collective at the least, all at once and both ways.
 
     A group's bytes go over the links of the dimensions it extends in: two a chip for a ring, one for a line, whose ends have no more,
@@ -68,21 +60,21 @@ def network_seconds(chip: Chip, topology: tuple[int, ...], place: Place, one: Co
     members = groups.shape[1]
     within = dcn = 0.0
     if extends:
-        streams = chip.devices * chips * (1 if one.kind == "collective-permute" else across) / members  # groups that share a chip's links
-        links = sum(2 if chip.ring and topology[i] % chip.ring == 0 else 1 for i in extends)
-        within = one.count * streams * sent(one.kind, chips, one.bytes) / (links * chip.link_rate)
+        streams = links.devices * chips * (1 if one.kind == "collective-permute" else across) / members  # groups that share a chip's links
+        used = sum(2 if links.ring and topology[i] % links.ring == 0 else 1 for i in extends)
+        within = one.count * streams * sent(one.kind, chips, one.bytes) / (used * links.link_rate)
     if across > 1:
-        dcn = one.count * chip.devices * across / members * sent(one.kind, across, one.bytes) / chip.dcn_rate
+        dcn = one.count * links.devices * across / members * sent(one.kind, across, one.bytes) / links.dcn_rate
     return within, dcn
 
 
-def network(chip: Chip, topology: tuple[int, ...], place: Place, found: Iterable[Collective], shape: dict[str, int]) -> dict[str, float]:
+def network(links: Links, topology: tuple[int, ...], place: Place, found: Iterable[Collective], shape: dict[str, int]) -> dict[str, float]:
     """Seconds by what is crossed, such as "fsdp" or "data, between slices" (of GPUs: between hosts), each of a whole step."""
     seconds: dict[str, float] = {}
-    parts = "slices" if chip.ring else "hosts"
+    parts = "slices" if links.ring else "hosts"
     for one in found:
         axes = "+".join(one.axes(shape))
-        for name, time in zip((axes, f"{axes}, between {parts}"), network_seconds(chip, topology, place, one), strict=True):
+        for name, time in zip((axes, f"{axes}, between {parts}"), network_seconds(links, topology, place, one), strict=True):
             if time:
                 seconds[name] = seconds.get(name, 0.0) + time
     return seconds

@@ -125,8 +125,8 @@ def floors(row: dict, target: Gpu, dtype: str) -> dict:
         waves = math.ceil(kernel["ctas"] / (target.multiprocessors * max(kernel["ctas_per_sm"], 1)))
         stalled += kernel["executions"] * waves * kernel["cycles"]
     seconds = {
-        "hbm": row["hbm_bytes"] / target.bytes_per_s,
-        "flops": row["flops"] / target.flop_per_s[dtype],
+        "hbm": row["hbm_bytes"] / target.chip.bytes_per_s,
+        "flops": row["flops"] / target.flop_per_s(dtype),
         "issue": issued / target.clock_hz,
         "stalls": stalled / target.clock_hz,
     }

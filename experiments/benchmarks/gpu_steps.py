@@ -170,7 +170,7 @@ def compile_for(case: Case, target: str, dumps: Path) -> dict:
     """Of a row: what our step holds and moves on a card that is not there, and what became of our kernels in it."""
     device = gpu_topology.devices(target)[0]
     start = time.perf_counter()
-    config, _, _, compiled, held = compile_fitting(case, device, GPUS[target].memory_bytes)
+    config, _, _, compiled, held = compile_fitting(case, device, GPUS[target].chip.memory_bytes)
     seconds, text = time.perf_counter() - start, compiled.as_text()
     kernels = {kernel.name: {"registers": kernel.registers, "spill_bytes": kernel.spill_bytes} for kernel in sass.kernels(dumps)}
     return {

@@ -126,8 +126,8 @@ def gpu_steps() -> str:
         used = ", ".join(f"{operator} {names}" for operator, names in sorted(operators.items()))
         held, moved = f"{row['held_bytes'] / 1e9:.1f}", f"{row['hbm_bytes'] / 1e9:.0f}"
         spilled = sum(kernel["spill_bytes"] for kernel in row["kernels"].values())
-        card = GPUS[row["target"]]
-        computing, moving = row["flops"] / card.flop_per_s["bfloat16"], row["hbm_bytes"] / card.bytes_per_s
+        card = GPUS[row["target"]].chip
+        computing, moving = row["flops"] / card.flop_per_s, row["hbm_bytes"] / card.bytes_per_s
         times = f"{computing * 1e3:.0f}", f"{moving * 1e3:.0f}", f"{computing / (computing + moving):.0%}"
         return [f"`{row['config']}`", f"{row['window']:,}", used, f"`{row['remat']}`", held, moved, *times, str(spilled)]
 

@@ -34,6 +34,6 @@ def environment() -> dict[str, str]:
 def devices(target: str, hosts: int = 1, cards: int = 1) -> list:
     """Those of so many hosts with so many cards of a target each, in a process of this :func:`environment`."""
     it = GPUS[target]
-    numbers = {"cores": it.multiprocessors, "clock": it.clock_hz / 1e9, "bandwidth": int(it.bytes_per_s), "memory": it.memory_bytes}
-    config = CONFIG.format(kind=it.kind, **numbers)
+    numbers = {"cores": it.multiprocessors, "clock": it.clock_hz / 1e9}
+    config = CONFIG.format(kind=it.kind, bandwidth=int(it.chip.bytes_per_s), memory=it.chip.memory_bytes, **numbers)
     return list(topologies.get_topology_desc(target, "cuda", target_config=config, topology=f"1x{hosts}x{cards}").devices)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
+from hybrid_jax.chips import CHIPS, Chip
 from hybrid_jax.config import ConfigError
 
 PLUGIN = "jax_plugins.xla_cuda13"
@@ -23,17 +24,17 @@ class Tpu:
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A card, by its datasheet (dense rates) and the CUDA programming guide's table of compute capability 9.0.
-
-    flop_per_s: of the matrix units, by dtype (float32's is tf32's).
-    """
+    """A card, by its datasheet and the CUDA programming guide's table of compute capability 9.0."""
 
     kind: str
+    chip: Chip
     multiprocessors: int
     clock_hz: float
-    memory_bytes: int
-    bytes_per_s: float
-    flop_per_s: dict[str, float]
+    tf32_flop_per_s: float  # dense
+
+    def flop_per_s(self, dtype: str) -> float:
+        """Of the matrix units; those of float32 are tf32's."""
+        return {"bfloat16": self.chip.flop_per_s, "float32": self.tf32_flop_per_s}[dtype]
 
 
 TPUS = {
@@ -44,8 +45,8 @@ TPUS = {
     "tpu:tpu7x": Tpu("tpu7x:2x2x1", "TPU_7X", 2.2e9),
 }
 GPUS = {
-    "gpu:h200": Gpu("NVIDIA H200", 132, 1.98e9, 141 * 10**9, 4.8e12, {"bfloat16": 989e12, "float32": 494e12}),
-    "gpu:h100": Gpu("NVIDIA H100 80GB HBM3", 132, 1.98e9, 80 * 10**9, 3.35e12, {"bfloat16": 989e12, "float32": 494e12}),
+    "gpu:h200": Gpu("NVIDIA H200", CHIPS["h200"], 132, 1.98e9, 494e12),
+    "gpu:h100": Gpu("NVIDIA H100 80GB HBM3", CHIPS["h100"], 132, 1.98e9, 494e12),
 }
 
 

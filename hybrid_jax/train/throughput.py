@@ -7,36 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import costs
+from hybrid_jax.chips import CHIPS
 from hybrid_jax.config import RunConfig
-
-# Dense bfloat16 FLOP/s of what is one device to JAX, by what JAX calls it; makers' data sheets, NVIDIA's half of what they give with
-# sparsity. The first name that fits counts: the cards of PCI slots are slower than what is named like them and stands further down.
-CHIPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,  # a chip is two devices
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "GB200": 2500e12,
-    "B200": 2250e12,
-}
+from pallas_kernels.platforms import GENERATIONS
 
 
 def peak_flops() -> tuple[float, str]:
     """FLOP/s of all devices together, and where the number is from: the data sheet, or else a matmul timed here."""
     device = jax.devices()[0]
     if name := listed(device.device_kind):
-        return CHIPS[name] * jax.device_count(), f"{name} data sheet"
+        return CHIPS[name].flop_per_s * jax.device_count(), f"{name} data sheet"
     if device.platform == "cpu":  # virtual CPU devices share one machine
         return matmul_rate(jnp.float32, 1024) * jax.process_count(), "its measured float32 matmul rate"
     return matmul_rate(jnp.bfloat16, 8192) * jax.device_count(), "its measured bfloat16 matmul rate"
@@ -46,7 +26,8 @@ def listed(kind: str) -> str | None:
     """The chip of `CHIPS` that JAX calls ``kind``; None where none is, or ``kind`` is a slice of one ("... MIG 1g.10gb")."""
     if re.search(r"\bMIG\b", kind):
         return None
-    return next((name for name in CHIPS if re.search(rf"\b{name}\b", kind)), None)  # whole words: an RTX A1000 is no A100
+    # Whole words: an RTX A1000 is no A100.
+    return GENERATIONS.get(kind) or next((name for name in CHIPS if re.search(rf"\b{name}\b", kind.lower())), None)
 
 
 def matmul_rate(dtype, size: int) -> float:

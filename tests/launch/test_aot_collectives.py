@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.compiled import hlo
 from experiments.compiled.collectives import Collective, collectives, groups, sent, total
-from experiments.compiled.targets import GPUS
-from hybrid_jax.train import throughput
+from hybrid_jax.chips import CHIPS
 from launch import accelerators
-from launch.chips import CHIPS, Place, network, network_seconds
+from launch.chips import LINKS, Place, network, network_seconds
+from launch.topologies import CARDS
 from pallas_kernels.platforms import GENERATIONS
 
 SHAPE = {"data": 2, "fsdp": 2, "seq": 1, "tensor": 2}
@@ -158,12 +158,11 @@ def test_a_compiled_program_says_what_was_asked_for():
     }
 
 
-def test_chips_are_those_that_the_trainer_knows():
-    assert {generation.spoken for generation in accelerators.GENERATIONS} == set(GENERATIONS.values())
-    kinds = GENERATIONS | {gpu.kind: name.removeprefix("gpu:") for name, gpu in GPUS.items()}
-    assert set(CHIPS) == set(kinds.values())
-    for kind, chip in kinds.items():
-        assert next(rate for name, rate in throughput.CHIPS.items() if name in kind) == CHIPS[chip].flops / CHIPS[chip].devices
+def test_of_every_chip_that_can_be_named_all_is_known():
+    generations = {generation.spoken for generation in accelerators.GENERATIONS}
+    assert generations == set(GENERATIONS.values())
+    assert set(LINKS) == generations | set(CARDS)
+    assert all(None not in CHIPS[kind] for kind in LINKS)
 
 
 def place(*devices):
@@ -172,17 +171,17 @@ def place(*devices):
 
 
 def test_the_least_time_of_collectives():
-    chip = CHIPS["v5e"]._replace(link_rate=1.0, dcn_rate=0.5)
+    links = LINKS["v5e"]._replace(link_rate=1.0, dcn_rate=0.5)
     gather = Collective("all-gather", 2, 80, ((0, 1, 2, 3),))
     line = place(*((0, x, 0, 0) for x in range(4)))
-    assert network_seconds(chip, (4, 4), line, gather) == (2 * 60 / 1, 0)  # the ends of a line have one link
-    assert network_seconds(chip, (16, 4), line, gather) == (2 * 60 / 2, 0)  # a ring
-    assert network_seconds(chip, (2, 2), place((0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 1, 0)), gather) == (2 * 60 / 2, 0)
-    assert network_seconds(chip, (4, 4), place(*((s, x, 0, 0) for s in (0, 1) for x in (0, 1))), gather) == (
+    assert network_seconds(links, (4, 4), line, gather) == (2 * 60 / 1, 0)  # the ends of a line have one link
+    assert network_seconds(links, (16, 4), line, gather) == (2 * 60 / 2, 0)  # a ring
+    assert network_seconds(links, (2, 2), place((0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 1, 0)), gather) == (2 * 60 / 2, 0)
+    assert network_seconds(links, (4, 4), place(*((s, x, 0, 0) for s in (0, 1) for x in (0, 1))), gather) == (
         2 * 40 / 1,  # between the two chips of a slice
         2 * (40 / 2) / 0.5,  # half of the array comes from the other slice, through two chips
     )
-    two_cores = chip._replace(devices=2)
+    two_cores = links._replace(devices=2)
     cores = place((0, 0, 0, 0), (0, 0, 0, 0), (0, 1, 0, 0), (0, 1, 0, 0))
     assert network_seconds(two_cores, (4, 4), cores, gather) == (2 * 40 / 1, 0)  # what one core has the other one has
     assert network_seconds(two_cores, (4, 4), cores, Collective("all-gather", 1, 80, ((0, 2), (1, 3)))) == (2 * 40 / 1, 0)
@@ -190,15 +189,16 @@ def test_the_least_time_of_collectives():
 
 
 def test_the_least_time_between_gpus():
-    chip = CHIPS["h100"]._replace(link_rate=10.0, dcn_rate=0.5)
+    links = LINKS["h100"]._replace(link_rate=10.0, dcn_rate=0.5)
     hosts = Place.of(SimpleNamespace(platform="gpu", process_index=i // 4, id=i) for i in range(8))
-    assert network_seconds(chip, (4,), hosts, Collective("all-gather", 1, 80, ((0, 1, 2, 3), (4, 5, 6, 7)))) == (60 / 10, 0)
+    assert network_seconds(links, (4,), hosts, Collective("all-gather", 1, 80, ((0, 1, 2, 3), (4, 5, 6, 7)))) == (60 / 10, 0)
     across = Collective("all-reduce", 1, 80, tuple((i, i + 4) for i in range(4)))
-    assert network_seconds(chip, (4,), hosts, across) == (0, 2 * 40 / 0.5)
+    assert network_seconds(links, (4,), hosts, across) == (0, 2 * 40 / 0.5)
     both = Collective("all-gather", 1, 80, (tuple(range(8)),))
-    assert network_seconds(chip, (4,), hosts, both) == (60 / 10, (40 / 4) / 0.5)  # half comes from the other host, by four cards
+    assert network_seconds(links, (4,), hosts, both) == (60 / 10, (40 / 4) / 0.5)  # half comes from the other host, by four cards
     shape = {"data": 2, "fsdp": 4}
-    assert network(chip, (4,), hosts, [across, both], shape) == {"data, between hosts": 160, "data+fsdp": 6, "data+fsdp, between hosts": 20}
+    found = network(links, (4,), hosts, [across, both], shape)
+    assert found == {"data, between hosts": 160, "data+fsdp": 6, "data+fsdp, between hosts": 20}
 
 
 @pytest.mark.parametrize("kind, expected", [("all-gather", 75), ("reduce-scatter", 75), ("all-reduce", 150), ("all-to-all", 75)])
