@@ -137,7 +137,7 @@ def _work(config: RunConfig, target: Target, mesh: Mesh, text: str, effort: floa
     if effort == QUICK:  # fuses less than a run does: only what no fusion saves, state and batch read and state written
         moved = sum(state.values()) + state["parameters"] + state["optimizer"]
     else:
-        moved = sum(e.count * e.hbm_bytes for e in module.executions)
+        moved = module.hbm_bytes
     seconds = {"FLOPs": max(computed, model) / chip.flop_per_s, "HBM": moved / chip.bytes_per_s}
     seconds |= network(LINKS[target.kind], target.sizes, Place.of(mesh.devices.flat), found, shape)
     return {

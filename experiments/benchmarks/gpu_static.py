@@ -92,7 +92,7 @@ def cost(text: str, written: list[sass.Kernel]) -> dict:
         same = sum(other.name == kernel.name for other in written)  # such as one for each direction
         found.append(dataclasses.asdict(kernel) | {"executions": calls.get(kernel.name, 0) / same, "ctas_per_sm": ctas_per_sm(kernel)})
     return {
-        "hbm_bytes": sum(execution.count * execution.hbm_bytes for execution in module.executions),
+        "hbm_bytes": module.hbm_bytes,
         "unknown_loops": unknown + sum(kernel.unknown_loops for kernel in written),
         "kernels": found,
         "spill_bytes": sum(kernel.spill_bytes for kernel in written),

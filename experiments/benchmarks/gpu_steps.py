@@ -179,7 +179,7 @@ def compile_for(case: Case, target: str, dumps: Path) -> dict:
         "tokens": TOKENS,
         "flops": training_flops(config),
         "held_bytes": held,
-        "hbm_bytes": sum(execution.count * execution.hbm_bytes for execution in hlo.Module(text).executions),
+        "hbm_bytes": hlo.Module(text).hbm_bytes,
         "remat": config.model.remat,
         "implementations": implementations_of(config.model, text),
         "kernels": kernels,

@@ -75,7 +75,7 @@ def compile_for(case: Case, target: str) -> dict:
         "effort": -1 if jax.config.jax_optimization_level == "O0" else 0,  # least (a quarter of the time, a slower program) or a run's
         "compile_s": seconds,
         "held_bytes": held,
-        "hbm_bytes": sum(e.count * e.hbm_bytes for e in hlo.Module(text).executions),
+        "hbm_bytes": hlo.Module(text).hbm_bytes,
         "implementations": implementations_of(config.model, text),
     }
 

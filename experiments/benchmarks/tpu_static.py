@@ -89,11 +89,10 @@ def as_projected(run: Callable[..., dict], arguments: tuple[dict, ...]) -> tuple
 
 def cost(text: str, dumps: Path) -> dict:
     """Of a row: what a compiled module's kernels add up to, each as often as it is executed."""
-    written, shared = schedule.kernels(dumps), schedule.same_kernel(dumps)
-    total = {"bundles": 0, "fills": 0, "spills": 0, "hbm_bytes": 0, "vmem_bytes": 0}
+    module, written, shared = hlo.Module(text), schedule.kernels(dumps), schedule.same_kernel(dumps)
+    total = {"bundles": 0, "fills": 0, "spills": 0, "hbm_bytes": module.hbm_bytes, "vmem_bytes": 0}
     use, unknown, parts = dict.fromkeys(schedule.UNITS, 0.0), 0, []
-    for execution in hlo.Module(text).executions:
-        total["hbm_bytes"] += execution.count * execution.hbm_bytes
+    for execution in module.executions:
         kernel = written.get(shared.get(execution.name, execution.name))
         if kernel is None:
             continue  # part of the program that calls the kernels

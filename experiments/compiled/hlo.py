@@ -51,6 +51,11 @@ class Execution:
     hbm_bytes: int
     known: bool
 
+    @property
+    def total_bytes(self) -> int:
+        """Of all times it is run."""
+        return self.count * self.hbm_bytes
+
 
 class Module:
     """``compiled.as_text()``, parsed as far as needed."""
@@ -69,7 +74,12 @@ class Module:
     @cached_property
     def executions(self) -> list[Execution]:
         """:meth:`cheapest` in bytes to and from HBM."""
-        return self.cheapest(lambda execution: execution.count * execution.hbm_bytes)
+        return self.cheapest(lambda execution: execution.total_bytes)
+
+    @property
+    def hbm_bytes(self) -> int:
+        """To and from HBM, of all that is executed."""
+        return sum(execution.total_bytes for execution in self.executions)
 
     def cheapest(self, cost: Callable[[Execution], float]) -> list[Execution]:
         """Every instruction outside of fusions that does something, in no particular order; of a conditional those of its branch that
