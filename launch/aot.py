@@ -54,7 +54,7 @@ def main(run: cli.Run) -> int:
         targets.need_libtpu(target.name)
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: a TPU or GPU of this machine is not wanted
 
-    from experiments.benchmarks import rows
+    from experiments.benchmarks import results, rows
     from launch import ahead, candidates, report
 
     effort = ahead.QUICK if EFFORT.value == "quick" and not on_gpus else 0.0
@@ -69,7 +69,7 @@ def main(run: cli.Run) -> int:
         return compiler.call(ahead.compile_ahead, case.config, case.target, effort)
 
     def measure(case: report.Case) -> dict:
-        return rows.append(rows.measure("aot", compiled, case), output)
+        return results.append(rows.measure("aot", compiled, case), output)
 
     with ahead.compiler(target) as compiler:
         if SWEEP.value:

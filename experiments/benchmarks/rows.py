@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import importlib
-import json
 import os
 import platform
 import shutil
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.benchmarks import fla_peer
+from experiments.benchmarks import fla_peer, results
 from experiments.benchmarks.cases import Case
 
 ROOT = Path(__file__).parents[2]  # of the checkout, or where the packages are installed
@@ -98,14 +97,6 @@ def measure(name: str, run: Callable[[Case], dict], case: Case, about: dict | No
         return row | {"failure": f"{type(error).__name__}: {str(error).strip() or 'no message'}"}
 
 
-def append(row: dict, output: Path) -> dict:
-    """The row, written as a line of a file."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
-
-
 def table(suite: Suite, cases: list[Case], rows: list[dict]) -> Table:
     identity = [name for name in cases[0].identity if name != "sizes"]
     table = Table(*identity, *suite.columns)
@@ -117,10 +108,10 @@ def table(suite: Suite, cases: list[Case], rows: list[dict]) -> Table:
 
 def unmeasured(cases: list[Case], suite: Suite, output: Path) -> list[Case]:
     """The cases that a file has no row of, measured on this device at this revision with what is installed now."""
-    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     here = {"suite": suite.name} | {name: provenance()[name] for name in ("device", "git", "jax", "jaxlib")}
     peers = fla_peer.installed()  # of which the rows of our own say nothing
-    done = [row for row in rows if "failure" not in row and here.items() <= row.items() and row.get("peer_versions", peers) == peers]
+    rows = [row for row in results.read(output) if "failure" not in row and here.items() <= row.items()]
+    done = [row for row in rows if row.get("peer_versions", peers) == peers]
     return [case for case in cases if not any(case.identity.items() <= row.items() for row in done)]
 
 
@@ -144,7 +135,7 @@ def run(cases: list[Case], suite: Suite, output: Path) -> list[dict]:
                 console.print(f"the time is over: {len(cases) - len(rows)} are left for the same command, given again")
                 break
             progress.update(task, description=str(case))
-            row = append(measure(suite.name, suite.measure, case, suite.about), output)
+            row = results.append(measure(suite.name, suite.measure, case, suite.about), output)
             rows.append(row)
             progress.advance(task)
             figures = row.get("failure") or ", ".join(f"{name} {text(row)}" for name, text in suite.columns.items())

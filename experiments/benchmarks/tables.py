@@ -5,29 +5,17 @@
 Each stands in its page between the lines ``<!-- table NAME -->`` and ``<!-- end -->`` and has the newest row of each case.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from experiments.benchmarks.cases import OPERATORS, PASSES
+from experiments.benchmarks.results import newest
 from experiments.compiled.targets import GPUS, TPUS
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "experiments/results"
 PAGES = (ROOT / "docs/tpu.md", ROOT / "docs/gpu.md")
-CASE = ("target", "operator", "shape", "config", "window", "implementation", "pass")  # what a row is of, as far as it has it
-
-
-def newest(name: str, suite: str) -> list[dict]:
-    """Of the suite's rows in experiments/results/NAME.jsonl, the last of each case that is no failure, bfloat16 where it has a dtype."""
-    found = {}
-    rows = map(json.loads, (ROOT / f"experiments/results/{name}.jsonl").read_text().splitlines())
-    for row in sorted(rows, key=lambda row: row["time"]):
-        if row["suite"] == suite and "failure" not in row and row.get("dtype", "bfloat16") == "bfloat16":
-            case = tuple(row.get(part) for part in CASE)
-            found.pop(case, None)
-            found[case] = row
-    return list(found.values())
 
 
 def markdown(heading: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -43,7 +31,7 @@ def unsure(row: dict) -> str:
 def tpu_operators() -> str:
     """A shape and pass a line: bundles a token and head of the kernel and of XLA's form on each generation."""
     key = ("operator", "shape", "pass", "target", "implementation")
-    rows = {tuple(row[part] for part in key): row for row in newest("tpu_static", "tpu_static")}
+    rows = {tuple(row[part] for part in key): row for row in newest(RESULTS / "tpu_static.jsonl", "tpu_static")}
     cases = sorted({case[:2] for case in rows}, key=lambda case: (OPERATORS.index(case[0]), case[1]))
 
     def line(operator, shape, pass_name):
@@ -65,7 +53,7 @@ def tpu_operators() -> str:
 
 def tpu_steps() -> str:
     """GB that a device holds, a configuration a line and a generation a column."""
-    rows = {(row["config"], row["target"]): row for row in newest("tpu_static", "tpu_step")}
+    rows = {(row["config"], row["target"]): row for row in newest(RESULTS / "tpu_static.jsonl", "tpu_step")}
     configs = sorted({config for config, _ in rows}, key=lambda config: (config.endswith(":1b3"), config))
 
     def held(config, target):
@@ -77,7 +65,7 @@ def tpu_steps() -> str:
 
 def gpu_operators() -> str:
     """A shape and length a line, forward + backward: the kernels' bytes and floors beside XLA's form."""
-    rows = [row for row in newest("gpu_static", "gpu_static") if row["pass"] == "forward_backward"]
+    rows = [row for row in newest(RESULTS / "gpu_static.jsonl", "gpu_static") if row["pass"] == "forward_backward"]
     rows.sort(key=lambda row: (OPERATORS.index(row["operator"]), row["shape"].split()[0], row["sizes"]["T"]))
     of_xla = {(row["operator"], row["shape"]): row for row in rows if row["implementation"] == "xla"}
 
@@ -100,7 +88,7 @@ def gpu_operators() -> str:
 def gpu_kernels() -> str:
     """A kernel a line: what the compiler made of it, over all shapes."""
     found: dict[str, list[dict]] = {}
-    rows = sorted(newest("gpu_static", "gpu_static"), key=lambda row: OPERATORS.index(row["operator"]))
+    rows = sorted(newest(RESULTS / "gpu_static.jsonl", "gpu_static"), key=lambda row: OPERATORS.index(row["operator"]))
     for row in rows:
         for kernel in row["kernels"]:
             found.setdefault(kernel["name"], []).append(kernel)
@@ -118,7 +106,7 @@ def gpu_steps() -> str:
     """A configuration and window a line: what a step of 32k tokens holds and moves, which kernels it runs, and what share of its time the
     model's FLOPs are where both go at the datasheet's rates, one after the other.
     """
-    rows = newest("gpu_static", "gpu_step_static")
+    rows = newest(RESULTS / "gpu_static.jsonl", "gpu_step_static")
     rows.sort(key=lambda row: (row["config"].endswith(":1b3"), not row["config"].startswith("transformer"), row["config"], row["window"]))
 
     def line(row):

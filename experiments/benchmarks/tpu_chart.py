@@ -3,22 +3,18 @@
 Attention is left out: a schedule does not know how many blocks it visits.
 """
 
-import json
 from pathlib import Path
+
+from experiments.benchmarks.results import newest
 
 INK = "#333333"
 COLORS = {"xla": "#C3CAD5", "pallas": "#2F6DB5"}
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
 
-def newest(file: Path, target: str) -> list[dict]:
-    """Of the recurrences' bfloat16 rows for ``target`` that are no failures, the last of each case."""
-    found, here = {}, {"suite": "tpu_static", "target": target, "dtype": "bfloat16"}
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
-        if "failure" not in row and row.get("operator") != "attention" and all(row.get(name) == value for name, value in here.items()):
-            found[tuple(row[name] for name in ("operator", "shape", "implementation", "pass"))] = row
-    return list(found.values())
+def recurrences(file: Path, target: str) -> list[dict]:
+    """The rows that are drawn."""
+    return [row for row in newest(file, "tpu_static") if row["target"] == target and row["operator"] != "attention"]
 
 
 def plot(file: Path, target: str) -> Path:
@@ -28,7 +24,7 @@ def plot(file: Path, target: str) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = newest(file, target)
+    rows = recurrences(file, target)
     shapes = sorted({(row["operator"], row["shape"]) for row in rows if row["implementation"] == "pallas"})
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#EEEEEE"}
     with plt.rc_context(style | {"axes.titlelocation": "left", "axes.titleweight": "bold", "text.color": INK, "font.size": 9}):

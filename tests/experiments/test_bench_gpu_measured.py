@@ -141,6 +141,8 @@ def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path, capsys):
         assert rows.unmeasured(asked, gpu.suite(HERE, everything, 0.0), output) == asked
     output.write_text("\n".join(json.dumps(line | {"peer_versions": fla_peer.installed()}) for line in lines))
     assert not rows.unmeasured(asked, gpu.suite(HERE, everything, 0.0), output)
+    output.write_text(output.read_text()[:-9])  # of a call that was killed while it wrote
+    assert rows.unmeasured(asked, gpu.suite(HERE, everything, 0.0), output) == asked[1:]
 
 
 def test_each_state_of_the_code_is_measured(tmp_path, monkeypatch):

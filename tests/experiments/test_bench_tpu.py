@@ -190,12 +190,12 @@ def test_a_row_of_the_compiler(tmp_path):
 
 def test_the_picture_has_the_last_rows_that_are_no_failures(tmp_path):
     case = dict(suite="tpu_static", target="tpu:v6e", dtype="bfloat16", operator="linear_scan", shape="hgrn", implementation="pallas")
-    case["pass"] = "forward"
+    case |= {"pass": "forward", "time": "2026-11-22"}
     cost = dict(bundles=8e3, bundles_per_token_and_head=2.0, bundle_s=1e-6, hbm_s=2e-6, unknown_loops=0)
-    step = {"suite": "tpu_step", "target": "tpu:v6e", "config": "gla_r6:340m"}
+    step = {"suite": "tpu_step", "target": "tpu:v6e", "config": "gla_r6:340m", "time": "2026-11-22"}
     rows = [case | cost, case | cost | {"bundles": 9e3}, case | {"failure": "no"}, case | cost | {"operator": "attention"}, step]
     file = tmp_path / "rows.jsonl"
     for some, drawn in ((rows, [rows[1]]), (rows[2:3], [])):
         file.write_text("".join(json.dumps(row) + "\n" for row in some))
-        assert tpu_chart.newest(file, "tpu:v6e") == drawn
+        assert tpu_chart.recurrences(file, "tpu:v6e") == drawn
         assert tpu_chart.plot(file, "tpu:v6e").read_bytes().startswith(b"\x89PNG")
