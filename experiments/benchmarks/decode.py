@@ -10,6 +10,7 @@ import numpy as np
 from experiments import cli
 from experiments.benchmarks.rows import Suite
 from hybrid_jax import costs
+from hybrid_jax.figure import subplots
 from hybrid_jax.generation import Session
 from hybrid_jax.mixers import Rings
 from hybrid_jax.model import build
@@ -17,7 +18,6 @@ from hybrid_jax.sampling import Sampling
 
 CONFIGS = ["gla_pure:tiny", "gla_r6:tiny", "transformer:tiny"]
 WRITTEN = 33  # tokens; the first waits for the compilation of the step, and is not timed
-INK = "#333333"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +103,8 @@ SUITE = Suite(
 
 def plot(rows: list[dict], file: Path) -> Path:
     """Draw time a token and bytes of cache by context, a line a model; the file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in rows if "failure" not in row]
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#EEEEEE", "legend.frameon": False}
-    with plt.rc_context(style | {"axes.titlelocation": "left", "axes.titleweight": "bold", "text.color": INK, "font.size": 10}):
-        figure, (speed, size) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    with subplots(file, 1, 2, size=(11, 4)) as (figure, (speed, size)):
         for config in dict.fromkeys(row["config"] for row in rows):
             own = [row for row in rows if row["config"] == config]
             contexts = [row["context"] for row in own]
@@ -129,6 +122,4 @@ def plot(rows: list[dict], file: Path) -> Path:
         speed.legend()
         first = rows[0]
         figure.suptitle(f"batch {first['batch']}, {first['dtype']}, {first['device']}", x=0.01, ha="left", fontsize=9)
-        figure.savefig(file, dpi=150)
-        plt.close(figure)
     return file

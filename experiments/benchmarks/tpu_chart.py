@@ -6,8 +6,8 @@ Attention is left out: a schedule does not know how many blocks it visits.
 from pathlib import Path
 
 from experiments.benchmarks.results import newest
+from hybrid_jax.figure import INK, subplots
 
-INK = "#333333"
 COLORS = {"xla": "#C3CAD5", "pallas": "#2F6DB5"}
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
@@ -19,16 +19,14 @@ def recurrences(file: Path, target: str) -> list[dict]:
 
 def plot(file: Path, target: str) -> Path:
     """Draw what ``file`` has of a target beside it; the picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Rectangle
 
     rows = recurrences(file, target)
     shapes = sorted({(row["operator"], row["shape"]) for row in rows if row["implementation"] == "pallas"})
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#EEEEEE"}
-    with plt.rc_context(style | {"axes.titlelocation": "left", "axes.titleweight": "bold", "text.color": INK, "font.size": 9}):
-        figure, panels = plt.subplots(1, 2, figsize=(12, 1.2 + 0.36 * len(shapes)), layout="constrained", sharey=True)
+    picture = file.with_name(f"{file.stem}_{target.removeprefix('tpu:')}.png")
+    size, style = (12, 1.2 + 0.36 * len(shapes)), {"font.size": 9, "axes.axisbelow": True}
+    with subplots(picture, 1, 2, size=size, style=style, sharey=True) as (figure, panels):
         for axes, (pass_name, title) in zip(panels, PASSES.items(), strict=True):
             for row in rows:
                 if row["pass"] == pass_name and (row["operator"], row["shape"]) in shapes:
@@ -38,13 +36,10 @@ def plot(file: Path, target: str) -> Path:
             axes.set_xlabel("ns a token and head (linear_scan, causal_conv: and 128 channels)")
         panels[0].set_yticks(range(len(shapes)), [f"{operator}  {shape}" for operator, shape in shapes])
         panels[0].invert_yaxis()
-        handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()]
-        handles.append(plt.Line2D([], [], color=INK, marker="|", ls="", ms=10, label="the pallas row's HBM traffic alone"))
-        panels[1].legend(handles=handles, loc="lower right", frameon=False)
+        handles = [Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()]
+        handles.append(Line2D([], [], color=INK, marker="|", ls="", ms=10, label="the pallas row's HBM traffic alone"))
+        panels[1].legend(handles=handles, loc="lower right")
         figure.suptitle(f"{target.removeprefix('tpu:')}, bfloat16, by the compiler's schedule", x=0.01, ha="left", fontsize=9)
-        picture = file.with_name(f"{file.stem}_{target.removeprefix('tpu:')}.png")
-        figure.savefig(picture, dpi=150)
-        plt.close(figure)
     return picture
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from experiments.reports import published
 from experiments.reports.collect import RATIOS, Score
 from experiments.reports.tables import BY_RATIO, FAMILIES, Measure, Models
-from hybrid_jax.train.plot import INK, REFERENCE, STYLE
+from hybrid_jax.figure import INK, REFERENCE, subplots
 
 COLORS = {
     "hgrn": "#B279A2",
@@ -27,17 +27,14 @@ def by_ratio(models: Models, size: str, file: Path) -> Path | None:
     if not measures:
         return None
 
-    def draw(plt):
-        figure, panels = plt.subplots(1, len(measures), figsize=(5.2 * len(measures), 4.4), layout="constrained", squeeze=False)
+    with subplots(file, 1, len(measures), size=(5.2 * len(measures), 4.4), squeeze=False) as (figure, panels):
         for axes, measure in zip(panels[0], measures, strict=True):
             _ratio_panel(axes, found, {m: s[measure.name] for m, s in found.items() if measure.name in s}, measure)
             _studys_lines(axes, found, measure, size)
             _within_percents(axes, measure)
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        return figure
-
-    return _save(draw, file)
+    return file
 
 
 def _ratio_panel(axes, found: dict, scores: dict[tuple[str, str], Score], measure: Measure) -> None:
@@ -99,8 +96,7 @@ def ruler_groups(models: Models, size: str, file: Path) -> Path | None:
     if not names:
         return None
 
-    def draw(plt):
-        figure, panels = plt.subplots(1, len(names), figsize=(2.7 * len(names), 3.4), layout="constrained", squeeze=False, sharey=True)
+    with subplots(file, 1, len(names), size=(2.7 * len(names), 3.4), squeeze=False, sharey=True) as (figure, panels):
         for axes, name in zip(panels[0], names, strict=True):
             measure = Measure(f"ruler/{name}", name, percent=True)
             _ratio_panel(axes, found, {m: s[measure.name] for m, s in found.items() if measure.name in s}, measure)
@@ -108,9 +104,7 @@ def ruler_groups(models: Models, size: str, file: Path) -> Path | None:
         _within_percents(axes, measure)  # of all panels, once all is drawn
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        return figure
-
-    return _save(draw, file)
+    return file
 
 
 def pareto(models: Models, costs: dict, size: str, measure: Measure, context: int, file: Path) -> Path | None:
@@ -120,8 +114,7 @@ def pareto(models: Models, costs: dict, size: str, measure: Measure, context: in
         return None
     scale = 100 if measure.percent else 1
 
-    def draw(plt):
-        figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+    with subplots(file, 1, 2, size=(11, 4.6), sharey=True) as (figure, panels):
         titles = {"flops": f"FLOPs a token, forward, at {context:,} tokens", "bytes": f"bytes of state and KV cache at {context:,} tokens"}
         for axes, (cost, title) in zip(panels, titles.items(), strict=True):
             for (family, ratio), (score, price) in points.items():
@@ -134,10 +127,8 @@ def pareto(models: Models, costs: dict, size: str, measure: Measure, context: in
             _cost_axis(axes, [price[cost] for _, price in points.values()])
         _within_percents(axes, measure)
         panels[0].set_ylabel(measure.heading)
-        figure.legend(handles=_legend(plt, points), loc="outside lower center", ncols=8)
-        return figure
-
-    return _save(draw, file)
+        figure.legend(handles=_legend(points), loc="outside lower center", ncols=8)
+    return file
 
 
 def _cost_axis(axes, values: list[float]) -> None:
@@ -161,22 +152,11 @@ def frontier(points: dict[tuple[str, str], tuple[float, float]]) -> list[tuple[s
     return front
 
 
-def _legend(plt, points) -> list:
+def _legend(points) -> list:
+    from matplotlib.lines import Line2D
+
     families = [f for f in FAMILIES if any(model[0] == f for model in points)]
     ratios = [r for r in RATIOS if any(model[1] == r for model in points)]
-    dots = [plt.Line2D([], [], color=COLORS[f], marker="o", ls="", label=FAMILIES[f]) for f in families]
+    dots = [Line2D([], [], color=COLORS[f], marker="o", ls="", label=FAMILIES[f]) for f in families]
     titles = {ratio: "full attention" if ratio == "full" else ratio for ratio in ratios}
-    return dots + [plt.Line2D([], [], color=REFERENCE, marker=MARKERS[r], ls="", label=title) for r, title in titles.items()]
-
-
-def _save(draw, file: Path) -> Path:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(STYLE):
-        figure = draw(plt)
-        figure.savefig(file, dpi=150)
-        plt.close(figure)
-    return file
+    return dots + [Line2D([], [], color=REFERENCE, marker=MARKERS[r], ls="", label=title) for r, title in titles.items()]

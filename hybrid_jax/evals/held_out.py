@@ -19,11 +19,11 @@ from hybrid_jax.data import DataError
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.evals.evaluate import source_text
 from hybrid_jax.evals.processes import on_local_devices, rows_at_once, shared, watched
+from hybrid_jax.figure import REFERENCE, subplots
 from hybrid_jax.generation import CHUNK, ring_slots
 from hybrid_jax.loss import token_losses
 from hybrid_jax.model import Model
 from hybrid_jax.train.metrics import by_doubling
-from hybrid_jax.train.plot import REFERENCE, STYLE, save
 
 SHOWN = 256  # tokens, at least, that a point of the picture is the mean of
 
@@ -106,14 +106,10 @@ def _read(graph: nnx.GraphDef, params: nnx.State, tokens, targets, real, cache: 
 
 def plot(results: dict[str, Any], file: epath.Path, *, trained: int | None = None) -> None:
     """Draw what :func:`evaluate` returned: the loss by position, a line a length. trained: the length of the training windows."""
-    import matplotlib
+    from matplotlib import colormaps
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        shades = plt.get_cmap("viridis_r")(np.linspace(0.15, 0.9, len(results["scores"])))
+    with subplots(file, size=(7, 4.2)) as (_, axes):
+        shades = colormaps["viridis_r"](np.linspace(0.15, 0.9, len(results["scores"])))
         for (length, scores), color in zip(results["scores"].items(), shades, strict=True):
             windows, places, means = results["settings"]["tokens"] / int(length), [], []
             for name, loss in scores["loss_by_position"].items():
@@ -130,5 +126,3 @@ def plot(results: dict[str, Any], file: epath.Path, *, trained: int | None = Non
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.legend(title="windows of")
-        save(figure, file)
-        plt.close(figure)

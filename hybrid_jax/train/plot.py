@@ -1,33 +1,17 @@
 """One picture of a run: how the loss fell, what the evaluations say, where in the window, and recall."""
 
-import io
 import json
 
 import numpy as np
 from etils import epath
 
 from hybrid_jax.amounts import count
+from hybrid_jax.figure import REFERENCE, subplots
 from hybrid_jax.train.metrics import read_rows
 from hybrid_jax.train.workdir import read_evaluations
 
-TRAINING, HELD_OUT, RECALL, REFERENCE, INK = "#4C78A8", "#E45756", "#54A24B", "#8A8A8A", "#333333"
+TRAINING, HELD_OUT, RECALL = "#4C78A8", "#E45756", "#54A24B"
 ABOVE = 1.15  # of the largest value: how high an axis goes, with room for a label
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#BBBBBB",
-    "axes.labelcolor": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#EEEEEE",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "text.color": INK,
-}
 
 
 def plot_run(workdir: epath.Path, name: str | None = None) -> epath.Path:
@@ -35,34 +19,19 @@ def plot_run(workdir: epath.Path, name: str | None = None) -> epath.Path:
 
     name: of its model; where it is not given, as summary.json has it.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = read_rows(workdir / "metrics.jsonl")
     training = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "evaluation" in row]
     full = list(read_evaluations(workdir).values())
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    file = workdir / "summary.png"
+    with subplots(file, 2, 2, size=(11, 7.5)) as (figure, axes):
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)
         _losses(axes[0, 0], training, evaluations)
         _bits(axes[0, 1], evaluations)
         _positions(axes[1, 0], full)
         _recall(axes[1, 1], evaluations)
         figure.suptitle(_title(workdir, rows, name), x=0.01, ha="left", fontsize=13, fontweight="bold")
-        file = workdir / "summary.png"
-        save(figure, file)
-        plt.close(figure)
     return file
-
-
-def save(figure, file: epath.Path) -> None:
-    """Write a figure as a PNG, also into a bucket, which Matplotlib can not."""
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150)
-    file.write_bytes(picture.getvalue())
 
 
 def _title(workdir: epath.Path, rows: list[dict], name: str | None) -> str:

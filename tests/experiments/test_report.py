@@ -1,5 +1,6 @@
 """The report: every number is a run's or the study's, means are over seeds, and what can not be put together is refused."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -7,13 +8,12 @@ import statistics
 
 import pytest
 from absl import flags
-from matplotlib import pyplot
 
 from experiments import cli, report
 from experiments.configs import recipe
 from experiments.reports import collect, figures, published, tables
 from experiments.reports.collect import Score
-from hybrid_jax import costs, mixers
+from hybrid_jax import costs, figure, mixers
 from hybrid_jax.config import MIXERS, ConfigError, DataConfig, to_dict
 from tests.experiments.commands import run
 
@@ -48,30 +48,31 @@ def folder(tmp_path):
 
 
 def drawn(monkeypatch):
-    """Where a picture's axes end up, low and high of each panel, in place of its file."""
+    """Where a picture's axes end up, low and high of each panel."""
     limits = []
 
-    def save(draw, file):
-        figure = draw(pyplot)
-        figure.canvas.draw()
-        limits[:] = [axes.get_ylim() for axes in figure.axes]
-        pyplot.close(figure)
+    @contextlib.contextmanager
+    def subplots(*arguments, **keywords):
+        with figure.subplots(*arguments, **keywords) as (drawn, panels):
+            yield drawn, panels
+        limits[:] = [axes.get_ylim() for axes in drawn.axes]
 
-    monkeypatch.setattr(figures, "_save", save)
+    monkeypatch.setattr(figures, "subplots", subplots)
     return limits
 
 
 @pytest.mark.parametrize("share, least, most", [(0.5, 45, 55), (0.0, -2, 8), (0.999, 92, 102)])
-def test_an_axis_of_percents_is_ten_points_high(monkeypatch, share, least, most):
+def test_an_axis_of_percents_is_ten_points_high(tmp_path, monkeypatch, share, least, most):
     limits = drawn(monkeypatch)
     models = {("width 64", "gla", ratio): {"mqar": Score((share + i / 1e4,))} for i, ratio in enumerate(("pure", "6:1"))}
-    figures.by_ratio(models, "width 64", None)
+    figures.by_ratio(models, "width 64", tmp_path / "picture.png")
     assert limits == [pytest.approx((least, most), abs=0.1)]
 
 
-def test_panels_with_one_axis_show_what_is_in_each(monkeypatch):
+def test_panels_with_one_axis_show_what_is_in_each(tmp_path, monkeypatch):
     limits = drawn(monkeypatch)
-    figures.ruler_groups({("340M", "gla", "pure"): {"ruler/Single": Score((0.95,)), "ruler/QA": Score((0.2,))}}, "340M", None)
+    models = {("340M", "gla", "pure"): {"ruler/Single": Score((0.95,)), "ruler/QA": Score((0.2,))}}
+    figures.ruler_groups(models, "340M", tmp_path / "picture.png")
     assert len(limits) == 2 and all(low < 20 and high > 95 for low, high in limits)
 
 
