@@ -5,7 +5,6 @@ ConfigDict of its fields. Any field can be overridden: ``--config.train.steps=10
 JAX is started, and what is wrong is said in one line on stderr, with exit code 2.
 """
 
-import difflib
 import errno
 import importlib.util
 import inspect
@@ -28,6 +27,7 @@ from etils import epath
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from hybrid_jax.config import ConfigError, RunConfig, from_dict, to_dict
+from hybrid_jax.config.errors import meant
 from hybrid_jax.data import DataError
 from hybrid_jax.storage import run_folder
 from hybrid_jax.train.workdir import RunError, read_config
@@ -190,11 +190,10 @@ def _known_flags(takes_config: bool) -> flags.FlagValues:
 
 
 def _unknown(name: str, known: flags.FlagValues) -> ConfigError:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    if close:
-        return ConfigError(f"this command has no flag --{name}; did you mean --{close[0]}?")
     fields = "; fields of the configuration are set as --config.train.steps=100" if "config" in known else ""
-    return ConfigError(f"this command has no flag --{name}; it has {', '.join(f'--{flag}' for flag in sorted(known))}{fields}")
+    all_flags = f"it has {', '.join(f'--{flag}' for flag in sorted(known))}{fields}"
+    hint = meant(name, list(known), all_flags, form="--{}", most=1)
+    return ConfigError(f"this command has no flag --{name}; {hint}")
 
 
 def load_run(arguments: list[str], command: str = "", workdir: str | None = None) -> Run:
@@ -227,8 +226,7 @@ def find_config(path: str) -> Path:
         if (folder / path).is_file():
             return folder / path
     known, name = known_configs(), Path(path).stem
-    close = [f"configs/{match}.py" for match in ([name] if name in known else difflib.get_close_matches(name, known, n=3))]
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(f'configs/{name}.py' for name in known)}"
+    hint = meant(name, [name] if name in known else known, form="configs/{}.py")
     raise ConfigError(f"no configuration file {path!r} in {Path.cwd()} or in {PACKAGE}; {hint}")
 
 
@@ -273,8 +271,8 @@ def _check_path(config: ConfigDict, path: str) -> None:
         if not isinstance(node, ConfigDict):
             raise ConfigError(f"{seen} is a single value and has no field {name!r}")
         if name not in node:
-            close = difflib.get_close_matches(name, node.keys(), n=1)
-            raise ConfigError(f"{seen} has no field {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(node)}"))
+            hint = meant(name, node.keys(), f"it has {', '.join(node)}", form="{!r}", most=1)
+            raise ConfigError(f"{seen} has no field {name!r}; {hint}")
         node, seen = node[name], f"{seen}.{name}"
     if isinstance(node, ConfigDict):
         raise ConfigError(f"{seen} is a group of fields; set one of them: {', '.join(f'--{seen}.{name}' for name in node)}")

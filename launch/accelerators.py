@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError
+from hybrid_jax.config.errors import meant
 
 
 class Generation(NamedTuple):
@@ -108,8 +109,7 @@ def _meant(name: str, known: list[str]) -> str:
                 counts = "chips" if generation.units_per_chip == 1 else "TensorCores, two a chip"
                 near = sorted(sizes, key=lambda each: abs(each - int(size)))[:10] if size.isdigit() else sizes[:10]
                 return f"sizes of {generation.prefix} are (in {counts}): {', '.join(map(str, sorted(near)))}"
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+    return meant(name, known)
 
 
 def check_zone(zone: str) -> None:

@@ -1,6 +1,5 @@
 """Running other programs' commands, or only printing them."""
 
-import difflib
 import shlex
 import shutil
 import subprocess
@@ -78,9 +77,3 @@ HINTS = {
     'error: context "': "gcloud container clusters get-credentials CLUSTER --location=LOCATION makes it",
     "required property [project]": "give --project, or gcloud config set project PROJECT",
 }
-
-
-def close_to(name: str, known: Sequence[str]) -> str:
-    """What to say of ``known`` to one who asked for ``name``."""
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known) or 'none'}"

@@ -19,6 +19,7 @@ from absl import flags
 
 from experiments import cli
 from hybrid_jax.config import ConfigError
+from hybrid_jax.config.errors import meant
 from launch import accelerators, buckets, code, hosts, job, shell, supervise
 from launch.gcloud import Tpu, describe_bucket
 
@@ -102,7 +103,7 @@ def _check_offered(tpu: Tpu, accelerator: str) -> None:
     offered = listed.stdout.split()
     if accelerator not in offered:
         family = [each for each in offered if each.split("-")[0] == accelerator.split("-")[0]]
-        raise ConfigError(f"{tpu.zone} does not offer {accelerator}; {shell.close_to(accelerator, family or offered)}; nothing was created")
+        raise ConfigError(f"{tpu.zone} does not offer {accelerator}; {meant(accelerator, family or offered)}; nothing was created")
 
 
 def _show(tpu: Tpu, create: list[str], bucket: str | None, line: str) -> int:

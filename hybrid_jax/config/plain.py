@@ -1,13 +1,12 @@
 """Configurations to and from plain values, such as a ConfigDict's or those of a JSON file."""
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from hybrid_jax.config.errors import ConfigError, need
+from hybrid_jax.config.errors import ConfigError, meant, need
 from hybrid_jax.config.mixers import MIXERS, NAMES, Attention, Mixer
 
 
@@ -31,9 +30,8 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
     fields = typing.get_type_hints(cls)
     for name in values:
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(fields)}"
-            raise ConfigError(f"{path} has no field {name!r}{hint}")
+            hint = meant(name, fields, f"it has {', '.join(fields)}", form="{!r}", most=1)
+            raise ConfigError(f"{path} has no field {name!r}; {hint}")
     return cls(**{name: _typed(fields[name], value, f"{path}.{name}") for name, value in values.items()})
 
 

@@ -4,7 +4,6 @@
 same weights and the same ids. `evaluate` runs tasks: the harness's own by name, or a folder of task files.
 """
 
-import difflib
 import functools
 import importlib.metadata
 import math
@@ -22,6 +21,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from hybrid_jax.config.errors import meant
 from hybrid_jax.data import DataError
 from hybrid_jax.evals.benchmark_data import MissingFiles, read_locally
 from hybrid_jax.evals.likelihood import log_likelihoods
@@ -208,9 +208,7 @@ def _load(manager: TaskManager, names: Sequence[str], reading: AbstractContextMa
     """The tasks and groups of ``names``, with their data, which are read in the context ``reading``."""
     known = set(manager.all_tasks)
     if unknown := [name for name in names if name not in known]:
-        close = difflib.get_close_matches(unknown[0], known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "its list: lm-eval ls tasks"
-        raise DataError(f"lm_eval knows no task {unknown[0]!r}; {hint}")
+        raise DataError(f"lm_eval knows no task {unknown[0]!r}; {meant(unknown[0], known, 'its list: lm-eval ls tasks')}")
     loaded, missing = [], []
     for name in names:
         try:

@@ -1,12 +1,12 @@
 """A model on RULER's tasks: prompts in batches, the likeliest text after each, the share of the answers in it."""
 
-import difflib
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from hybrid_jax.config.errors import meant
 from hybrid_jax.data import DataError
 from hybrid_jax.evals.ruler import score
 from hybrid_jax.evals.ruler.examples import Example
@@ -87,8 +87,7 @@ def _checked_tokenizer(model):
 def _check(tasks: Sequence[str], lengths: Sequence[int], examples: int, batch: int) -> None:
     for name in tasks:
         if name not in TASKS:
-            close = difflib.get_close_matches(name, TASKS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(TASKS)}"
+            hint = meant(name, TASKS, f"there are {', '.join(TASKS)}", form="{!r}", most=1)
             raise DataError(f"RULER has no task {name!r}; {hint}")
     for what, values in {"tasks": tasks, "lengths": lengths}.items():
         if not values or len(set(values)) < len(values):
