@@ -28,7 +28,7 @@ import numpy as np
 import tensorstore as ts
 
 from hybrid_jax.data import DataError, documents, parts
-from hybrid_jax.data.folders import folder_url, open_folder, remove_folder
+from hybrid_jax.data.folders import folder_url, open_folder, reason, remove_folder
 from hybrid_jax.data.parts import COUNTS, SPLITS
 from hybrid_jax.data.store import SHARD, VERSION, create_array, lacks, open_array, read_manifest, token_dtype
 from hybrid_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -176,8 +176,8 @@ def _errors_in_one_line(output):
             if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
                 raise
             raise DataError(f"can not write to {output} ({os.strerror(int(code[1]))}): give another --output, or the right to it") from None
-        reason = str(error).split(" [")[0]
-        raise DataError(f"{output}: {reason}: check the address and your right to write it, and run the same command again") from None
+        remedy = "check the address and your right to write it, and run the same command again"
+        raise DataError(f"{output}: {reason(error)}: {remedy}") from None
 
 
 # Parts

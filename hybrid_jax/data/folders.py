@@ -1,5 +1,6 @@
 """Folders on a disk or in a bucket, both through TensorStore: a read or write of one file is whole or did not happen."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -30,3 +31,8 @@ def remove_folder(location, name: str) -> None:
         open_folder(location).delete_range(below(f"{name}/")).result()
     else:
         shutil.rmtree(Path(location) / name, ignore_errors=True)  # TensorStore would leave the empty folders
+
+
+def reason(error: Exception) -> str:
+    """What a file system said, in one line without what its client did about it."""
+    return " ".join(re.split(r" error_info=| \[", str(error))[0].split())

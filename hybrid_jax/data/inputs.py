@@ -10,7 +10,7 @@ import re
 from typing import BinaryIO, NamedTuple
 
 from hybrid_jax.data import DataError
-from hybrid_jax.data.folders import open_folder
+from hybrid_jax.data.folders import open_folder, reason
 
 BUFFER = 1 << 22  # bytes read at once: tokenizing them takes far longer than a bucket takes to answer
 
@@ -56,7 +56,7 @@ def _find_in_bucket(name: str, suffixes: tuple[str, ...]) -> list[File]:
         found = [] if fixed[0] != path else [info for info in filesystem.get_file_info([root]) if info.type == FileType.File]
         infos = found or filesystem.get_file_info(FileSelector(root, allow_not_found=True, recursive=True))
     except (OSError, ValueError) as error:  # Arrow raises both
-        raise DataError(f"cannot read {name}: {_reason(error)}: check the address and your right to read it") from None
+        raise DataError(f"cannot read {name}: {reason(error)}: check the address and your right to read it") from None
     if not found:
         wanted = re.compile(_glob_pattern(path) if fixed[0] != path else ".*(" + "|".join(map(re.escape, suffixes)) + ")", re.DOTALL)
         found = [info for info in infos if info.type == FileType.File and wanted.fullmatch(info.path)]
@@ -80,12 +80,7 @@ def _locate(path: str):
     try:
         return FileSystem.from_uri(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {_reason(error)}: give a local path, or a URL of gs:// or s3://") from None
-
-
-def _reason(error: Exception) -> str:
-    """What a file system said, in one line without what its client did about it."""
-    return " ".join(re.split(r" error_info=| \[", str(error))[0].split())
+        raise DataError(f"cannot read {path}: {reason(error)}: give a local path, or a URL of gs:// or s3://") from None
 
 
 def open_file(file: File) -> BinaryIO:
@@ -123,7 +118,7 @@ class _Object(io.RawIOBase):
         try:
             read = self._bucket.read(self._key, byte_range=slice(self._position, self._position + size)).result()
         except ValueError as error:
-            raise DataError(f"cannot read {self._file.path}: {_reason(error)}: check your right to read it") from None
+            raise DataError(f"cannot read {self._file.path}: {reason(error)}: check your right to read it") from None
         if read.state != "value" or self._generation not in (None, read.stamp.generation):
             raise DataError(f"{self._file.path} was changed or removed while it was read: run the same command again")
         self._generation = read.stamp.generation

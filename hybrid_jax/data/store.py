@@ -16,7 +16,7 @@ import tensorstore as ts
 
 from hybrid_jax.amounts import count
 from hybrid_jax.data import DataError
-from hybrid_jax.data.folders import CONTEXT, folder_url, open_folder
+from hybrid_jax.data.folders import CONTEXT, folder_url, open_folder, reason
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.data.tokenizers import FILES, Tokenizer, tokenizer_from_files
 
@@ -57,7 +57,7 @@ def open_array(url: str, size: int, dtype: np.dtype) -> ts.TensorStore:
     try:
         array = ts.open({"driver": "zarr3", "kvstore": url}, read=True, context=CONTEXT).result()
     except ValueError as error:
-        raise DataError(f"{url} should hold an array of the token store and does not: {remedy} ({str(error).split(' [')[0]})") from None
+        raise DataError(f"{url} should hold an array of the token store and does not: {remedy} ({reason(error)})") from None
     if array.shape != (size,) or array.dtype.numpy_dtype != dtype:
         raise DataError(f"{url} is {array.dtype.name}{list(array.shape)}, its manifest says {np.dtype(dtype).name}[{size}]: {remedy}")
     shards = [key for key in array.kvstore.list().result() if key.startswith(b"c/")]
@@ -74,7 +74,7 @@ def read_manifest(location) -> dict | None:
     try:
         found = open_folder(location).read("manifest.json").result()
     except ValueError as error:
-        raise DataError(f"cannot read {location}: {str(error).split(' [')[0]}: check the address and your right to read it") from None
+        raise DataError(f"cannot read {location}: {reason(error)}: check the address and your right to read it") from None
     if found.state == "missing":
         return None
     try:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 
 from hybrid_jax.data import DataError
-from hybrid_jax.data.folders import open_folder
+from hybrid_jax.data.folders import open_folder, reason
 
 FILES = ("tokenizer.json", "tokenizer.model")  # what a folder's tokenizer is in, the first of them that is there
 DOCUMENT_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")  # tried where no tokenizer_config.json says
@@ -122,7 +122,7 @@ def load_tokenizer(spec, document_end: str | None = None) -> Tokenizer:
     try:
         read = {name: open_folder(folder).read(name).result() for name in (*names, "tokenizer_config.json")}
     except ValueError as error:
-        raise DataError(f"cannot read {spec}: {str(error).split(' [')[0]}: check the address and your right to read it") from None
+        raise DataError(f"cannot read {spec}: {reason(error)}: check the address and your right to read it") from None
     found = {name: result.value for name, result in read.items() if result.state == "value"}
     name = next((name for name in names if name in found), None)
     if name is None:
