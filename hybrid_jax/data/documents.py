@@ -3,6 +3,7 @@
 Everything streams: what is held is a document, not a file. An error names the file and the line, and what to do.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -184,14 +185,22 @@ def _for_arrow(file: File):
 
 
 def _open_parquet(file: File):
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with readable_parquet(file.path):
         # Buffered column by column, not before: so that memory does not follow row groups.
         return pyarrow.parquet.ParquetFile(_for_arrow(file), buffer_size=inputs.BUFFER, pre_buffer=False)
+
+
+@contextlib.contextmanager
+def readable_parquet(file: str | os.PathLike):
+    """Raises DataError where ``file``, which is read inside, is no Parquet file or a damaged one."""
+    import pyarrow
+
+    try:
+        yield
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file.path} is not a readable Parquet file ({error}): get the file again") from None
+        raise DataError(f"{file} is not a readable Parquet file ({error}): get the file again") from None
 
 
 def _read_parquet(unit: Unit, text_field: str):

@@ -18,6 +18,7 @@ import pyarrow.parquet
 from lm_eval.api.task import ConfigurableTask
 
 from hybrid_jax.data import DataError
+from hybrid_jax.data.documents import readable_parquet
 
 PACKAGED = ("json", "csv", "parquet", "text", "arrow", "pandas")  # what a task names whose `data_files` say where its data are
 
@@ -64,10 +65,8 @@ def read_locally(data: str | os.PathLike | None, num_fewshot: int | None):
 
 
 def _parquet(file: Path) -> pyarrow.Table:
-    try:
+    with readable_parquet(file):
         return pyarrow.parquet.read_table(file)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file} is not a readable Parquet file ({error}): get the file again") from None
 
 
 def _jsonl(file: Path) -> pyarrow.Table:

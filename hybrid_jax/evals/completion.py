@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_jax.data import DataError
+from hybrid_jax.data.documents import readable_parquet
 from hybrid_jax.evals.writing import write
 from hybrid_jax.model import Model
 from hybrid_jax.sampling import Sampling
@@ -103,12 +104,9 @@ def _jsonl(file: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with readable_parquet(file):
         table = pyarrow.parquet.read_table(file)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file} is not a readable Parquet file ({error}): get the file again") from None
     for number, row in enumerate(table.to_pylist(), 1):
         yield f"row {number}", row
