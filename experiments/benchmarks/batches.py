@@ -34,6 +34,6 @@ def batches(call: Callable[[], object], wait: Callable[[object], object], second
 
 
 def summary(seconds: list[float]) -> dict:
-    """Of a row: what :func:`batches` gave, as a median and quartiles."""
+    """Of a row: what was timed several times, as :func:`batches` gives it, by its median and quartiles."""
     lower, median, upper = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
-    return {"median_s": median, "quartiles_s": [lower, upper], "batches": len(seconds)}
+    return {"median_s": median, "quartiles_s": [lower, upper], "repetitions": len(seconds)}

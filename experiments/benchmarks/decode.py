@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from experiments import cli
+from experiments.benchmarks.batches import summary
 from experiments.benchmarks.rows import Suite
 from hybrid_jax import costs
 from hybrid_jax.figure import subplots
@@ -66,16 +67,15 @@ def measure(case: Case) -> dict:
     for number, _ in enumerate(session.write(WRITTEN, Sampling(), stop_tokens=(), texts=False), 1):
         if number % case.batch == 0:
             times.append(time.perf_counter())
-    lower, median, upper = np.quantile(np.diff(times[1:]), (0.25, 0.5, 0.75)).tolist()
+    found = summary(np.diff(times[1:]))
     memories = [memory for stage in session._cache.stages for memory in stage]
     attention = [memory for memory in memories if isinstance(memory.state, Rings)]
     return {
         "dtype": model.config.dtype,
         "parameters": costs.parameters(model.config),
         "prefill_tokens_per_s": case.batch * len(prompts[0]) / reading,
-        "median_s": median,
-        "quartiles_s": [lower, upper],
-        "tokens_per_s": case.batch / median,
+        **found,
+        "tokens_per_s": case.batch / found["median_s"],
         "kv_bytes": _bytes(attention),
         "state_bytes": _bytes(memories) - _bytes(attention),
     }

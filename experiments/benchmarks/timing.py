@@ -1,19 +1,16 @@
 """Seconds: each program compiled for the local device and repeated, between two matmuls that say what the machine gives."""
 
-import functools
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from experiments.benchmarks.batches import batches, summary
 from experiments.benchmarks.cases import Case, arguments, both_passes, program
 from experiments.benchmarks.correctness import check
 from experiments.benchmarks.rows import Suite
 
 SECONDS = 3.0  # about how long a row is repeated for
-REPETITIONS = 30  # at most
 
 
 def compile_case(case: Case, values: tuple[dict, ...]):
@@ -30,27 +27,12 @@ def compile_case(case: Case, values: tuple[dict, ...]):
     }
 
 
-def repeat(function: Callable[[], object], seconds: float, most: int) -> list[float]:
-    """Seconds of each call until ``seconds`` are over. The first warms up, and counts only where it alone took that long."""
-    times = []
-    while not times or (sum(times) < seconds and len(times) <= most):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - start)
-    return times[1:] or times
-
-
-@functools.cache
-def _matmul(dtype: str):
-    side = 2048 if jax.devices()[0].platform == "cpu" else 8192
-    x = jnp.ones((side, side), dtype)
-    return side, jax.jit(jnp.matmul).lower(x, x).compile(), x
-
-
 def matmul_rate(dtype: str) -> float:
-    """FLOP/s of a large square matmul on this machine, now."""
-    side, matmul, x = _matmul(dtype)
-    return 2 * side**3 / float(np.median(repeat(lambda: matmul(x, x), seconds=1.0, most=5)))
+    """FLOP/s of a large product of random matrices on this machine, now."""
+    side = 2048 if jax.devices()[0].platform == "cpu" else 8192
+    x = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    product = jax.jit(jnp.matmul).lower(x, x).compile()
+    return 2 * side**3 / summary(batches(lambda: product(x, x), jax.block_until_ready))["median_s"]
 
 
 def measure(case: Case) -> dict:
@@ -61,18 +43,10 @@ def measure(case: Case) -> dict:
     values = arguments(case)
     compiled, compilation = compile_case(case, values)
     before = matmul_rate(case.dtype)
-    times = repeat(lambda: compiled(*values), SECONDS, REPETITIONS)
+    row |= compilation | summary(batches(lambda: compiled(*values), jax.block_until_ready, SECONDS))
     after = matmul_rate(case.dtype)
-    lower, median, upper = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
-    rate = row["flops"] / median
-    return row | compilation | {
-        "median_s": median,
-        "quartiles_s": [lower, upper],
-        "repetitions": len(times),
-        "flop_per_s": rate,
-        "matmul_flop_per_s": [before, after],
-        "matmul_share": rate / ((before + after) / 2),
-    }  # fmt: skip
+    rate = row["flops"] / row["median_s"]
+    return row | {"flop_per_s": rate, "matmul_flop_per_s": [before, after], "matmul_share": rate / ((before + after) / 2)}
 
 
 SUITE = Suite(
