@@ -35,7 +35,8 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, width=100)
 
 
-def gigabytes(bytes: float) -> str:
+def gb(bytes: float) -> str:
+    """Gigabytes to three figures, without their unit: for a column of them."""
     return f"{bytes / 1e9:.3g}"
 
 
@@ -87,7 +88,7 @@ def _effort(row: dict) -> str:
 def _verdict(row: dict, target: Target) -> str:
     if "no_room" in row:
         needed, room = row["no_room"]
-        return f"IT DOES NOT FIT: a device needs {gigabytes(needed)} GB and has {gigabytes(room)} for it"
+        return f"IT DOES NOT FIT: a device needs {gb(needed)} GB and has {gb(room)} for it"
     used, fits = row["held_bytes"] / ahead.capacity(target), "it fits"
     if row["effort"] == ahead.QUICK and used > 1 - NEAR:
         fits += ", but only just: make sure with --effort=full"
@@ -103,7 +104,7 @@ def _held(row: dict, target: Target) -> Table:
     for kind, bytes in (*row["held"].items(), ("all", row["held_bytes"])):
         if not bytes:  # a program for GPUs is not part of what XLA counts
             continue
-        table.add_row(kind, gigabytes(bytes), f"{bytes / ahead.capacity(target):.1%}")
+        table.add_row(kind, gb(bytes), f"{bytes / ahead.capacity(target):.1%}")
     return table
 
 
@@ -112,7 +113,7 @@ def _collectives(row: dict) -> Table:
     for column in table.columns[2:]:
         column.justify = "right"
     for found in row["collectives"]:
-        table.add_row(found["kind"], ", ".join(found["axes"]), f"{found['count']:,}", gigabytes(found["bytes"]))
+        table.add_row(found["kind"], ", ".join(found["axes"]), f"{found['count']:,}", gb(found["bytes"]))
     return table
 
 
@@ -120,7 +121,7 @@ def _bound(row: dict) -> Table:
     known = " (state only)" if row["effort"] == ahead.QUICK else ""
     amounts = {
         "FLOPs": f"{row['flops'] / 1e12:.3g} TFLOP, the model's own {row['model_flops'] / 1e12:.3g}",
-        "HBM": f"{gigabytes(row['hbm_bytes'])} GB{known}",
+        "HBM": f"{gb(row['hbm_bytes'])} GB{known}",
     }
     table = Table("a step takes at least", "of a device", "ms")
     table.columns[2].justify = "right"
@@ -136,7 +137,7 @@ def announce(found: Found, target: Target, most: int) -> None:
     """Say how much there is to try, before any of it is compiled."""
     total = len(found.likely) + len(found.too_large)
     console().print(
-        f"{total} ways to run it on {target.name}; {len(found.too_large)} hold more than {gigabytes(ahead.capacity(target))} GB by "
+        f"{total} ways to run it on {target.name}; {len(found.too_large)} hold more than {gb(ahead.capacity(target))} GB by "
         f"their state and block inputs alone; at most {most} of the other {len(found.likely)} are compiled. "
         f"{found.impossible} meshes do not divide the model or the batch",
         soft_wrap=True,
@@ -176,10 +177,10 @@ def _ranking(done: list[tuple[Candidate, dict]]) -> Table:
         what = [mesh_text(row["mesh"]), row["remat"], str(row["microbatch"])]
         if "step_s" in row:
             bound = max(row["seconds"], key=row["seconds"].get)
-            table.add_row(*what, gigabytes(row["held_bytes"]), milliseconds(row["step_s"]), f"{row['mfu']:.0%}", bound)
+            table.add_row(*what, gb(row["held_bytes"]), milliseconds(row["step_s"]), f"{row['mfu']:.0%}", bound)
         elif "no_room" in row:
             needed, room = row["no_room"]
-            table.add_row(*what, gigabytes(needed), "", "", f"does not fit in {gigabytes(room)}")
+            table.add_row(*what, gb(needed), "", "", f"does not fit in {gb(room)}")
         else:
             table.add_row(*what, "", "", "", f"failed: {row['failure'][:60]}")
     return table
