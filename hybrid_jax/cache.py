@@ -67,3 +67,11 @@ def grow(cache: Cache, slots: int) -> Cache:
         return Memory(jax.tree.map(lambda a: jnp.pad(a, room), memory.state), ())
 
     return cache._replace(stages=[[one(memory) for memory in stage] for stage in cache.stages])
+
+
+def held_bytes(cache: Cache) -> tuple[int, int]:
+    """Those of keys and values, and of recurrent layers' states and convolutions."""
+    memories = [memory for stage in cache.stages for memory in stage]
+    rings = [memory for memory in memories if isinstance(memory.state, Rings)]
+    in_all, in_rings = (sum(a.nbytes for a in jax.tree.leaves(some)) for some in (memories, rings))
+    return in_rings, in_all - in_rings

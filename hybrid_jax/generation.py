@@ -133,6 +133,14 @@ class Session:
             stop_tokens = () if tokenizer is None else (tokenizer.document_end,)
         return self._write(max_new_tokens, settings, stop, frozenset(map(int, stop_tokens)), texts)
 
+    def wait(self) -> None:
+        """Return when what was read has been computed: :meth:`read` does not wait for it."""
+        jax.block_until_ready((self._logits, self._cache))
+
+    def held_bytes(self) -> tuple[int, int]:
+        """Of what it remembers: keys and values with the room made for more, and recurrent layers' states and convolutions."""
+        return (0, 0) if self._cache is None else caches.held_bytes(self._cache)
+
     def _write(self, max_new_tokens, settings, stop, stop_tokens, texts):
         decoded = None
         if texts or stop:

@@ -4,7 +4,6 @@ import dataclasses
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from experiments import cli
@@ -13,7 +12,6 @@ from experiments.benchmarks.rows import Suite
 from hybrid_jax import costs
 from hybrid_jax.figure import subplots
 from hybrid_jax.generation import Session
-from hybrid_jax.mixers import Rings
 from hybrid_jax.model import build
 from hybrid_jax.sampling import Sampling
 
@@ -61,28 +59,23 @@ def measure(case: Case) -> dict:
     session = Session(model, case.batch)
     start = time.perf_counter()
     session.read(prompts, room=WRITTEN)
-    jax.block_until_ready(session._logits)
+    session.wait()
     reading = time.perf_counter() - start
     times = []
     for number, _ in enumerate(session.write(WRITTEN, Sampling(), stop_tokens=(), texts=False), 1):
         if number % case.batch == 0:
             times.append(time.perf_counter())
     found = summary(np.diff(times[1:]))
-    memories = [memory for stage in session._cache.stages for memory in stage]
-    attention = [memory for memory in memories if isinstance(memory.state, Rings)]
+    kv_bytes, state_bytes = session.held_bytes()
     return {
         "dtype": model.config.dtype,
         "parameters": costs.parameters(model.config),
         "prefill_tokens_per_s": case.batch * len(prompts[0]) / reading,
         **found,
         "tokens_per_s": case.batch / found["median_s"],
-        "kv_bytes": _bytes(attention),
-        "state_bytes": _bytes(memories) - _bytes(attention),
+        "kv_bytes": kv_bytes,
+        "state_bytes": state_bytes,
     }
-
-
-def _bytes(tree) -> int:
-    return sum(a.nbytes for a in jax.tree.leaves(tree))
 
 
 SUITE = Suite(
