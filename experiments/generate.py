@@ -2,7 +2,7 @@
 
     python -m experiments.generate --workdir=runs/gla_r6-tiny --prompt='def '                # the likeliest text
     python -m experiments.generate --workdir=runs/gla_r6-tiny --prompt='def ' --temperature=0.8 --top_p=0.95 --seed=1
-    python -m experiments.generate --workdir=gla-1.3B --prompt='Once upon a time' --stop='\\n\\n'
+    python -m experiments.generate --workdir=gla-1.3B --prompt='Once upon a time' --stop='\\n\\n' --beginning=1  # <s>, if trained with it
     python -m experiments.generate --workdir=runs/gla_r6-tiny --interactive                  # in turns; it remembers them
 
 --workdir is a training run, a converted checkpoint, or a Hugging Face folder of flash-linear-attention. Where that has no
@@ -15,6 +15,7 @@ import sys
 from absl import flags
 
 from experiments import checkpoint, cli, folder
+from experiments.beginning import BEGINNING
 from hybrid_jax.config import ConfigError
 from hybrid_jax.storage import run_folder
 
@@ -36,6 +37,8 @@ def main() -> int:
         raise ConfigError("give one of --prompt=TEXT, --prompt_tokens=IDS and --interactive")
     if PROMPT.value == "":
         raise ConfigError("--prompt is empty: give at least one character")
+    if BEGINNING.value is not None and PROMPT_TOKENS.value is not None:
+        raise ConfigError("--beginning stands before texts: put it first in --prompt_tokens")
     if folder.WORKDIR.value is None:
         raise ConfigError("give the --workdir of a training run, such as --workdir=runs/gla_r6-tiny, or a Hugging Face folder")
     workdir = run_folder(folder.WORKDIR.value)
@@ -55,11 +58,11 @@ def main() -> int:
         if model.tokenizer is None and PROMPT_TOKENS.value is None:
             given = "give one (--tokenizer=FOLDER or --tokenizer=bytes)"
             raise ConfigError(f"{workdir} has no tokenizer: {given}, or prompt with --prompt_tokens=IDS")
-        session = Session(model, 1, SEED.value)
+        session, first = Session(model, 1, SEED.value), [] if BEGINNING.value is None else [BEGINNING.value]
         if INTERACTIVE.value:
-            converse(session, settings)
+            converse(session, settings, first)
         elif PROMPT.value is not None:
-            turn(session, model.tokenizer.encode(PROMPT.value), settings, echo=PROMPT.value)
+            turn(session, first + model.tokenizer.encode(PROMPT.value), settings, echo=PROMPT.value)
         else:
             turn(session, _token_ids(PROMPT_TOKENS.value), settings, texts=False)
     except ValueError as error:  # about an option or a prompt, and it says which
@@ -67,8 +70,8 @@ def main() -> int:
     return 0
 
 
-def converse(session, settings) -> None:
-    """Turn by turn: a line from standard input, then what follows it."""
+def converse(session, settings, first: list[int]) -> None:
+    """Turn by turn: a line from standard input, then what follows it; ``first``: tokens before all there is."""
     print("Type some text and press Enter (\\n for a new line); the model goes on from all there was. Ctrl-C ends a turn, Ctrl-D all.")
     while True:
         try:
@@ -82,7 +85,8 @@ def converse(session, settings) -> None:
             print()
             return
         if line:
-            turn(session, session.model.tokenizer.encode(_new_lines(line)), settings)
+            turn(session, first + session.model.tokenizer.encode(_new_lines(line)), settings)
+            first = []
 
 
 def turn(session, tokens: list[int], settings, *, echo: str = "", texts: bool = True) -> None:

@@ -8,6 +8,7 @@ from absl import flags
 from etils import epath
 from rich.table import Table
 
+from experiments.beginning import BEGINNING
 from hybrid_jax.config import ConfigError, RunConfig
 
 TASKS = flags.DEFINE_list("tasks", None, "Of --suite=lm and ruler: their tasks; by default those of the study.")
@@ -21,7 +22,6 @@ INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Of --suite=lm: a folde
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Of --suite=lm: examples in a prompt; by default as each task says.", lower_bound=0)
 TEXTS = flags.DEFINE_string("texts", None, "Of --suite=ruler: the folder of essays and questions; docs/evaluation.md says what it holds.")
 MAX_LENGTH = flags.DEFINE_integer("max_length", 2048, "Of --suite=lm and completion: tokens of a text; longer ones are cut.", lower_bound=2)
-BEGINNING = flags.DEFINE_integer("beginning", None, "Of --suite=lm and completion: a token to stand before every text.", lower_bound=0)
 BATCH = flags.DEFINE_integer("batch", 8, "Of all suites: texts that each device reads at once.", lower_bound=1)
 
 Results = dict[str, Any]
@@ -145,6 +145,7 @@ def _ruler(model, workdir: epath.Path, config: RunConfig) -> Results:
         examples=EXAMPLES.value or 500,
         texts=TEXTS.value,
         batch=BATCH.value,
+        beginning=BEGINNING.value,
     )
 
 
@@ -248,7 +249,9 @@ def _completion_table(title: str, results: Results) -> Table:
 SUITES = {
     "held_out": Suite(("lengths", "tokens", "batch"), _held_out, _held_out_headline, _held_out_table, _draw_held_out),
     "mqar": Suite(("pairs", "lengths", "examples", "batch"), _mqar, lambda results: results["scores"], _mqar_table),
-    "ruler": Suite(("tasks", "lengths", "examples", "texts", "batch"), _ruler, _ruler_headline, _ruler_table, notes=_ruler_notes),
+    "ruler": Suite(
+        ("tasks", "lengths", "examples", "texts", "beginning", "batch"), _ruler, _ruler_headline, _ruler_table, notes=_ruler_notes
+    ),
     "lm": Suite(
         ("tasks", "examples", "data", "download", "include_path", "num_fewshot", "max_length", "beginning", "batch"),
         _lm,

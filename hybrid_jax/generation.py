@@ -46,6 +46,7 @@ def stream(
     seed: int = 0,
     stop: Sequence[str] = (),
     stop_tokens: Sequence[int] | None = None,
+    beginning: int | None = None,
 ) -> Iterator[tuple[int, str | int]]:
     """What ``model`` writes after each prompt, as it is written: (row, some text), or (row, token) for prompts of tokens.
 
@@ -55,6 +56,7 @@ def stream(
     seed: of the draws. What a row draws depends on the seed, its place among the prompts and its own text, not on the other rows.
     stop: strings that end a row. A text ends before the string, tokens with the one that completes it.
     stop_tokens: tokens that end a row, not given out themselves; None: the tokenizer's end of a document, where there is one.
+    beginning: a token that the model reads before each text, such as 1 (`<s>`) for published models that were trained with it.
 
     Raises ValueError for an option out of range, a prompt without tokens or with one that is not in the vocabulary.
     """
@@ -62,9 +64,13 @@ def stream(
     texts = _are_texts(prompts)
     if texts and model.tokenizer is None:
         raise ValueError("prompts are texts and the model has no tokenizer: give lists of token ids, or set model.tokenizer")
+    if beginning is not None and not texts:
+        raise ValueError("beginning stands before texts, and prompts are tokens: put it first in each of them")
+    first = [] if beginning is None else [beginning]
     session = Session(model, len(prompts), seed)
     pieces = session.write(max_new_tokens, settings, stop=stop, stop_tokens=stop_tokens, texts=texts)
-    session.read(model.tokenizer.encode_batch(list(prompts)) if texts else prompts, room=max_new_tokens)
+    tokens = [first + text for text in model.tokenizer.encode_batch(list(prompts))] if texts else prompts
+    session.read(tokens, room=max_new_tokens)
     return pieces
 
 

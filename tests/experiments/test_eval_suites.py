@@ -52,10 +52,10 @@ def test_mqar(workdir):
 
 
 def test_ruler(workdir):
-    result = run_eval(workdir, "--suite=ruler", "--tasks=niah_single_2", "--lengths=800", "--examples=1")
+    result = run_eval(workdir, "--suite=ruler", "--tasks=niah_single_2", "--lengths=800", "--examples=1", "--beginning=260")
     assert result.code == 0, result.err
     found = written(workdir, "ruler")
-    assert found["headline"] == {"niah_single_2": 0.0}
+    assert found["headline"] == {"niah_single_2": 0.0} and found["settings"]["beginning"] == 260
     assert found["notes"] == ["niah_single_2 made of " + found["scores"]["niah_single_2"]["800"]["source"]]
     assert "substitute" in found["notes"][0] and "substitute" in result.out
 

@@ -36,6 +36,8 @@ def test_a_trained_run_goes_on_from_a_prompt(finished):
     result = run_generate(f"--workdir={finished}", "--prompt=Straße", "--max_new_tokens=10")
     model = hybrid_jax.load(finished)
     assert result == (0, "Straße" + hybrid_jax.generate(model, ["Straße"], max_new_tokens=10)[0] + "\n", "")
+    begun = run_generate(f"--workdir={finished}", "--prompt=Straße", "--max_new_tokens=10", "--beginning=260")
+    assert begun == (0, "Straße" + hybrid_jax.generate(model, ["Straße"], max_new_tokens=10, beginning=260)[0] + "\n", "")
     short = (f"--workdir={finished}", "--prompt=def", "--max_new_tokens=10")
     drawn = [run_generate(*short, "--temperature=2", f"--seed={seed}") for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -46,12 +48,12 @@ def test_a_trained_run_goes_on_from_a_prompt(finished):
 
 def test_turns_go_on_from_all_there_was(finished, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("def f(x):\\n    return\n\nimport\n"))
-    result = run_generate(f"--workdir={finished}", "--interactive", "--max_new_tokens=6")
+    result = run_generate(f"--workdir={finished}", "--interactive", "--max_new_tokens=6", "--beginning=260")
     assert result.code == 0, result.err
     model = hybrid_jax.load(finished)
     session, turns = Session(model, 1), []
-    for line in ("def f(x):\n    return", "import"):
-        session.read([model.tokenizer.encode(line)], room=6)
+    for first, line in (([260], "def f(x):\n    return"), ([], "import")):  # which stands before the first turn alone
+        session.read([first + model.tokenizer.encode(line)], room=6)
         turns.append("".join(piece for _, piece in session.write(6, Sampling())))
     assert result.out.splitlines()[0].startswith("Type some text and press Enter")
     assert result.out.split("\n", 1)[1] == "\n".join([*turns, "", ""])
@@ -71,7 +73,7 @@ def test_ctrl_c_at_the_prompt(in_a_terminal, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", answer)
     monkeypatch.setattr(generate.sys.stdin, "isatty", lambda: in_a_terminal)
     with contextlib.nullcontext() if in_a_terminal else pytest.raises(KeyboardInterrupt):
-        generate.converse(None, None)
+        generate.converse(None, None, [])
     assert prompts == (["> "] * 4 if in_a_terminal else [""])
     assert capsys.readouterr().out.count("\n") == (4 if in_a_terminal else 1)
 
@@ -111,6 +113,7 @@ MISTAKES = {
     "an empty prompt": (["--workdir={run}", "--prompt="], "--prompt is empty: give at least one character"),
     "no workdir": (["--prompt=a"], "give the --workdir of a training run"),
     "no run": (["--workdir=nowhere", "--prompt=a"], "nowhere holds no model: it has no config.json"),
+    "a beginning of tokens": (["--workdir={run}", "--prompt_tokens=1", "--beginning=1"], "put it first in --prompt_tokens"),
     "tokens that are none": (["--workdir={run}", "--prompt_tokens=1,x"], "--prompt_tokens=1,x must be integers"),
     "a token out of the vocabulary": (["--workdir={run}", "--prompt_tokens=1,264"], "holds token 264, needs tokens from 0 to 263"),
     "temperature": (["--workdir={run}", "--prompt=a", "--temperature=-1"], "temperature is -1.0, needs a number of at least 0"),

@@ -88,10 +88,10 @@ def test_nothing_is_begun_after_a_signal(started, monkeypatch, capsys):
 
 def test_every_run_is_evaluated_once(started, capsys):
     flags.FLAGS["models"].value = ["gla_r3", "gla_r6"]
-    flags.FLAGS["eval"].value = ["--suite=mqar --pairs=2,4", "--examples=9 --suite=ruler"]
+    flags.FLAGS["eval"].value = ["--suite=mqar --pairs=2,4", "--examples=9 --suite=ruler --beginning=1"]
     assert sweep.main([]) == 0
     evaluations = [one for one in started if one[0] == "eval"]
-    flags_of = {"mqar": {"suite": "mqar", "pairs": "2,4"}, "ruler": {"suite": "ruler", "examples": "9"}}
+    flags_of = {"mqar": {"suite": "mqar", "pairs": "2,4"}, "ruler": {"suite": "ruler", "examples": "9", "beginning": "1"}}
     assert [(folder, given["suite"]) for _, folder, given in evaluations if given == flags_of[given["suite"]]] == [
         (f"gla_{ratio}-tiny", suite) for ratio in ("r3", "r6") for suite in ("mqar", "ruler")
     ]

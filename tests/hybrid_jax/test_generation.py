@@ -72,6 +72,8 @@ def test_texts_and_tokens_are_one(model, greedy):
     pieces = list(hybrid_jax.stream(model, texts, max_new_tokens=12, stop_tokens=()))
     assert [row for row, _ in pieces] == [0, 1, 2, 3] * 12  # as they come
     assert ["".join(piece for at, piece in pieces if at == row) for row in range(4)] == [pairs.decode(written) for written in greedy]
+    begun = generate(model, [[7, *prompt] for prompt in PROMPTS])
+    assert begun != greedy and generate(model, texts, beginning=7) == [pairs.decode(written) for written in begun]
 
 
 def first_time(token, written):
@@ -243,6 +245,7 @@ MISTAKES = {
     "a negative token": (dict(prompts=[[-1]]), r"prompts\[0\] holds token -1"),
     "nothing to write": (dict(max_new_tokens=0), "max_new_tokens is 0, needs to be at least 1"),
     "temperature": (dict(temperature=-1.0), "temperature is -1.0"),
+    "a beginning of tokens": (dict(beginning=1), "beginning stands before texts, and prompts are tokens: put it first"),
     "an empty stop": (dict(stop=["a", ""]), "stop holds an empty string"),
 }
 
@@ -254,7 +257,7 @@ def test_mistakes_are_told_before_anything_runs(model, options, message):
 
 
 def test_an_option_that_there_is_not_is_told_with_those_that_there_are(model):
-    with pytest.raises(TypeError, match="^generate has no parameter 'max_tokens'; .*it takes max_new_tokens, temperature, .*stop_tokens$"):
+    with pytest.raises(TypeError, match="^generate has no parameter 'max_tokens'; .*it takes max_new_tokens, temperature, .*, beginning$"):
         hybrid_jax.generate(model, [[1]], max_tokens=5)
 
 

@@ -226,6 +226,21 @@ def test_a_models_scores_are_those_of_what_it_writes(model):
     assert result["source"].startswith("substitute: ")
 
 
+def test_the_beginning_stands_before_every_prompt(model, monkeypatch):
+    read = []
+
+    def write(model, prompts, *_, **__):
+        read.append(prompts)
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(measure, "write", write)
+    plain, begun = (
+        ruler.evaluate(model, tasks=["ruler_qa_squad"], lengths=(700,), examples=2, beginning=beginning) for beginning in (None, 1)
+    )
+    assert read[1] == [[1, *prompt] for prompt in read[0]] and plain["scores"] == begun["scores"]
+    assert (plain["settings"]["beginning"], begun["settings"]["beginning"]) == (None, 1)
+
+
 def oracle(model, tokens, max_new_tokens, **_):
     """Solves all but the questions, and of three answers to frequent words tells two; in capitals, where that does not matter."""
     solve = {"Memorize and": solve_tracing, "Below": solve_common, "Read the": lambda prompt: solve_frequent(prompt)[:2]}

@@ -25,12 +25,14 @@ def evaluate(
     texts=None,
     batch: int = 8,
     seed: int = 42,
+    beginning: int | None = None,
 ) -> dict[str, Any]:
     """What ``model`` (`hybrid_jax.load`, with its tokenizer) scores at ``tasks``, at each of ``lengths``; ready for JSON.
 
     examples: of a task and length. seed: of their draws. A task and length has the same examples whatever else is asked for.
     texts: a folder with texts that some tasks are made of (`hybrid_jax.evals.ruler.texts`); None: all have substitutes.
     batch: prompts read and followed at once.
+    beginning: a token that stands before every prompt (see `harness.HarnessModel`); lengths are without it.
 
     Returns:
         settings    the arguments, and the tokenizer's name
@@ -51,15 +53,15 @@ def evaluate(
         cells[name, length] = source, itertools.chain([next(made)], made)  # which tells whether any fits
     scores = {name: {} for name in tasks}
     for (name, length), (source, made) in cells.items():
-        scores[name][str(length)] = _score(model, name, length, made, batch) | {"source": source}
-    settings = {"tasks": list(tasks), "lengths": list(lengths), "examples": examples, "batch": batch, "seed": seed}
+        scores[name][str(length)] = _score(model, name, length, made, batch, beginning) | {"source": source}
+    settings = {"tasks": list(tasks), "lengths": list(lengths), "examples": examples, "batch": batch, "seed": seed, "beginning": beginning}
     settings |= {"texts": texts.folder and str(texts.folder), "tokenizer": tokenizer.name}
     return {"settings": settings, "scores": scores, "groups": {str(length): _groups(scores, str(length)) for length in lengths}}
 
 
-def _score(model, name: str, length: int, made: Iterable[Example], batch: int) -> dict[str, float | int]:
-    rows = list(made)
-    prompts, new_tokens = model.tokenizer.encode_batch([row.prompt for row in rows]), TASKS[name].new_tokens
+def _score(model, name: str, length: int, made: Iterable[Example], batch: int, beginning: int | None) -> dict[str, float | int]:
+    rows, first, new_tokens = list(made), [] if beginning is None else [beginning], TASKS[name].new_tokens
+    prompts = [first + tokens for tokens in model.tokenizer.encode_batch([row.prompt for row in rows])]
     written = write(model, prompts, new_tokens, settings=Sampling(), stop=(), batch=batch, what=f"{name} at {length:,} tokens")
     answered = [(text, row.answers) for text, row in zip(written, rows, strict=True)]
     result = {
