@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from experiments import checkpoint, cli, folder
+from experiments.dtype import DTYPE
 from hybrid_jax.config import ConfigError
 from hybrid_jax.storage import run_folder
 from hybrid_jax.train.workdir import read_config
@@ -33,6 +34,8 @@ def main() -> int:
         raise ConfigError("give the --workdir of the run: the one to make (--from_hf), or the one to write (--to_hf)")
     if FROM_HF.value is not None and (TO_DTYPE.value or checkpoint.STEP.value is not None):
         raise ConfigError("--to_dtype and --step are of --to_hf: parameters are read as they are, and become step 0")
+    if TO_HF.value is not None and DTYPE.value:
+        raise ConfigError("--dtype is of --from_hf, what the run computes in; what --to_hf writes is --to_dtype")
     if "://" in (FROM_HF.value or TO_HF.value):
         raise ConfigError(f"{FROM_HF.value or TO_HF.value} is no folder of a file system: copy it (gcloud storage cp --recursive)")
     workdir = run_folder(folder.WORKDIR.value)
@@ -52,7 +55,7 @@ def main() -> int:
             bar.update(task, advance=elements, total=total)
 
         if FROM_HF.value is not None:
-            run = convert.from_hf(Path(FROM_HF.value), workdir, advance)
+            run = convert.from_hf(Path(FROM_HF.value), workdir, DTYPE.value, advance)
         else:
             step = convert.to_hf(workdir, Path(TO_HF.value), checkpoint.STEP.value, TO_DTYPE.value, advance)
     size = f"{costs.parameters(run.model):,} parameters"

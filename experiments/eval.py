@@ -6,7 +6,8 @@
 
 Prints a table, writes WORKDIR/eval-STEP.json and draws WORKDIR/summary.png anew, also while the run is under way. The numbers are
 those that training wrote for that step. With --tokens they are of as many tokens, in a file of their own, eval-STEP-N-tokens.json; the
-picture and `experiments.report` take the evaluation of the most tokens. Further suites, one at a time:
+picture and `experiments.report` take the evaluation of the most tokens. With a --dtype that is not the run's own they are printed, and not
+written: they are not that run's. Further suites, one at a time:
 
     python -m experiments.eval --workdir=RUN --suite=held_out --lengths=256,1024,4096        # loss out to longer windows, with a picture
     python -m experiments.eval --workdir=RUN --suite=mqar --pairs=4,8,16 --lengths=64,256    # recall of more pairs, from farther back
@@ -25,6 +26,7 @@ from absl import flags
 from etils import epath
 
 from experiments import checkpoint, cli, folder, processes, suites
+from experiments.dtype import DTYPE
 from hybrid_jax.config import ConfigError, MeshConfig, RunConfig
 from hybrid_jax.storage import run_folder, write_whole
 from hybrid_jax.train.workdir import evaluation_file, read_config, write_evaluation
@@ -39,15 +41,17 @@ def main() -> int:
     workdir = run_folder(folder.WORKDIR.value)
     asked = suites.asked(SUITE.value, flags.FLAGS)
     config = read_config(workdir)
+    dtype = DTYPE.value if DTYPE.value != config.model.dtype else None  # another than the run's own
+    config = dataclasses.replace(config, model=config.model.computing_in(dtype))
     processes.connect()
     if SUITE.value is None:
-        evaluate_as_training_does(workdir, config)
+        evaluate_as_training_does(workdir, config, written=dtype is None)
     else:
-        evaluate_by_suite(workdir, config, SUITE.value, asked)
+        evaluate_by_suite(workdir, config, SUITE.value, asked, {"dtype": dtype} if dtype else {})
     return 0
 
 
-def evaluate_as_training_does(workdir: epath.Path, config: RunConfig) -> None:
+def evaluate_as_training_does(workdir: epath.Path, config: RunConfig, written: bool) -> None:
     if TOKENS.value:
         config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, tokens=TOKENS.value))
 
@@ -73,12 +77,15 @@ def evaluate_as_training_does(workdir: epath.Path, config: RunConfig) -> None:
     if jax.process_index():
         return
     file = evaluation_file(workdir, step, results["tokens"] if TOKENS.value else None)
-    write_evaluation(file, step, results)
+    if written:
+        write_evaluation(file, step, results)
     summary.show_evaluation(f"{workdir.name}, step {step:,}", results)
-    print(f"written to {file}, drawn in {plot_run(workdir)}")
+    if written:
+        print(f"written to {file}, drawn in {plot_run(workdir)}")
 
 
-def evaluate_by_suite(workdir: epath.Path, config: RunConfig, name: str, asked: list[str]) -> None:
+def evaluate_by_suite(workdir: epath.Path, config: RunConfig, name: str, asked: list[str], settings: suites.Results) -> None:
+    """``settings``: what the results are told to be of, beside what the suite says."""
     import jax
 
     from hybrid_jax.loading import load_run
@@ -92,6 +99,7 @@ def evaluate_by_suite(workdir: epath.Path, config: RunConfig, name: str, asked: 
         raise ConfigError(str(error)) from None
     if jax.process_index():
         return
+    results["settings"] |= settings
     file = workdir / "evals" / f"{name}-{step}.json"
     file.parent.mkdir(exist_ok=True)
     told = {"headline": suite.headline(results), "notes": suite.notes(results)}

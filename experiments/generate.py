@@ -16,6 +16,7 @@ from absl import flags
 
 from experiments import checkpoint, cli, folder
 from experiments.beginning import BEGINNING
+from experiments.dtype import DTYPE
 from hybrid_jax.config import ConfigError
 from hybrid_jax.storage import run_folder
 
@@ -52,7 +53,7 @@ def main() -> int:
 
     try:
         settings = sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
-        model = hybrid_jax.load(workdir, checkpoint.STEP.value)
+        model = hybrid_jax.load(workdir, checkpoint.STEP.value, DTYPE.value)
         if TOKENIZER.value is not None:
             model.tokenizer = load_tokenizer(TOKENIZER.value)
         if model.tokenizer is None and PROMPT_TOKENS.value is None:

@@ -38,7 +38,7 @@ class Suite(NamedTuple):
     notes: Callable[[Results], list[str]] = lambda results: []  # what a reader of the numbers must know
 
 
-OWN = ("tokens",)  # what a run's own evaluation takes
+OWN = ("tokens", "dtype")  # what a run's own evaluation takes
 
 
 def asked(name: str | None, values: flags.FlagValues) -> list[str]:
@@ -247,16 +247,18 @@ def _completion_table(title: str, results: Results) -> Table:
 
 
 SUITES = {
-    "held_out": Suite(("lengths", "tokens", "batch"), _held_out, _held_out_headline, _held_out_table, _draw_held_out),
-    "mqar": Suite(("pairs", "lengths", "examples", "batch"), _mqar, lambda results: results["scores"], _mqar_table),
+    "held_out": Suite(("lengths", "tokens", "batch", "dtype"), _held_out, _held_out_headline, _held_out_table, _draw_held_out),
+    "mqar": Suite(("pairs", "lengths", "examples", "batch", "dtype"), _mqar, lambda results: results["scores"], _mqar_table),
     "ruler": Suite(
-        ("tasks", "lengths", "examples", "texts", "beginning", "batch"), _ruler, _ruler_headline, _ruler_table, notes=_ruler_notes
+        ("tasks", "lengths", "examples", "texts", "beginning", "batch", "dtype"), _ruler, _ruler_headline, _ruler_table, notes=_ruler_notes
     ),
     "lm": Suite(
-        ("tasks", "examples", "data", "download", "include_path", "num_fewshot", "max_length", "beginning", "batch"),
+        ("tasks", "examples", "data", "download", "include_path", "num_fewshot", "max_length", "beginning", "batch", "dtype"),
         _lm,
         _lm_headline,
         _lm_table,
     ),
-    "completion": Suite(("files", "examples", "max_length", "beginning", "batch"), _completion, _completion_headline, _completion_table),
+    "completion": Suite(
+        ("files", "examples", "max_length", "beginning", "batch", "dtype"), _completion, _completion_headline, _completion_table
+    ),
 }

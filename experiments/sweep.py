@@ -56,13 +56,13 @@ def chosen(patterns: list[str]) -> list[str]:
 
 def suites_asked(given: list[str]) -> dict[str, list[str]]:
     """{suite: its other flags, as `experiments.eval` notes them} of every --eval. Raises ConfigError for what is wrong with one."""
-    from experiments import beginning, suites  # here, as their flags are not this command's
+    from experiments import beginning, dtype, suites  # here, as their flags are not this command's
     from experiments import eval as evaluation
 
     asked = {}
     for text in given:
         values = flags.FlagValues()
-        for module in (evaluation, suites, beginning):
+        for module in (evaluation, suites, beginning, dtype):
             for flag in flags.FLAGS.flags_by_module_dict()[module.__name__]:
                 values[flag.name] = copy.deepcopy(flag)
                 values[flag.name].unparse()

@@ -1,5 +1,6 @@
 """A model from whatever folder holds one."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -18,18 +19,21 @@ from hybrid_jax.train.checkpoints import load_params
 from hybrid_jax.train.workdir import read_config
 
 
-def load(folder, step: int | None = None) -> Model:
+def load(folder, step: int | None = None, dtype: str | None = None) -> Model:
     """The model in ``folder``, on the first device, with its tokenizer where the folder tells of one (``model.tokenizer``, else None).
 
     folder: a training run's workdir, also gs://BUCKET/FOLDER (the checkpoint of ``step``, or the newest), or a Hugging Face folder
-    of flash-linear-attention. Raises ConfigError where it is neither, has no such checkpoint, or holds what is not supported.
+    of flash-linear-attention. dtype: what the model computes in, "bfloat16" or "float32"; None: what the run's configuration says, and
+    of a Hugging Face folder what its embeddings came in. Raises ConfigError where the folder is neither, has no such checkpoint, or
+    holds what is not supported, and for another dtype.
     """
     folder, device = run_folder(folder), jax.local_devices()[0]
     if convert.is_folder(folder):
-        model = convert.load(folder, device)
+        model = convert.load(folder, device, dtype)
         model.tokenizer = _if_readable(lambda: convert.own_tokenizer(folder))
         return model
-    return load_run(folder, read_config(folder), step)[0]
+    config = read_config(folder)
+    return load_run(folder, dataclasses.replace(config, model=config.model.computing_in(dtype)), step)[0]
 
 
 def load_run(workdir: epath.Path, config: RunConfig, step: int | None = None) -> tuple[Model, int]:

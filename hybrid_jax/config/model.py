@@ -1,7 +1,7 @@
 """What a model is: its blocks, and which of their mixers are full attention."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 from hybrid_jax import layout
 from hybrid_jax.config.errors import ConfigError, need
@@ -65,6 +65,11 @@ class ModelConfig:
         """The mixer's name, layer by layer: "attention" at full-attention layers."""
         full = self.attention_layers or layout.attention_layers(self.layers, self.ratio, self.ratio_reading)
         return layout.layer_kinds(self.layers, full, NAMES[type(self.mixer)])
+
+    def computing_in(self, dtype: str | None) -> Self:
+        """The same model, computing in ``dtype``; None: in its own. Raises ConfigError for one that it can not compute in."""
+        need(dtype in (None, "bfloat16", "float32"), f"dtype={dtype!r} must be 'bfloat16' or 'float32' (None: what the model says)")
+        return replace(self, dtype=dtype or self.dtype)
 
     def residual_std(self, inputs: int) -> float:
         """The standard deviation that a projection of so many inputs back to the model's width starts with."""

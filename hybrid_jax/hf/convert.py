@@ -53,8 +53,11 @@ def is_folder(folder: Path) -> bool:
 class Folder:
     """A Hugging Face folder, checked: its configuration is understood and its tensors are those of the model. None is read yet."""
 
-    def __init__(self, folder: Path):
-        """Raises ConfigError, naming it, for an option or a tensor that is missing, unknown or not supported."""
+    def __init__(self, folder: Path, dtype: str | None = None):
+        """``dtype``: what the model computes in; None: bfloat16 where its embeddings are, else float32.
+
+        Raises ConfigError, naming it, for an option, a tensor or a dtype that is missing, unknown or not supported.
+        """
         if in_bucket(folder):
             raise ConfigError(f"{folder} is a Hugging Face folder in a bucket: copy it to a file system (gcloud storage cp --recursive)")
         self.path = folder
@@ -62,7 +65,7 @@ class Folder:
         options.family(self.options)
         self.tensors = tensors.find(folder)
         computes = {self.tensors[name].dtype for name in ("model.embeddings.weight",) if name in self.tensors}
-        self.model = options.model_config(self.options, "bfloat16" if computes == {"bfloat16"} else "float32")
+        self.model = options.model_config(self.options, "bfloat16" if computes == {"bfloat16"} else "float32").computing_in(dtype)
         self.slots = names.slots(self.model, self.options)
         tensors.check(self.tensors, {name: slot.shape for name, slot in self.slots.items()}, folder)
 
@@ -81,12 +84,12 @@ class Folder:
         return nnx.from_flat_state(filled)
 
 
-def from_hf(folder: Path, workdir: epath.Path, advance: Advance = lambda *_: None) -> RunConfig:
-    """Make ``workdir`` a run that starts, at step 0, from the model in ``folder``; its configuration.
+def from_hf(folder: Path, workdir: epath.Path, dtype: str | None = None, advance: Advance = lambda *_: None) -> RunConfig:
+    """Make ``workdir`` a run that starts, at step 0, from the model in ``folder``; its configuration. ``dtype``: see :class:`Folder`.
 
     Raises ConfigError where the folder holds no model that is supported, or ``workdir`` has checkpoints already.
     """
-    source = Folder(folder)
+    source = Folder(folder, dtype)
     if workdirs.saved_steps(workdir):
         raise ConfigError(f"{workdir} has checkpoints already: give another --workdir")
     run = RunConfig(model=source.model)
@@ -195,9 +198,9 @@ def own_tokenizer(folder: Path) -> Tokenizer | None:
     return load_tokenizer(folder) if any((folder / name).exists() for name in FILES) else None
 
 
-def load(folder: Path, device: jax.Device) -> Model:
-    """The model in a Hugging Face folder, on ``device``. Raises ConfigError as :class:`Folder`."""
-    source = Folder(folder)
+def load(folder: Path, device: jax.Device, dtype: str | None = None) -> Model:
+    """The model in a Hugging Face folder, on ``device``; ``dtype`` and ConfigError as of :class:`Folder`."""
+    source = Folder(folder, dtype)
     return nnx.merge(abstract(source.model)[0], source.params(device))
 
 

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import beginning, checkpoint, cli, convert, folder, generate, processes, report, suites, train
+from experiments import beginning, checkpoint, cli, convert, dtype, folder, generate, processes, report, suites, train
 from experiments import eval as evaluation
 from hybrid_jax import sharding
 from hybrid_jax.config import to_dict
@@ -39,7 +39,7 @@ class Result(NamedTuple):
 
 def run(main, *arguments: str, devices: int | None = 1) -> Result:
     """Run a command's ``main`` as the command line would; ``devices``: as if there were so many (None: all eight)."""
-    for module in (folder, checkpoint, beginning, suites, evaluation):  # what an earlier command was given
+    for module in (folder, checkpoint, beginning, dtype, suites, evaluation):  # what an earlier command was given
         for flag in flags.FLAGS.flags_by_module_dict()[module.__name__]:
             flag.unparse()
     make_mesh = sharding.make_mesh

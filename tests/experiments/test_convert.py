@@ -73,6 +73,8 @@ def test_the_model_of_a_converted_run_is_settled(workdir, tmp_path):
         (("--from_hf=a",), "give the --workdir of the run"),
         (("--from_hf=a", "--workdir=b", "--to_dtype=float32"), "--to_dtype and --step are of --to_hf"),
         (("--from_hf=nowhere", "--workdir=b"), "nowhere holds no Hugging Face model: it has no config.json"),
+        (("--to_hf=a", "--workdir=nowhere", "--dtype=bfloat16"), "--dtype is of --from_hf"),
+        (("--from_hf=a", "--workdir=b", "--dtype=float16"), "dtype=float16"),
         (("--to_hf=a", "--workdir=nowhere"), "nowhere holds no run"),
     ],
 )

@@ -39,6 +39,13 @@ def test_held_out_at_the_training_window_is_the_runs_own_evaluation(workdir):
     assert written(workdir, "held_out")["scores"]["32"]["loss"] == pytest.approx(own["loss"], rel=1e-5)
 
 
+def test_in_another_dtype_a_runs_own_evaluation_is_told_and_not_written(workdir):
+    before = (workdir / "eval-8.json").read_text()
+    result = run_eval(workdir, "--dtype=bfloat16", "--tokens=256")
+    assert result.code == 0 and "xz -9" in result.out and "written" not in result.out
+    assert [file.name for file in workdir.glob("eval-8*")] == ["eval-8.json"] and (workdir / "eval-8.json").read_text() == before
+
+
 def test_mqar(workdir):
     result = run_eval(workdir, "--suite=mqar", "--examples=8")
     assert result.code == 0, result.err
@@ -47,8 +54,9 @@ def test_mqar(workdir):
     assert list(found["headline"]) == ["2x16", "2x32", "2x64", "4x16", "4x32", "4x64", "8x32", "8x64"]
     assert found["settings"] == {"alphabet": 8, "examples": 8}
     assert re.search(r"8 +│ +│ +\d+\.\d%", result.out)
-    assert run_eval(workdir, "--suite=mqar", "--pairs=1", "--lengths=8", "--examples=4").code == 0
-    assert list(written(workdir, "mqar")["headline"]) == ["1x8"]
+    assert run_eval(workdir, "--suite=mqar", "--pairs=1", "--lengths=8", "--examples=4", "--dtype=bfloat16").code == 0
+    found = written(workdir, "mqar")
+    assert list(found["headline"]) == ["1x8"] and found["settings"] == {"alphabet": 8, "examples": 4, "dtype": "bfloat16"}
 
 
 def test_ruler(workdir):
@@ -118,7 +126,7 @@ def test_completion(workdir, tmp_path):
         (["--suite=lm", "--pairs=4"], "--pairs has no meaning for --suite=lm, which takes --tasks, --examples, --data"),
         (
             ["--lengths=64"],
-            "--lengths has no meaning for an evaluation without --suite, which takes --tokens; it is for --suite=held_out or mqar",
+            "--lengths has no meaning for an evaluation without --suite, which takes --tokens, --dtype; it is for --suite=held_out or mqar",
         ),
         (["--suite=mqar", "--pairs=four"], "--pairs=four must be positive integers with commas between them"),
         (["--suite=mqar", "--pairs=9"], "no MQAR problem has 9 pairs in 16 or 32 or 64 tokens of an alphabet of 8"),

@@ -42,6 +42,7 @@ def test_a_trained_run_goes_on_from_a_prompt(finished):
     drawn = [run_generate(*short, "--temperature=2", f"--seed={seed}") for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     first = hybrid_jax.load(finished, step=4)
+    assert run_generate(*short, "--dtype=float32") == run_generate(*short)  # which is its own
     result = run_generate(*short, "--step=4", "--top_p=0.9")
     assert result.out == "def" + hybrid_jax.generate(first, ["def"], max_new_tokens=10)[0] + "\n"
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 import hybrid_jax
 import hybrid_jax.model
@@ -137,6 +138,20 @@ def test_the_loaded_model_is_the_converted_one(tmp_path):
     assert direct.config.layer_kinds == ("gated_delta_net", "attention") * 2
     convert.from_hf(folder, tmp_path / "run")
     np.testing.assert_array_equal(jax.jit(direct)(tokens), jax.jit(hybrid_jax.load(tmp_path / "run"))(tokens))
+
+
+def test_what_came_in_float32_computes_in_bfloat16_where_asked_to(tmp_path):
+    described = fla_options("gla", num_hidden_layers=1)
+    folder = hf_folders.write(tmp_path / "theirs", described, random_tensors(described))
+    convert.from_hf(folder, tmp_path / "run", "bfloat16")
+    models = [
+        hybrid_jax.load(*given)
+        for given in ((folder,), (folder, None, "bfloat16"), (tmp_path / "run",), (tmp_path / "run", None, "float32"))
+    ]
+    assert [model.config.dtype for model in models] == ["float32", "bfloat16", "bfloat16", "float32"]
+    assert {leaf.dtype for model in models for leaf in jax.tree.leaves(nnx.state(model))} == {np.dtype("float32")}
+    with pytest.raises(ConfigError, match="dtype='bf16' must be 'bfloat16' or 'float32'"):
+        hybrid_jax.load(folder, dtype="bf16")
 
 
 def test_old_names(tmp_path):
