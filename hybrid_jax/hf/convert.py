@@ -1,4 +1,4 @@
-"""A Hugging Face folder of fla to a run's workdir and back, tensor by tensor.
+"""A Hugging Face folder of fla to a run's workdir and back, tensor by tensor; and a run's parameters to another run.
 
 WORKDIR/config.json, checkpoints/0/      as of any run: the configuration, and the parameters in float32
 WORKDIR/huggingface/                     what came along: config.json, tokenizer and generation files
@@ -30,7 +30,7 @@ from hybrid_jax.model import Model, abstract
 from hybrid_jax.sharding import make_mesh
 from hybrid_jax.storage import in_bucket
 from hybrid_jax.train import workdir as workdirs
-from hybrid_jax.train.checkpoints import Checkpoints, to_evaluate
+from hybrid_jax.train.checkpoints import Checkpoints, load_params, to_evaluate
 from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import TrainState, abstract_state
 
@@ -90,10 +90,8 @@ def from_hf(folder: Path, workdir: epath.Path, dtype: str | None = None, advance
     Raises ConfigError where the folder holds no model that is supported, or ``workdir`` has checkpoints already.
     """
     source = Folder(folder, dtype)
-    if workdirs.saved_steps(workdir):
-        raise ConfigError(f"{workdir} has checkpoints already: give another --workdir")
     run = RunConfig(model=source.model)
-    workdirs.claim(workdir, run)
+    _claim_empty(workdir, run)
     carried = workdir / "huggingface"
     carried.mkdir(exist_ok=True)
     for name in CARRIED:
@@ -101,10 +99,36 @@ def from_hf(folder: Path, workdir: epath.Path, dtype: str | None = None, advance
             (carried / name).write_bytes((folder / name).read_bytes())
     _write_json(carried / "config.json", source.options)
     _write_json(carried / "dtypes.json", {name: tensor.dtype for name, tensor in source.tensors.items()})
-    params = source.params(_cpu(), advance)
+    _save(workdir, source.params(_cpu(), advance))
+    return run
+
+
+def from_run(source: epath.Path, workdir: epath.Path, step: int | None = None) -> tuple[RunConfig, int]:
+    """Make ``workdir`` a run that starts, at step 0, from the parameters to evaluate of the run in ``source``, and what came along there.
+
+    step: of the checkpoint read; None: the newest. Returns the configuration, which is that of ``source``, and the step read.
+    Raises ConfigError where ``source`` holds no such checkpoint, or ``workdir`` has checkpoints already.
+    """
+    run = workdirs.read_config(source)
+    _claim_empty(workdir, run)
+    step, params = load_params(source, run, make_mesh(MeshConfig(), [_cpu()]), step)
+    if (source / "huggingface").is_dir():
+        (workdir / "huggingface").mkdir(exist_ok=True)
+        for file in (source / "huggingface").iterdir():
+            (workdir / "huggingface" / file.name).write_bytes(file.read_bytes())
+    _save(workdir, params)
+    return run, step
+
+
+def _claim_empty(workdir: epath.Path, run: RunConfig) -> None:
+    if workdirs.saved_steps(workdir):
+        raise ConfigError(f"{workdir} has checkpoints already: give another --workdir")
+    workdirs.claim(workdir, run)
+
+
+def _save(workdir: epath.Path, params: nnx.State) -> None:
     with _sparing_memory(params), Checkpoints(workdir, CheckpointConfig()) as checkpoints:
         checkpoints.save_params(params)
-    return run
 
 
 def to_hf(workdir: epath.Path, folder: Path, step: int | None = None, dtype: str | None = None, advance: Advance = lambda *_: None) -> int:

@@ -87,7 +87,7 @@ def test_a_folder_without_a_tokenizer_takes_tokens(theirs, tmp_path):
     written = hybrid_jax.generate(hybrid_jax.load(theirs), [[5, 17, 60]], max_new_tokens=7)[0]
     assert result == (0, " ".join(map(str, written)) + " \n", "")
 
-    for name in ("from_hf", "to_hf", "to_dtype"):
+    for name in ("from_hf", "to_hf", "from_run", "to_dtype"):
         flags.FLAGS[name].unparse()
     assert run(convert.main, f"--from_hf={theirs}", f"--workdir={tmp_path / 'run'}").code == 0
     assert run_generate(f"--workdir={tmp_path / 'run'}", "--prompt=def").code == 2  # it was not trained on bytes
