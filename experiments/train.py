@@ -58,7 +58,7 @@ def main(run: cli.Run) -> int:
     if finished(workdir, steps):
         return summary.show_again(workdir)
     check_text(workdir, text.name, text.fingerprint)
-    check_room(workdir, config.checkpoint, state_bytes(program.state))
+    check_room(workdir, config.checkpoint, steps, state_bytes(program.state))
 
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop(STOPPING) as stop:
         # ---- The state: the newest checkpoint, parameters that were given, or fresh ones.

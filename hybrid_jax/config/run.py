@@ -100,9 +100,14 @@ class EvaluationConfig:
 class CheckpointConfig:
     every: int = 1000  # steps; the last step is always saved
     keep: int = 3  # newest checkpoints kept
+    keep_every: int | None = None  # those of steps that are a multiple of it are kept too, for good; None: only the newest
 
     def __post_init__(self):
         need(self.every >= 1 and self.keep >= 1, "checkpoint.every and checkpoint.keep must be at least 1")
+        need(
+            self.keep_every is None or self.keep_every >= 1 and self.keep_every % self.every == 0,
+            f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}: what is kept has to be saved",
+        )
 
 
 @dataclass(frozen=True)

@@ -29,16 +29,19 @@ class Checkpoints:
     """The checkpoints in WORKDIR/checkpoints, by step. Close it, or use it as a context: the last save ends there."""
 
     def __init__(self, workdir: epath.Path, config: CheckpointConfig | None = None, reading: ocp.Context | None = None):
-        """``config`` says how many are kept, for a run that saves; without it nothing in the folder is changed.
+        """``config`` says which are kept, for a run that saves; without it nothing in the folder is changed.
 
         reading: Orbax's settings to read with.
         """
         self.folder = (workdir if in_bucket(workdir) else workdir.absolute()) / "checkpoints"
         self._reading = _alone(reading)
         policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(config.keep)] if config else [policies.PreserveAll()]
+        if config and config.keep_every:
+            kept.append(policies.EveryNSteps(config.keep_every))
         self._orbax = ocp.training.Checkpointer(
             self.folder,
-            preservation_policy=policies.LatestN(config.keep) if config else policies.PreserveAll(),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=config is not None,  # what a kill left half-written
         )
 

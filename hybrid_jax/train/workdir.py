@@ -204,17 +204,19 @@ def finished(workdir: epath.Path, steps: int) -> bool:
     return saved_steps(workdir)[-1:] == [steps] and (workdir / "summary.json").exists()
 
 
-def check_room(workdir: epath.Path, config: CheckpointConfig, one: int) -> None:
-    """Raise ConfigError where the disk can not hold the checkpoints still to come, of ``one`` bytes each.
+def check_room(workdir: epath.Path, config: CheckpointConfig, steps: int, one: int) -> None:
+    """Raise ConfigError where the disk can not hold the checkpoints still to come in a run of ``steps`` steps, of ``one`` bytes each.
 
     One more than are kept: a new one is whole before an old one goes. A bucket has no end.
     """
     if in_bucket(workdir):
         return
-    need = max(1, config.keep + 1 - len(saved_steps(workdir))) * one
+    older = max(0, steps - config.keep * config.every) // config.keep_every if config.keep_every else 0  # and kept for good
+    need = max(1, config.keep + 1 + older - len(saved_steps(workdir))) * one
     free = shutil.disk_usage(workdir).free
     if need > free:
         raise ConfigError(
             f"{workdir} has {gigabytes(free)} free, and the run's checkpoints need {gigabytes(need)} ({gigabytes(one)} each): "
-            f"make room, give a --workdir on another disk, or keep fewer (--config.checkpoint.keep, now {config.keep})"
+            f"make room, give a --workdir on another disk, or keep fewer (--config.checkpoint.keep, now {config.keep}, "
+            f"and .keep_every, now {config.keep_every})"
         )

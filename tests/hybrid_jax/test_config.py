@@ -78,6 +78,7 @@ REFUSED = [
     ({"optimizer": {"beta2": 1}}, "optimizer.beta2=1.0 must be in [0, 1)"),
     ({"optimizer": {"weight_decay": -0.1}}, "optimizer.weight_decay=-0.1 must not be negative"),
     ({"optimizer": {"name": "schedule_free", "beta1": 0}}, "schedule_free divides by it"),
+    ({"checkpoint": {"keep_every": 1500}}, "checkpoint.keep_every=1500 must be a multiple of checkpoint.every=1000"),
     ({"mesh": {"data": 0}}, "at least 1, or -1"),
     ({"mesh": {"data": -1}}, "only one axis can be -1"),
     ({"platform": "abacus"}, "must be one of 'any'"),

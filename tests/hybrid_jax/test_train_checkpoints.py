@@ -117,6 +117,16 @@ def test_it_is_read_by_the_settings_given_and_without_a_word(workdir, shapes, ca
     assert not caplog.records, caplog.records
 
 
+def test_every_so_many_steps_one_is_kept_for_good(workdir, shapes):
+    with Checkpoints(workdir, CheckpointConfig(every=1, keep=1, keep_every=2)) as checkpoints:
+        for step in (4, 5, 6, 7):
+            checkpoints.save(random_state(shapes, step, step))
+        checkpoints.wait()
+        assert checkpoints.steps == [2, 4, 6, 7]
+        assert_same(checkpoints.restore(shapes)[0], random_state(shapes, 7, 7))
+    assert saved_steps(workdir) == [2, 4, 6, 7]
+
+
 def test_an_empty_folder_has_nothing_to_restore(tmp_path, shapes):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         assert checkpoints.restore(shapes) == (None, [])
@@ -373,14 +383,17 @@ def test_text_may_be_moved(workdir, tmp_path):
 def test_a_disk_too_small_for_the_run_is_refused_before_it_starts(workdir, shapes, monkeypatch):
     usage = namedtuple("usage", "total used free")
     size = state_bytes(shapes)
-    for free, saved, fits in ((4 * size, 0, True), (4 * size - 1, 0, False), (size, 3, True), (size - 1, 3, False)):
+    often = CheckpointConfig(keep=3, keep_every=2000)  # beside the newest three those of steps 2, 4 and 6 thousand
+    cases = [(4 * size, 0, True), (4 * size - 1, 0, False), (size, 3, True), (size - 1, 3, False)]
+    cases = [(CheckpointConfig(keep=3), *case) for case in cases] + [(often, 7 * size, 0, True), (often, 7 * size - 1, 0, False)]
+    for config, free, saved, fits in cases:
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(10**12, 0, free))
         folder = workdir if saved else workdir.parent
         if fits:
-            check_room(folder, CheckpointConfig(keep=3), size)
+            check_room(folder, config, 9000, size)
         else:
             with pytest.raises(ConfigError, match="make room.*--config.checkpoint.keep"):
-                check_room(folder, CheckpointConfig(keep=3), size)
+                check_room(folder, config, 9000, size)
 
 
 def test_the_config_of_an_older_version_takes_todays_defaults(tmp_path):
