@@ -51,6 +51,10 @@ class DataConfig:
 class OptimizerConfig:
     name: Literal["adamw", "muon", "schedule_free"] = "adamw"
     learning_rate: float = 3e-4  # the peak
+    # After warm-up: "cosine" and "linear" fall until the last step; "wsd" (warm-up, stable, decay) stays at the peak and falls, linearly,
+    # over the last ``decay_steps``. Under schedule_free the rate stays at its peak.
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    decay_steps: int | None = None  # of "wsd" alone
     final_fraction: float = 0.1  # of the peak, at the last step
     warmup_steps: int = 1024
     beta1: float = 0.9  # under muon of what it leaves to Adam; its matrices' momentum is 0.95, its authors' value
@@ -68,6 +72,20 @@ class OptimizerConfig:
             need(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
         need(self.beta1 > 0 or self.name != "schedule_free", "optimizer.beta1=0.0 must be positive: schedule_free divides by it")
         need(0 <= self.final_fraction <= 1, f"optimizer.final_fraction={self.final_fraction} must be in [0, 1]")
+        need(
+            self.name != "schedule_free" or self.schedule == "cosine",
+            f"optimizer.schedule={self.schedule!r} has no meaning under schedule_free, whose rate stays at its peak: leave it out",
+        )
+        if self.schedule == "wsd":
+            need(
+                self.decay_steps is not None and self.decay_steps >= 1,
+                f"optimizer.decay_steps={self.decay_steps} must be at least 1 for optimizer.schedule='wsd': a tenth of the steps, say",
+            )
+        else:
+            need(
+                self.decay_steps is None,
+                f"optimizer.decay_steps={self.decay_steps} is of optimizer.schedule='wsd', and that is {self.schedule!r}: leave it out",
+            )
 
 
 @dataclass(frozen=True)
@@ -144,3 +162,17 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     log: LogConfig = field(default_factory=LogConfig)
     platform: Literal["any", "cpu", "gpu", "tpu"] = "any"  # refuse to start on another one
+
+    def __post_init__(self):
+        warmup, decay, steps = self.optimizer.warmup_steps, self.optimizer.decay_steps, self.train.steps
+        need(
+            decay is None or warmup + decay < steps,
+            f"optimizer.warmup_steps={warmup} and optimizer.decay_steps={decay} together must be fewer than train.steps={steps}",
+        )
+
+    @property
+    def open_steps(self) -> int:
+        """How many steps, from the first, have a learning rate that hangs not on ``train.steps``; 0 where it is planned for all of them."""
+        if self.optimizer.name == "schedule_free":
+            return self.train.steps
+        return self.train.steps - self.optimizer.decay_steps if self.optimizer.schedule == "wsd" else 0

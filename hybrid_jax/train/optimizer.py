@@ -16,13 +16,17 @@ MUON_MOMENTUM = 0.95
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up to the peak, then (but for schedule-free) a cosine down to its final fraction."""
+    """Step -> learning rate: linear warm-up to the peak, then as ``config.schedule`` says, to the final fraction at the last step."""
     first = config.learning_rate / (config.warmup_steps + 1)  # and so on by equal steps: no update is spent at a rate of zero
     warmup = optax.linear_schedule(first, config.learning_rate, config.warmup_steps)
+    peak, final, left = config.learning_rate, config.learning_rate * config.final_fraction, max(1, steps - 1 - config.warmup_steps)
     if config.name == "schedule_free":
-        after = optax.constant_schedule(config.learning_rate)
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, left, config.final_fraction)
     else:
-        after = optax.cosine_decay_schedule(config.learning_rate, max(1, steps - 1 - config.warmup_steps), config.final_fraction)
+        falling = left if config.schedule == "linear" else config.decay_steps
+        after = optax.linear_schedule(peak, final, falling, transition_begin=left - falling)
     return optax.join_schedules([warmup, after], [config.warmup_steps]) if config.warmup_steps else after
 
 

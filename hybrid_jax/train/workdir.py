@@ -67,9 +67,12 @@ def _check_same(workdir: epath.Path, config: RunConfig) -> None:
         return
     untrained = steps == [0]  # given parameters, and no step taken from them: only the model is settled
     settled = {"data.source"} if (workdir / "text.sha256").exists() else set()  # by `check_text`: the same tokens may lie elsewhere now
+    before = read_config(workdir)
+    if steps[-1] <= min(before.open_steps, config.open_steps):  # the learning rate was the same so far, wherever it ends
+        settled |= {"train.steps", "optimizer.decay_steps", "optimizer.final_fraction"}
     refused = [
         f"{path}: {old!r} -> {new!r}"
-        for path, old, new in differences(read_config(workdir), config)
+        for path, old, new in differences(before, config)
         if not (is_free(path) or path in settled or untrained and (path in GIVEN or not path.startswith("model.")))
     ]
     if refused:

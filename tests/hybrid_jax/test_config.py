@@ -78,6 +78,13 @@ REFUSED = [
     ({"optimizer": {"beta2": 1}}, "optimizer.beta2=1.0 must be in [0, 1)"),
     ({"optimizer": {"weight_decay": -0.1}}, "optimizer.weight_decay=-0.1 must not be negative"),
     ({"optimizer": {"name": "schedule_free", "beta1": 0}}, "schedule_free divides by it"),
+    ({"optimizer": {"name": "schedule_free", "schedule": "wsd"}}, "optimizer.schedule='wsd' has no meaning under schedule_free"),
+    ({"optimizer": {"schedule": "wsd"}}, "optimizer.decay_steps=None must be at least 1 for optimizer.schedule='wsd'"),
+    ({"optimizer": {"decay_steps": 9}}, "optimizer.decay_steps=9 is of optimizer.schedule='wsd', and that is 'cosine'"),
+    (
+        {"optimizer": {"schedule": "wsd", "decay_steps": 9, "warmup_steps": 2}, "train": {"steps": 11}},
+        "warmup_steps=2 and optimizer.decay_steps=9 together must be fewer than train.steps=11",
+    ),
     ({"checkpoint": {"keep_every": 1500}}, "checkpoint.keep_every=1500 must be a multiple of checkpoint.every=1000"),
     ({"mesh": {"data": 0}}, "at least 1, or -1"),
     ({"mesh": {"data": -1}}, "only one axis can be -1"),

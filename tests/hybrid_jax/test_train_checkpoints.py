@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from hybrid_jax.config import CheckpointConfig, ConfigError, MeshConfig, RunConfig
+from hybrid_jax.config import CheckpointConfig, ConfigError, MeshConfig, RunConfig, to_dict
 from hybrid_jax.loading import load
 from hybrid_jax.sharding import make_mesh
 from hybrid_jax.train import checkpoints as module
@@ -305,6 +305,28 @@ def test_what_only_says_how_a_run_is_watched_and_placed_may_change(workdir):
     )
     claim(workdir, changed)
     assert read_config(workdir) == changed
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "steps", "allowed"),
+    [
+        ({"name": "schedule_free"}, 40, True),
+        ({"name": "schedule_free"}, 2, False),  # fewer than it has taken
+        ({"schedule": "wsd", "decay_steps": 17}, 40, True),  # of 20 steps three stood before the fall, and three are taken
+        ({"schedule": "wsd", "decay_steps": 17}, 21, True),
+        ({"schedule": "wsd", "decay_steps": 4, "warmup_steps": 0}, 6, False),  # of which the third would be in the fall
+        ({"schedule": "linear"}, 40, False),
+    ],
+)
+def test_more_steps_are_the_same_run_where_the_learning_rate_so_far_is(workdir, optimizer, steps, allowed):
+    (workdir / "config.json").write_text(json.dumps(to_dict(small_run(optimizer=optimizer))))
+    changed = small_run(optimizer=optimizer, train={"steps": steps})
+    if allowed:
+        claim(workdir, changed)
+    else:
+        with pytest.raises(ConfigError, match=f"train.steps: 20 -> {steps}"):
+            claim(workdir, changed)
+    assert read_config(workdir).train.steps == (steps if allowed else 20)
 
 
 def test_a_workdir_without_a_checkpoint_holds_nothing_yet(tmp_path):

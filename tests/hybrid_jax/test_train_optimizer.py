@@ -6,7 +6,7 @@ import optax
 import pytest
 from flax import nnx
 
-from hybrid_jax.config import KDA, ModelConfig, OptimizerConfig
+from hybrid_jax.config import KDA, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from hybrid_jax.model import abstract
 from hybrid_jax.train.optimizer import evaluation_params, make_optimizer, schedule
 from tests.helpers import relative_error
@@ -55,7 +55,25 @@ def test_the_schedule_warms_up_and_falls_as_a_cosine():
     np.testing.assert_allclose(rates, [*warmup, *cosine, *[cosine[-1]] * 2], rtol=1e-5)
 
 
+def test_the_schedules_that_fall_linearly():
+    """From the peak, or over the last steps alone; what stands before the fall is the same in a longer run, to the last bit."""
+    options = {"learning_rate": 0.1, "warmup_steps": 4, "final_fraction": 0.2}
+    warmup = [0.1 * (n + 1) / 5 for n in range(4)]
+    linear = schedule(OptimizerConfig(schedule="linear", **options), 10)
+    np.testing.assert_allclose([linear(n) for n in range(12)], [*warmup, *(0.1 - 0.08 * n / 5 for n in range(6)), 0.02, 0.02], rtol=1e-6)
+    config = OptimizerConfig(schedule="wsd", decay_steps=4, **options)
+    stable = [schedule(config, steps) for steps in (20, 30)]
+    falling = [0.1 - 0.08 * n / 4 for n in (1, 2, 3, 4)]
+    np.testing.assert_allclose([stable[0](n) for n in range(22)], [*warmup, *[0.1] * 12, *falling, 0.02, 0.02], rtol=1e-6)
+    run = RunConfig(optimizer=config, train=TrainConfig(steps=20))
+    same = [float(stable[0](n)) == float(stable[1](n)) for n in range(20)]
+    assert same == [True] * run.open_steps + [False] * 4
+    assert RunConfig().open_steps == 0 and RunConfig(optimizer=OptimizerConfig(name="schedule_free")).open_steps == TrainConfig().steps
+
+
 def test_schedules_at_their_edges():
+    tight = schedule(OptimizerConfig(schedule="wsd", learning_rate=0.1, warmup_steps=2, decay_steps=7, final_fraction=0.0), 10)
+    np.testing.assert_allclose([tight(n) for n in (1, 2, 3, 8, 9)], [0.2 / 3, 0.1, 0.6 / 7, 0.1 / 7, 0.0], rtol=1e-5)
     assert float(schedule(OptimizerConfig(learning_rate=0.1, warmup_steps=0), 10)(0)) == pytest.approx(0.1)
     endless = schedule(OptimizerConfig(learning_rate=0.1, warmup_steps=50), 10)  # longer than the run
     np.testing.assert_allclose([endless(9), endless(50)], [0.1 * 10 / 51, 0.1], rtol=1e-5)
