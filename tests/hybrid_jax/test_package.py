@@ -19,6 +19,12 @@ def test_its_names_are_listed():
     assert not hasattr(hybrid_jax, "sotre")
 
 
+@pytest.mark.parametrize("name", ["config", "mixers"])
+def test_its_modules_need_no_import_of_their_own(name, monkeypatch):
+    monkeypatch.delattr(hybrid_jax, name, raising=False)  # as before anything has imported it
+    assert getattr(hybrid_jax, name) is importlib.import_module(f"hybrid_jax.{name}") and name in dir(hybrid_jax)
+
+
 def test_its_version_is_that_of_what_is_installed(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", {"hybrid-jax": "1.2.3"}.get)
     assert hybrid_jax.__version__ == "1.2.3"
