@@ -57,7 +57,7 @@ def evaluate_as_training_does(workdir: epath.Path, config: RunConfig, written: b
 
     import jax
 
-    from hybrid_jax.data.sources import make_sources
+    from hybrid_jax.data.sources import mixed_sources
     from hybrid_jax.evals.evaluate import make_evaluate
     from hybrid_jax.hf.convert import carried_tokenizer
     from hybrid_jax.model import abstract
@@ -70,7 +70,7 @@ def evaluate_as_training_does(workdir: epath.Path, config: RunConfig, written: b
         mesh = make_mesh(config.mesh)
     except ConfigError:  # it was trained on other devices than there are here
         mesh = make_mesh(MeshConfig())
-    _, held_out = make_sources(config.data.source, carried_tokenizer(workdir))
+    _, held_out = mixed_sources(config.data.sources, carried_tokenizer(workdir))
     with jax.set_mesh(mesh):
         step, params = load_params(workdir, config, mesh, checkpoint.STEP.value)
         results = make_evaluate(config, abstract(config.model)[0], mesh, held_out)(params)

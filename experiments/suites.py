@@ -20,6 +20,7 @@ DATA = flags.DEFINE_string("data", None, "Of --suite=lm: the folder of the tasks
 DOWNLOAD = flags.DEFINE_boolean("download", False, "Of --suite=lm: let lm-evaluation-harness fetch its data sets.")
 INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Of --suite=lm: a folder of task files in the harness's format.")
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Of --suite=lm: examples in a prompt; by default as each task says.", lower_bound=0)
+SOURCE = flags.DEFINE_string("source", None, "Of --suite=held_out: whose held-out text; by default the run's, of a mix it has to be said.")
 TEXTS = flags.DEFINE_string("texts", None, "Of --suite=ruler: the folder of essays and questions; docs/evaluation.md says what it holds.")
 MAX_LENGTH = flags.DEFINE_integer("max_length", 2048, "Of --suite=lm and completion: tokens of a text; longer ones are cut.", lower_bound=2)
 BATCH = flags.DEFINE_integer("batch", 8, "Of all suites: texts that each device reads at once.", lower_bound=1)
@@ -86,7 +87,10 @@ def _held_out(model, workdir: epath.Path, config: RunConfig) -> Results:
     from hybrid_jax.hf.convert import carried_tokenizer
 
     window = config.data.window
-    _, source = make_sources(config.data.source, carried_tokenizer(workdir))
+    if SOURCE.value is None and config.data.is_mix:
+        raise ConfigError(f"the run's text is a mix: say whose held-out part is scored, --source={' or '.join(config.data.sources)}")
+    _, source = make_sources(SOURCE.value or config.data.source, carried_tokenizer(workdir))
+    source.check_vocabulary(config.model.vocabulary)
     tokens = flags.FLAGS.tokens or config.evaluation.tokens
     return held_out.evaluate(model, source, _integers(LENGTHS, [window, 2 * window, 4 * window]), tokens=tokens, batch=BATCH.value)
 
@@ -247,7 +251,7 @@ def _completion_table(title: str, results: Results) -> Table:
 
 
 SUITES = {
-    "held_out": Suite(("lengths", "tokens", "batch", "dtype"), _held_out, _held_out_headline, _held_out_table, _draw_held_out),
+    "held_out": Suite(("lengths", "tokens", "source", "batch", "dtype"), _held_out, _held_out_headline, _held_out_table, _draw_held_out),
     "mqar": Suite(("pairs", "lengths", "examples", "batch", "dtype"), _mqar, lambda results: results["scores"], _mqar_table),
     "ruler": Suite(
         ("tasks", "lengths", "examples", "texts", "beginning", "batch", "dtype"), _ruler, _ruler_headline, _ruler_table, notes=_ruler_notes

@@ -23,7 +23,7 @@ def main(run: cli.Run) -> int:
     import jax  # this, and all that needs it, once the command line is known to be right
 
     from hybrid_jax.amounts import gigabytes
-    from hybrid_jax.data.sources import make_sources
+    from hybrid_jax.data.sources import mixed_sources
     from hybrid_jax.evals.evaluate import make_evaluate
     from hybrid_jax.hf.convert import carried_tokenizer
     from hybrid_jax.sharding import make_mesh
@@ -50,7 +50,7 @@ def main(run: cli.Run) -> int:
     mesh = make_mesh(config.mesh)
     program = make_program(config, mesh)
     carried = carried_tokenizer(workdir)
-    text, held_out = make_sources(config.data.source, carried)
+    text, held_out = mixed_sources(config.data.sources, carried)
     text.check_vocabulary(config.model.vocabulary)
     evaluate = make_evaluate(config, program.graph, mesh, held_out)
     Feed(config, text, mesh).close()

@@ -48,8 +48,8 @@ def _run_tokenizer(workdir: epath.Path, config: RunConfig) -> Tokenizer | None:
     """The one that came with the parameters, or else that of the data; None for a model that came without one and was not trained since."""
     if carried := convert.carried_tokenizer(workdir):
         return carried
-    if config.data.source != "stdlib":
-        return TokenStore.open(config.data.source, "train").tokenizer
+    if (source := next(iter(config.data.sources))) != "stdlib":
+        return TokenStore.open(source, "train").tokenizer
     return None if (workdir / "huggingface").is_dir() else ByteTokenizer()
 
 

@@ -1,6 +1,7 @@
 """What a run is: a model, its data, how it is trained, evaluated, kept, and over which devices."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,7 +35,8 @@ class MQARConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "stdlib"  # the text of Python's own standard library, or the folder or URL of a token store
+    # The text of Python's own standard library, or the folder or URL of a token store; or several of these with weights, "A=0.7,B=0.3".
+    source: str = "stdlib"
     window: int = 4096  # T
     packing: Literal["windows", "documents"] = "windows"
     mqar: MQARConfig = field(default_factory=MQARConfig)
@@ -42,9 +44,27 @@ class DataConfig:
     def __post_init__(self):
         need(self.window >= 2, f"data.window={self.window} must be at least 2 tokens")
         need(
+            min(self.sources.values()) > 0 and len(self.sources) == (self.source.count(",") + 1 if self.is_mix else 1),
+            f"data.source={self.source!r} must name each source once, with a weight above 0",
+        )
+        need(
             self.mqar.share == 0 or max(self.mqar.length) <= self.window,
             f"data.mqar.length={self.mqar.length} must fit in data.window={self.window}",
         )
+
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether ``source`` is several, each with its weight."""
+        return re.fullmatch(r"[^,]+=\d*\.?\d+(,[^,]+=\d*\.?\d+)+", self.source) is not None
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """{source: weight}, in their order; of a mix all have tokens of one tokenizer."""
+        if not self.is_mix:
+            return {self.source: 1.0}
+        pairs = (part.rpartition("=") for part in self.source.split(","))
+        return {source.strip(): float(weight) for source, _, weight in pairs}
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ packed documents before the first of each, is ``document_end``. So one definitio
 packed documents nothing is predicted from another document's text.
 """
 
+import itertools
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import grain
 import numpy as np
@@ -43,7 +45,8 @@ def training_batches(
     ``packing`` "windows" cuts the documents, laid end to end as they are in the source, into windows of T tokens, one segment
     each, and shuffles the windows anew each epoch. "documents" shuffles the documents, lays them end to end, cuts the row at
     every T tokens and gives each document in a row a segment id; one longer than its row goes on in another, as a segment of
-    its own. In both a last window that is not full is left out of the epoch.
+    its own. In both a last window that is not full is left out of the epoch. Of a mix each part has its share of the rows of text, spread
+    evenly, and epochs of its own: its rows are, in their order, those that it has alone.
 
     A share ``mqar_share`` of all rows, spread evenly, hold MQAR problems in place of text, of each of ``mqar_tasks`` in turn.
 
@@ -53,13 +56,14 @@ def training_batches(
     Raises `DataError` where the window is longer than the source, or the MQAR task does not fit.
     """
     local = _local_rows(batch, window, packing, local)
-    if len(source) < window:
-        raise DataError(f"a window of {window} tokens, but {source.name} holds {len(source)}: make the window shorter or give more text")
+    for part, _ in source.parts:
+        if len(part) < window:
+            raise DataError(f"a window of {window} tokens, but {part.name} holds {len(part)}: make the window shorter or give more text")
     if not 0.0 <= mqar_share <= 1.0 or (mqar_share and not mqar_tasks):
         raise DataError(f"an MQAR share of {mqar_share} with {len(mqar_tasks)} tasks: give a share from 0 to 1, and above 0 a task")
     for task in mqar_tasks:
         task.check(window, source.tokenizer.vocabulary)
-    shuffled = ShuffledWindows(source, window, seed) if packing == "windows" else ShuffledDocuments(source, window, seed)
+    shuffled = ShuffledMix(source, window, seed, ShuffledWindows if packing == "windows" else ShuffledDocuments)
     recall = Mixture(mqar_share, seed)
     vocabulary, recall_seed = source.tokenizer.vocabulary, _stream(seed, "mqar")
 
@@ -138,20 +142,43 @@ def mqar_evaluation_batches(
 
 
 class Mixture:
-    """Which rows of a run hold MQAR: ``share`` of them, spread evenly from a place that the seed chooses.
+    """Which rows of a run are of a kind, such as MQAR: ``share`` of them, spread evenly from a place that the seed chooses for that kind.
 
     Exact for any row: fixed-point integers, so that nothing is lost after 10^9 rows.
     """
 
     ONE = 1 << 32
 
-    def __init__(self, share: float, seed: int):
+    def __init__(self, share: float, seed: int, kind: str = "mixture"):
         self.share = round(share * self.ONE)
-        self.offset = _stream(seed, "mixture") % self.ONE
+        self.offset = _stream(seed, kind) % self.ONE
 
     def count(self, row: int) -> int:
-        """How many rows before ``row`` hold MQAR; row ``row`` does where ``count(row + 1)`` is one more."""
+        """How many rows before ``row`` are of it; row ``row`` is where ``count(row + 1)`` is one more."""
         return (row * self.share + self.offset) // self.ONE
+
+
+class ShuffledMix:
+    """Text row -> the part of ``source`` that it is of, and there that part's next row, as ``shuffled`` (one of the two below) says.
+
+    The first part takes its share of all rows, the second its share of those left, and so on; the last all that are left.
+    """
+
+    def __init__(self, source: TokenSource, window: int, seed: int, shuffled: Callable[[TokenSource, int, int], Any]):
+        shares = [share for _, share in source.parts]
+        starts = itertools.accumulate((len(part) for part, _ in source.parts), initial=0)
+        self.parts = [
+            (Mixture(share / sum(shares[i:]), seed, f"part {i}"), shuffled(part, window, seed), start)
+            for i, ((part, share), start) in enumerate(zip(source.parts, starts, strict=False))
+        ]
+
+    def pieces(self, row: int) -> Pieces:
+        for mixture, shuffled, start in self.parts:
+            before = mixture.count(row)
+            if mixture.count(row + 1) > before:
+                return [(start + first, start + last) for first, last in shuffled.pieces(before)]
+            row -= before
+        raise AssertionError(f"the last part takes all rows that are left, and not row {row}")
 
 
 class ShuffledWindows:

@@ -27,6 +27,11 @@ class TokenSource(abc.ABC):
     bytes: int
     fingerprint: str
 
+    @property
+    def parts(self) -> list[tuple["TokenSource", float]]:
+        """The sources that it is mixed of, end to end, and each one's share of the rows; itself alone where it is no `mix.Mix`."""
+        return [(self, 1.0)]
+
     @abc.abstractmethod
     def __len__(self) -> int:
         """The number of tokens, document ends included."""

@@ -1,7 +1,7 @@
 """What a model is measured by, during training and after: held-out text and multi-query associative recall."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -33,20 +33,20 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
         tokens, bytes       how many were scored, and of how much text they are
         mqar_accuracy, mqar_loss    over the answers of held-out recall problems, as many of each of the run's kinds; left out
                             where they do not fit the window or vocabulary
+    Of a mix each part is evaluated on as many tokens of its own: its numbers are under its name in ``parts``, and those above are their
+    means by the parts' shares, tokens and bytes the sums.
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-config.evaluation.batch // devices) * devices
     window, packing = config.data.window, config.data.packing
-    scored = min(config.evaluation.tokens, len(held_out))
-    steps = -(-scored // (rows * window))
-    text = source_text(held_out, scored)
     tasks = _recall_tasks(config, held_out.tokenizer.vocabulary)
-    about_text = {
-        "tokens": scored,
-        "bytes": len(text),
-        "xz_bits_per_byte": xz_bits_per_byte(text),
-        "unigram_bits_per_byte": unigram_bits_per_byte(text),
-    }
+
+    def about(source: TokenSource) -> dict[str, float]:
+        text = source_text(source, scored := min(config.evaluation.tokens, len(source)))
+        baselines = {"xz_bits_per_byte": xz_bits_per_byte(text), "unigram_bits_per_byte": unigram_bits_per_byte(text)}
+        return {"tokens": scored, "bytes": len(text), **baselines}
+
+    texts = [(source, share, about(source)) for source, share in held_out.parts]
 
     @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # every process can read them
     def losses(params: nnx.State, batch: dict) -> Losses:
@@ -70,18 +70,22 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
         )
         return sums(params, batches, -(-problem_rows // rows), stopped)
 
-    def measure(params: nnx.State, stopped: Callable[[], bool]) -> dict[str, Any]:
-        options = {"batch": rows, "window": window, "packing": packing, "tokens": scored, "local": local.numbers}
-        batches = pipeline.evaluation_batches(held_out, **options)
-        found = sums(params, batches, steps, stopped)
+    def of_text(params: nnx.State, source: TokenSource, about: dict[str, float], stopped: Callable[[], bool]) -> dict[str, Any]:
+        options = {"batch": rows, "window": window, "packing": packing, "tokens": about["tokens"], "local": local.numbers}
+        batches = pipeline.evaluation_batches(source, **options)
+        found = sums(params, batches, -(-about["tokens"] // (rows * window)), stopped)
         with np.errstate(invalid="ignore"):
             by_position = found.total_by_position / found.weight_by_position
-        results = {
+        return {
             "loss": float(found.total / found.weight),
-            "bits_per_byte": float(found.total / math.log(2) / len(text)),
-            **about_text,
+            "bits_per_byte": float(found.total / math.log(2) / about["bytes"]),
+            **about,
             "loss_by_position": [float(x) if math.isfinite(x) else None for x in by_position],
         }
+
+    def measure(params: nnx.State, stopped: Callable[[], bool]) -> dict[str, Any]:
+        found = {source.name: of_text(params, source, about, stopped) for source, _, about in texts}
+        results = _mean(found, [share for _, share, _ in texts]) if len(texts) > 1 else found[held_out.name]
         if tasks:
             recall = jax.tree.map(lambda *parts: sum(parts), *(task_sums(params, task, stopped) for task in tasks))
             results |= {"mqar_accuracy": float(recall.correct / recall.weight), "mqar_loss": float(recall.total / recall.weight)}
@@ -94,6 +98,19 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
             return None
 
     return evaluate
+
+
+def _mean(of_parts: dict[str, dict[str, Any]], shares: list[float]) -> dict[str, Any]:
+    """The results of a mix of parts with ``shares``, and those of each part beside them."""
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        return None if None in values else sum(share * value for share, value in zip(shares, values, strict=True))
+
+    columns = {name: [results[name] for results in of_parts.values()] for name in next(iter(of_parts.values()))}
+    by_position = [mean(losses) for losses in zip(*columns.pop("loss_by_position"), strict=True)]
+    means = {name: sum(values) if name in ("tokens", "bytes") else mean(values) for name, values in columns.items()}
+    parts = {name: {key: value for key, value in results.items() if key != "loss_by_position"} for name, results in of_parts.items()}
+    return means | {"loss_by_position": by_position, "parts": parts}
 
 
 class _Stopped(Exception):

@@ -165,8 +165,9 @@ def to_hf(workdir: epath.Path, folder: Path, step: int | None = None, dtype: str
             for name in CARRIED:
                 if came and (carried / name).exists():
                     (partial / name).write_bytes((carried / name).read_bytes())
-            if not came and run.data.source != "stdlib":  # whose tokens are bytes, of which transformers has no tokenizer
-                TokenStore.open(run.data.source, "train").tokenizer.save(partial)
+            source = next(iter(run.data.sources))
+            if not came and source != "stdlib":  # whose tokens are bytes, of which transformers has no tokenizer
+                TokenStore.open(source, "train").tokenizer.save(partial)
             key = "dtype" if "dtype" in described else "torch_dtype"
             _write_json(partial / "config.json", described | {key: dtypes["model.embeddings.weight"].name})
     return step
@@ -229,7 +230,8 @@ def load(folder: Path, device: jax.Device, dtype: str | None = None) -> Model:
 
 
 def _tokens(run: RunConfig) -> dict[str, Any]:
-    end = 256 if run.data.source == "stdlib" else TokenStore.open(run.data.source, "train").tokenizer.document_end
+    source = next(iter(run.data.sources))
+    end = 256 if source == "stdlib" else TokenStore.open(source, "train").tokenizer.document_end
     return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
 
 

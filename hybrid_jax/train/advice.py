@@ -52,9 +52,10 @@ def notes(config: RunConfig, text: TokenSource, peak: float, carried: Tokenizer 
             f"THE TOKENS OF {text.name} ARE NOT THOSE OF THE MODEL'S OWN TOKENIZER ({carried.name}), which it will be asked and answer in. "
             "Build the store with python -m experiments.tokenize --tokenizer=WORKDIR/huggingface"
         )
-    if tokens > 4 * len(text):
-        times = tokens / len(text)
-        told.append(f"the run of {quantity(tokens)} tokens reads its {quantity(len(text))} tokens of text {times:,.0f} times over")
+    for part, share in text.parts:
+        if (times := tokens * share / len(part)) > 4:
+            of = "text" if part is text else part.name
+            told.append(f"the run of {quantity(tokens)} tokens reads its {quantity(len(part))} tokens of {of} {times:,.0f} times over")
     if config.optimizer.warmup_steps >= config.train.steps:
         told.append(
             f"the learning rate never reaches its peak: warm-up takes {config.optimizer.warmup_steps} steps, the run has "

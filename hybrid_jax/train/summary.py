@@ -86,6 +86,8 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
         ("bits per byte", f"{evaluation['bits_per_byte']:.4f}"),
         ("  of the same bytes", f"xz -9: {evaluation['xz_bits_per_byte']:.4f}, unigram: {evaluation['unigram_bits_per_byte']:.4f}"),
     ]
+    for name, part in evaluation.get("parts", {}).items():
+        rows.append((f"  {name}", f"{part['loss']:.4f} nats a token, {part['bits_per_byte']:.4f} bits per byte"))
     if "mqar_accuracy" in evaluation:
         rows.append(("recall (MQAR)", f"{evaluation['mqar_accuracy']:.1%} right, loss {evaluation['mqar_loss']:.4f}"))
     return rows

@@ -66,8 +66,10 @@ def _check_same(workdir: epath.Path, config: RunConfig) -> None:
     if not steps:
         return
     untrained = steps == [0]  # given parameters, and no step taken from them: only the model is settled
-    settled = {"data.source"} if (workdir / "text.sha256").exists() else set()  # by `check_text`: the same tokens may lie elsewhere now
     before = read_config(workdir)
+    settled, weights = set(), [list(run.data.sources.values()) for run in (before, config)]
+    if (workdir / "text.sha256").exists() and weights[0] == weights[1]:
+        settled |= {"data.source"}  # by `check_text`: the same tokens may lie elsewhere now
     if steps[-1] <= min(before.open_steps, config.open_steps):  # the learning rate was the same so far, wherever it ends
         settled |= {"train.steps", "optimizer.decay_steps", "optimizer.final_fraction"}
     refused = [

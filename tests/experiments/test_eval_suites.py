@@ -132,6 +132,7 @@ def test_completion(workdir, tmp_path):
         (["--suite=mqar", "--pairs=9"], "no MQAR problem has 9 pairs in 16 or 32 or 64 tokens of an alphabet of 8"),
         (["--suite=ruler", "--tasks=niah_singel_1"], "did you mean 'niah_single_1'?"),
         (["--suite=everything"], "held_out"),
+        (["--suite=held_out", "--source=nowhere"], "nowhere"),
     ],
 )
 def test_refused(workdir, arguments, message):

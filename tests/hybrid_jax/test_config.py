@@ -68,6 +68,8 @@ REFUSED = [
     ({"model": {"ratio": 6, "attention": {"rope_theta": 0.0}}}, "rope_theta=0.0 must be above 0 (None: no positions)"),
     ({"model": {"layers": 0}}, "model.layers=0 must be at least 1"),
     ({"data": {"window": 1}}, "at least 2 tokens"),
+    ({"data": {"source": "a=1,b=0"}}, "data.source='a=1,b=0' must name each source once, with a weight above 0"),
+    ({"data": {"source": "a=1,a=0.5"}}, "must name each source once"),
     ({"data": {"window": 32, "mqar": {"share": 0.5}}}, "must fit in data.window=32"),
     ({"data": {"mqar": {"share": 1.0}}}, "must be in [0, 1)"),
     ({"train": {"steps": 0}}, "train.steps=0 must be at least 1"),

@@ -1,6 +1,7 @@
 """Batches: each token of the text a target once an epoch, segments where documents are, and step n a function of (seed, n)."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from hybrid_jax.data import DataError, mqar, pipeline
 from hybrid_jax.data.build import build_store
+from hybrid_jax.data.mix import Mix
 from hybrid_jax.data.pipeline import evaluation_batches, mqar_evaluation_batches, training_batches
 from hybrid_jax.data.sources import make_sources
 from tests.hybrid_jax.data_samples import array_source, documents_of, texts, write_texts
@@ -180,6 +182,40 @@ def test_mixture(share):
     assert len({row.tobytes() for row in rows[recall]}) == recall.sum() > 0
     other = take(training_batches(SOURCE, mqar_tasks=[TASK], mqar_share=share, **(options | dict(seed=4))), steps)
     assert not {row.tobytes() for row in rows[recall]} & {row.tobytes() for batch in other for row in batch["tokens"]}
+
+
+@pytest.mark.parametrize("packing", ["windows", "documents"])
+def test_a_mix_has_its_shares_and_each_part_the_rows_that_it_has_alone(packing):
+    parts = [array_source([13, 30, 9, 48] * 6, seed=seed) for seed in (1, 2, 3)]
+    shares = 0.5, 0.3, 0.2
+    options = dict(batch=10, window=24, seed=3, packing=packing)
+    whole = take(training_batches(Mix(parts, [5, 3, 2]), mqar_tasks=[TASK], mqar_share=0.1, **options), 40)
+    text = np.concatenate([batch["weights"].sum(axis=1) == 24 for batch in whole])  # the other rows hold MQAR
+    rows = np.concatenate([np.stack([batch["tokens"], batch["targets"]], axis=1) for batch in whole])[text]
+    alone = [take(training_batches(part, **options), 30) for part in parts]  # several epochs
+    alone = [np.concatenate([np.stack([batch["tokens"], batch["targets"]], axis=1) for batch in batches]) for batches in alone]
+    counts = np.zeros(3, int)
+    for number, row in enumerate(rows, 1):
+        (part,) = [i for i in range(3) if np.array_equal(alone[i][counts[i]], row)]
+        counts[part] += 1
+        assert np.abs(counts - number * np.array(shares)).max() < 3
+    later = take(training_batches(Mix(parts, shares), start_step=37, local=[2, 9], mqar_tasks=[TASK], mqar_share=0.1, **options), 3)
+    same(later, [{name: x[[2, 9]] for name, x in batch.items()} for batch in whole[37:]])
+
+
+def test_a_mix_reads_across_its_parts():
+    parts = [array_source([5, 7], seed=1), array_source([4], seed=2), array_source([9, 3], seed=3)]
+    mix, tokens = Mix(parts, [1, 1, 2]), np.concatenate([part.tokens for part in parts])
+    ranges = [(0, 28), (11, 13), (12, 16), (3, 3), (15, 20)]
+    for found, (start, stop) in zip(mix.read_ranges(ranges), ranges, strict=True):
+        np.testing.assert_array_equal(found, tokens[start:stop])
+    assert len(mix) == 28 and mix.documents.tolist() == [5, 12, 16, 25, 28] and [share for _, share in mix.parts] == [0.25, 0.25, 0.5]
+    assert len({mix.fingerprint, Mix(parts, [1, 1, 1]).fingerprint, Mix(parts, [2, 2, 4]).fingerprint}) == 2
+    with pytest.raises(DataError, match="a window of 10 tokens, but a sample holds 4"):
+        training_batches(mix, batch=1, window=10, seed=0)
+    parts[1].tokenizer = SimpleNamespace(name="words", fingerprint="another")
+    with pytest.raises(DataError, match=r"are of different tokenizers \(bytes, words\): a mix needs one"):
+        Mix(parts, [1, 1, 1])
 
 
 def test_kinds_of_problems_take_turns():

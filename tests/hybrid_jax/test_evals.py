@@ -13,11 +13,14 @@ from flax import nnx
 from hybrid_jax import build
 from hybrid_jax.config import MeshConfig
 from hybrid_jax.data import DataError, mqar, pipeline
+from hybrid_jax.data.mix import Mix
 from hybrid_jax.data.token_source import ArraySource
 from hybrid_jax.data.tokenizers import ByteTokenizer, tokenizer_from_files
 from hybrid_jax.evals.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from hybrid_jax.evals.evaluate import make_evaluate, source_text
 from hybrid_jax.sharding import make_mesh
+from hybrid_jax.train.summary import evaluation_rows
+from tests.hybrid_jax.data_samples import array_source
 from tests.hybrid_jax.train_runs import small_run
 
 DOCUMENTS = [b"def f(x):\n    return x\n", b"\xff\xfe not text", b"", b"import os\n" * 5]
@@ -53,11 +56,11 @@ def losses_and_hits(model, batch):
     return -log_probabilities[rows, places, targets], logits[rows, places].argmax(-1) == targets, places
 
 
-def evaluate(run, model, sizes=None):
+def evaluate(run, model, sizes=None, source=None):
     mesh = make_mesh(MeshConfig(**sizes)) if sizes else make_mesh(MeshConfig(), jax.devices()[:1])
     graph, params = nnx.split(model)
     with jax.set_mesh(mesh):
-        return make_evaluate(run, graph, mesh, held_out())(params)
+        return make_evaluate(run, graph, mesh, source or held_out())(params)
 
 
 @pytest.mark.parametrize(("packing", "sizes"), [("windows", None), ("documents", None), ("windows", dict(data=2, fsdp=2, tensor=2))])
@@ -78,6 +81,21 @@ def test_the_numbers_are_those_of_the_logits(model, packing, sizes):
     assert len(losses) == 6 * 2
     assert results["mqar_accuracy"] == pytest.approx(hits.mean())
     assert results["mqar_loss"] == pytest.approx(losses.mean(), rel=1e-6)
+
+
+def test_each_part_of_a_mix_is_evaluated_and_their_mean_by_shares(model):
+    parts = [held_out(), array_source([30, 11], seed=1)]
+    parts[1].name = "another"
+    results = evaluate(run_for(tokens=35), model, source=Mix(parts, [3, 1]))
+    losses = [losses_and_hits(model, next(pipeline.evaluation_batches(part, batch=3, window=16, tokens=35)))[0] for part in parts]
+    of_parts = [results["parts"][part.name] for part in parts]
+    assert [one["tokens"] for one in of_parts] == [35, 35] and results["tokens"] == 70
+    assert [one["loss"] for one in of_parts] == pytest.approx([one.mean() for one in losses], rel=1e-6)
+    for name in ("loss", "bits_per_byte", "xz_bits_per_byte"):
+        assert results[name] == pytest.approx(0.75 * of_parts[0][name] + 0.25 * of_parts[1][name])
+    assert results["loss_by_position"][0] == pytest.approx(0.75 * losses[0][::16].mean() + 0.25 * losses[1][::16].mean(), rel=1e-5)
+    assert "mqar_loss" in results and "mqar_loss" not in of_parts[0]
+    assert f"{of_parts[1]['loss']:.4f} nats a token" in dict(evaluation_rows(results))["  another"]
 
 
 def test_recall_is_over_the_problems_of_all_kinds(model):

@@ -400,6 +400,8 @@ def test_text_may_be_moved(workdir, tmp_path):
     with pytest.raises(ConfigError, match="trained on other text than .* holds now"):
         check_text(workdir, "the store", "abd")
     check_text(workdir, "the store", "abc")
+    with pytest.raises(ConfigError, match="data.source: .* -> 'a=1,b=2'"):
+        claim(workdir, small_run(data={"source": "a=1,b=2"}))
 
 
 def test_a_disk_too_small_for_the_run_is_refused_before_it_starts(workdir, shapes, monkeypatch):
