@@ -34,7 +34,7 @@ def main(run: cli.Run) -> int:
     from hybrid_jax.train.report import Report
     from hybrid_jax.train.signals import Stop
     from hybrid_jax.train.step import TrainState, compile_step, make_program, state_bytes
-    from hybrid_jax.train.workdir import check_room, check_text, claim, evaluation_file, finished, keep_programs
+    from hybrid_jax.train.workdir import check_room, claim, evaluation_file, finished, keep_programs
 
     config, workdir, steps = run.config, folder.of(run.name), run.config.train.steps
 
@@ -54,10 +54,9 @@ def main(run: cli.Run) -> int:
     text.check_vocabulary(config.model.vocabulary)
     evaluate = make_evaluate(config, program.graph, mesh, held_out)
     Feed(config, text, mesh).close()
-    claim(workdir, config)
+    claim(workdir, config, text)
     if finished(workdir, steps):
         return summary.show_again(workdir)
-    check_text(workdir, text.name, text.fingerprint)
     check_room(workdir, config.checkpoint, steps, state_bytes(program.state))
 
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop(STOPPING) as stop:

@@ -52,7 +52,6 @@ class DataConfig:
             f"data.mqar.length={self.mqar.length} must fit in data.window={self.window}",
         )
 
-
     @property
     def is_mix(self) -> bool:
         """Whether ``source`` is several, each with its weight."""
@@ -192,7 +191,7 @@ class RunConfig:
 
     @property
     def open_steps(self) -> int:
-        """How many steps, from the first, have a learning rate that hangs not on ``train.steps``; 0 where it is planned for all of them."""
+        """How many steps, from the first, have a learning rate that is the same whatever ``train.steps``; 0 where all are planned."""
         if self.optimizer.name == "schedule_free":
             return self.train.steps
         return self.train.steps - self.optimizer.decay_steps if self.optimizer.schedule == "wsd" else 0

@@ -23,6 +23,7 @@ from etils import epath
 
 from hybrid_jax.amounts import gigabytes
 from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig, from_dict, to_dict
+from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.storage import files, in_bucket, one_line, write_whole
 
 # What of its model makes no difference to parameters that a run is given at its start, and starts from.
@@ -37,11 +38,11 @@ class RunError(RuntimeError):
     """A run that can not go on; the message says why, what is safe and what to do."""
 
 
-def claim(workdir: epath.Path, config: RunConfig) -> None:
+def claim(workdir: epath.Path, config: RunConfig, text: TokenSource | None = None) -> None:
     """Make ``workdir`` the folder of the run ``config``, until this process ends; of several processes the first writes that down.
 
-    Raises ConfigError where it has checkpoints of a run that computes something else, where another process trains in it, or
-    where it can not be written to.
+    text: what it trains on. Raises ConfigError where ``workdir`` has checkpoints of a run that computes something else, or of other text,
+    where another process trains in it, or where it can not be written to.
     """
     import jax
 
@@ -53,11 +54,13 @@ def claim(workdir: epath.Path, config: RunConfig) -> None:
     except OSError as error:
         raise _unwritable(workdir, error) from None
     _check_same(workdir, config)
-    if jax.process_index() == 0:
-        try:
+    try:
+        if text is not None:
+            check_text(workdir, text.name, text.fingerprint)
+        if jax.process_index() == 0:
             write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-        except OSError as error:
-            raise _unwritable(workdir, error) from None
+    except OSError as error:
+        raise _unwritable(workdir, error) from None
 
 
 def _check_same(workdir: epath.Path, config: RunConfig) -> None:
