@@ -62,7 +62,7 @@ def start(main: Callable[[Run], int | None], workdir: flags.FlagHolder[str], arg
     module = sys.modules[main.__module__]
 
     def run() -> int | None:
-        given = parse(argv, module.__doc__, takes_config=True)
+        given = parse(argv, module.__doc__, CONFIG_HELP)
         if workdir.value is not None:
             run_folder(workdir.value)  # raises where it can hold no run, before anything else is read
         return main(load_run(given, command(argv, module), workdir.value))
@@ -75,10 +75,7 @@ def start_without_config(main: Callable[[], int | None], argv: list[str] | None 
     argv = sys.argv if argv is None else argv
 
     def run() -> int | None:
-        given = parse(argv, sys.modules[main.__module__].__doc__)
-        if given:
-            instead = "; the configuration is read from the run's folder" if "workdir" in flags.FLAGS else ""
-            raise ConfigError(f"this command takes no {given[0].split('=')[0]}{instead}")
+        parse(argv, sys.modules[main.__module__].__doc__)
         return main()
 
     end(guarded(run))
@@ -160,11 +157,14 @@ def command(argv: list[str], module) -> str:
     return shlex.join(["python", "-m", name, *argv[1:]])
 
 
-def parse(argv: list[str], doc: str, takes_config: bool = False) -> list[str]:
-    """Parse all flags but ``--config...``, and return those."""
+def parse(argv: list[str], doc: str, config_help: str | None = None) -> list[str]:
+    """Parse all flags but ``--config...``, and return those.
+
+    config_help: what ``--help`` says of them; None: the command takes none. Raises ConfigError for what is wrong with a flag.
+    """
     config = [arg for arg in argv[1:] if re.match("--?config([.=]|$)", arg)]
     others = [arg for arg in argv[1:] if arg not in config]
-    known = _known_flags(takes_config)
+    known = _known_flags(config_help)
     if "--help" in others or "-h" in others:
         print(doc, known.get_help("  ", include_special_flags=False), sep="\n", flush=True)
         sys.exit(0)
@@ -174,18 +174,21 @@ def parse(argv: list[str], doc: str, takes_config: bool = False) -> list[str]:
         raise _unknown(error.flagname, known) from None
     if unexpected:
         raise ConfigError(f"unexpected {unexpected[0]!r}; values are given as --name=value, such as --config.train.steps=100, globs quoted")
+    if config and not config_help:
+        instead = "; the configuration is read from the run's folder" if "workdir" in known else ""
+        raise ConfigError(f"this command takes no {config[0].split('=')[0]}{instead}")
     return config
 
 
-def _known_flags(takes_config: bool) -> flags.FlagValues:
+def _known_flags(config_help: str | None) -> flags.FlagValues:
     """The flags of the command that runs, and of the modules of its package that it imports: not those of libraries."""
     known = flags.FlagValues()
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         if module == sys.argv[0] or module.split(".")[0] in ("experiments", "launch"):
             for flag in defined:
                 known[flag.name] = flag
-    if takes_config:
-        known["config"] = flags.Flag(flags.ArgumentParser(), None, "config", None, CONFIG_HELP)
+    if config_help:
+        known["config"] = flags.Flag(flags.ArgumentParser(), None, "config", None, config_help)
     return known
 
 

@@ -24,6 +24,12 @@ SOURCE = flags.DEFINE_string("source", None, "Of --suite=held_out: whose held-ou
 TEXTS = flags.DEFINE_string("texts", None, "Of --suite=ruler: the folder of essays and questions; docs/evaluation.md says what it holds.")
 MAX_LENGTH = flags.DEFINE_integer("max_length", 2048, "Of --suite=lm and completion: tokens of a text; longer ones are cut.", lower_bound=2)
 BATCH = flags.DEFINE_integer("batch", 8, "Of all suites: texts that each device reads at once.", lower_bound=1)
+for _flag in (LENGTHS, PAIRS):
+    flags.register_validator(
+        _flag,
+        lambda values: values is None or (values and all(value.isdecimal() and int(value) for value in values)),
+        "must be positive integers with commas between them",
+    )
 
 Results = dict[str, Any]
 
@@ -71,11 +77,7 @@ def _flags(names: tuple[str, ...]) -> str:
 
 
 def _integers(flag: flags.FlagHolder, default: list[int]) -> list[int]:
-    if flag.value is None:
-        return default
-    if not all(value.isdecimal() and int(value) for value in flag.value):
-        raise ConfigError(f"--{flag.name}={','.join(flag.value)} must be positive integers with commas between them")
-    return [int(value) for value in flag.value]
+    return default if flag.value is None else [int(value) for value in flag.value]
 
 
 # ---------------------------------------------------------------- held-out text

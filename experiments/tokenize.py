@@ -22,7 +22,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from experiments import cli
 from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError
-from hybrid_jax.data import DataError
 from hybrid_jax.data.build import build_store
 from hybrid_jax.data.store import lacks
 
@@ -74,19 +73,17 @@ def log_progress(shown: float):
     return log
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """Of "i/n". Raises `DataError` unless 0 <= i < n."""
+@flags.validator("shard", "give i/n, of n shards the i-th from 0, such as --shard=0/64 to --shard=63/64")
+def is_shard(text: str) -> bool:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise DataError(f"--shard={text}: give i/n, of n shards the i-th from 0, such as --shard=0/64 to --shard=63/64")
-    return int(match[1]), int(match[2])
+    return match is not None and int(match[1]) < int(match[2])
 
 
 def main() -> int:
     if not INPUT.value or not OUTPUT.value:
         raise ConfigError("give the text and the folder of the store, such as --input='my_texts/*.txt' --output=my_store")
     started = time.monotonic()
-    shard = parse_shard(SHARD.value)
+    i, n = map(int, SHARD.value.split("/"))
     try:
         with progress() as show:
             manifest = build_store(
@@ -96,7 +93,7 @@ def main() -> int:
                 document_end=DOCUMENT_END.value,
                 text_field=TEXT_FIELD.value,
                 validation_fraction=VALIDATION_FRACTION.value,
-                shard=shard,
+                shard=(i, n),
                 workers=WORKERS.value or usable_cpus(),
                 progress=show,
             )

@@ -60,7 +60,7 @@ def check(argv: list[str], doc: str, needed: Mapping[str, str], tools: list[str]
             raise ConfigError(f"give --{flag}{hint}")
     job.check_name(NAME.value, longest)
     bucket, _ = split()
-    wanted = job.check(command)
+    wanted = job.check(command, TASKS.value)
     job.check_tasks(wanted, TASKS.value)
     results = job.check_results_outlive(wanted)
     checkout = code.root()

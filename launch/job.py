@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from experiments import cli
 from hybrid_jax.config import ConfigError
+from launch import command_flags
 
 # Where a command leaves what is worth keeping: not on a machine that is gone when the command is done. None: it is what it prints.
 RESULT_FLAGS = {"train": "workdir", "tokenize": "output", "eval": "workdir", "bench": None}
@@ -49,8 +50,11 @@ def check_name(name: str, longest: int = 40) -> None:
         raise ConfigError(f"--name={name}: small letters, digits and -, beginning with a letter, at most {longest}")
 
 
-def check(command: list[str]) -> Job:
-    """The job that ``command`` starts. Raises ConfigError for whatever can be known to be wrong with it here."""
+def check(command: list[str], tasks: int | None = None) -> Job:
+    """The job that ``command`` starts. Raises ConfigError for whatever can be known to be wrong with it here.
+
+    tasks: how many there are where it is an array of them, as in :func:`shell_line`; its flags are checked as the first one is given them.
+    """
     if len(command) < 3 or command[0] not in ("python", "python3") or command[1] != "-m" or not command[2].startswith("experiments."):
         got = shlex.join(command) or "nothing"
         raise ConfigError(
@@ -64,43 +68,24 @@ def check(command: list[str]) -> Job:
         raise ConfigError(f"there is no command experiments.{job.name}; {hint}")
     if any("\n" in argument for argument in job.arguments):
         raise ConfigError("an argument of the command has a line break in it: put it into a configuration file")
-    _check_flags(job)
+    _check_flags(job, tasks)
     config = [argument for argument in job.arguments if re.match("--?config([.=]|$)", argument)]
     if job.value("config") is not None:
         cli.load_run(config, shlex.join(job.command))
     return job
 
 
-def _flag_names(module: str) -> set[str]:
-    """The flags that ``experiments.MODULE`` defines, and what it imports of its package.
-
-    Read from the sources: importing them would define their flags beside the launcher's own.
-    """
-    names, todo = set(), [module]
-    seen = set()
-    while todo:
-        file = cli.PACKAGE / f"{todo.pop()}.py"
-        if file in seen or not file.is_file():
-            continue
-        seen.add(file)
-        source = file.read_text()
-        names.update(re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source))
-        todo += re.findall(r"^from experiments\.(\w+) import", source, re.M)
-        for imported in re.findall(r"^from experiments import (.*)", source, re.M):
-            todo += re.findall(r"\w+", imported)
-    return names
-
-
-def _check_flags(job: Job) -> None:
-    known = _flag_names(job.name)
+def _check_flags(job: Job, tasks: int | None) -> None:
     for argument in job.arguments:
-        match = re.match(r"--?(\w+)(?:=|$)", argument)
-        if not match and not re.match(r"--?config\.", argument):
+        if argument in ("--help", "-h"):
+            raise ConfigError(f"what experiments.{job.name} takes is told here: python -m experiments.{job.name} --help")
+        if not re.match(r"--?\w", argument):
             raise ConfigError(f"unexpected {argument!r}; values are given as --name=value")
-        if match and match[1] != "config" and match[1] not in known and match[1].removeprefix("no") not in known:
-            close = difflib.get_close_matches(match[1], known, n=1)
-            hint = f"did you mean --{close[0]}?" if close else f"it has {', '.join(f'--{name}' for name in sorted(known))}"
-            raise ConfigError(f"experiments.{job.name} has no flag --{match[1]}; {hint}")
+    given = job.arguments
+    if tasks is not None:  # the first of them
+        given = tuple(argument.replace("{task}", "0").replace("{tasks}", str(tasks)) for argument in given)
+    if said := command_flags.mistakes(f"experiments.{job.name}", given)[0]:
+        raise ConfigError(f"experiments.{job.name}: {said}")
 
 
 def check_results_outlive(job: Job) -> str | None:

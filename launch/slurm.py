@@ -79,7 +79,7 @@ exit "$code"
 def main(argv: list[str]) -> int:
     _, command = job.parse(argv, __doc__)
     _check_flags()
-    wanted = job.check(command)
+    wanted = job.check(command, ARRAY.value)
     job.check_tasks(wanted, ARRAY.value)
     if wanted.name == "train" and not wanted.value("workdir"):
         raise ConfigError("give the trainer a --workdir on a file system that all nodes see, from where it goes on when it is queued again")

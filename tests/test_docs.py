@@ -3,7 +3,6 @@
 `test_readme.py` runs the README's commands, `launch/test_docs.py` those of the launchers.
 """
 
-import ast
 import re
 import shlex
 from pathlib import Path
@@ -11,23 +10,11 @@ from pathlib import Path
 import pytest
 
 from experiments import cli
+from launch import command_flags
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 COMMAND = re.compile(r"python -m ((?:experiments|launch)\.\w+)((?:\\\n|[^`\n])*)")
-
-
-def flags_of(module: str) -> set[str]:
-    """The flags that a command takes: those that it defines, and those of modules of its package that it imports to begin with."""
-    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
-    flags = {call.args[0].value for call in calls if call.func.attr.startswith("DEFINE_")}
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module in ("experiments", "launch"):
-            for name in node.names:
-                if (ROOT / node.module / f"{name.name}.py").exists() and name.name != "cli":
-                    flags |= flags_of(f"{node.module}.{name.name}")
-    return flags
 
 
 def commands() -> list[tuple[str, str, str]]:
@@ -49,16 +36,24 @@ def test_there_are_some():
     assert len(COMMANDS) > 60
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_have_the_flags_that_they_are_shown_with(page):
-    for module, text in ((module, text) for of, module, text in COMMANDS if of == page):
-        words = [word for word in shlex.split(text, comments=True) if word.startswith("--") and "..." not in word]
-        given = {re.match(r"--([\w.]*)", word)[1] for word in words} - {""}
-        known = flags_of(module)
-        wrong = {name for name in given if name not in known and name.removeprefix("no") not in known and name.split(".")[0] != "config"}
-        assert not wrong, f"{page}: {module} has no --{', --'.join(wrong)}"
-        if any(word.startswith("--config=") for word in words):
-            cli.load_run([word for word in words if re.match(r"--config[.=]", word)], "")
+def words(text: str) -> list[str]:
+    """The flags that a command is shown with, but for those of which a part is left out."""
+    return [word for word in shlex.split(text, comments=True) if word.startswith("--") and "..." not in word]
+
+
+def of_a_task(word: str) -> str:
+    """With numbers for what an array of tasks, or a shell, puts into it."""
+    return re.sub(r"\{task\}|\$\w+", "0", word.replace("{tasks}", "64"))
+
+
+@pytest.mark.parametrize("module", sorted({module for _, module, _ in COMMANDS}))
+def test_commands_take_the_flags_that_they_are_shown_with(module):
+    shown = [(page, words(text)) for page, of, text in COMMANDS if of == module]
+    said = command_flags.mistakes(module, *(tuple(map(of_a_task, given)) for _, given in shown))
+    assert not [(page, wrong) for (page, _), wrong in zip(shown, said, strict=True) if wrong]
+    for _, given in shown:
+        if any(word.startswith("--config=") for word in given):
+            cli.load_run([word for word in given if re.match(r"--config[.=]", word)], "")
 
 
 def anchors(text: str) -> set[str]:

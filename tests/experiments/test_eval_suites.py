@@ -128,7 +128,7 @@ def test_completion(workdir, tmp_path):
             ["--lengths=64"],
             "--lengths has no meaning for an evaluation without --suite, which takes --tokens, --dtype; it is for --suite=held_out or mqar",
         ),
-        (["--suite=mqar", "--pairs=four"], "--pairs=four must be positive integers with commas between them"),
+        (["--suite=mqar", "--pairs=four"], "--pairs=['four']: must be positive integers with commas between them"),
         (["--suite=mqar", "--pairs=9"], "no MQAR problem has 9 pairs in 16 or 32 or 64 tokens of an alphabet of 8"),
         (["--suite=ruler", "--tasks=niah_singel_1"], "did you mean 'niah_single_1'?"),
         (["--suite=everything"], "held_out"),

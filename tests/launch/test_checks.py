@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from experiments import cli
 from hybrid_jax.config import ConfigError
-from launch import accelerators, code, gcloud, job, shell
+from launch import accelerators, code, command_flags, gcloud, job, shell
 from tests.launch.stand_ins import ROOT, World
 
 
@@ -84,16 +85,47 @@ def test_a_line_break_is_refused():
         job.check(["python", "-m", "experiments.train", "--workdir=a\nb"])
 
 
-def test_flags_of_every_command_are_known():
-    """They are read from the sources: of the command, and of what it imports of its package."""
-    for name in ("train", "eval", "tokenize", "generate", "convert", "sweep"):
-        with pytest.raises(ConfigError, match=rf"experiments.{name} has no flag --nonsense; it has --"):
-            job.check(["python", "-m", f"experiments.{name}", "--nonsense=1"])
-    for name, flag in (("train", "step"), ("tokenize", "workdir"), ("sweep", "workdir"), ("generate", "process")):
-        with pytest.raises(ConfigError, match=rf"experiments.{name} has no flag --{flag};"):  # though others have
-            job.check(["python", "-m", f"experiments.{name}", f"--{flag}=1"])
+# The command; its flags; what is said of them. One --help, one name, one value of each kind, and what only validators know.
+WRONG = [
+    ("train", ["--nonsense=1"], "experiments.train: this command has no flag --nonsense; it has --config, --coordinator, --process,"),
+    ("train", ["--step=1"], "has no flag --step"),  # though others have
+    ("train", ["--wordkir=x"], "did you mean --workdir?"),
+    ("train", ["--help"], "told here: python -m experiments.train --help"),
+    ("train", ["--workdir"], "Missing value for flag --workdir"),
+    ("train", ["--workdir", "x"], "unexpected 'x'; values are given as --name=value"),
+    ("eval", ["--step=abc"], "flag --step=abc"),
+    ("eval", ["--tokens=0"], "0 is not a positive integer"),
+    ("eval", ["--suite=nonsense"], "should be one of <completion|held_out|"),
+    ("eval", ["--lengths=256,many"], "must be positive integers with commas between them"),
+    ("eval", ["--config=configs/gla_r6.py"], "this command takes no --config; the configuration is read from the run's folder"),
+    ("generate", ["--temperature=warm"], "flag --temperature=warm"),
+    ("tokenize", ["--shard=64/64"], "give i/n, of n shards the i-th from 0"),
+    ("tokenize", ["--shard={task}/{tasks}"], "give i/n"),  # where there are no tasks
+]
+
+
+@pytest.mark.parametrize("name, given, said", WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_flags_are_those_that_the_command_itself_takes(name, given, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        job.check(["python", "-m", f"experiments.{name}", *given])
+
+
+def test_flags_that_are_right_are_taken():
     checked = job.check(["python", "-m", "experiments.eval", "--workdir=gs://bucket/gla", "--suite=held_out", "--lengths=256,1024"])
     assert checked.value("workdir") == "gs://bucket/gla" and checked.value("step") is None
+    job.check(["python", "-m", "experiments.tokenize", "--input=gs://bucket/*.parquet", "--shard={task}/{tasks}"], tasks=64)
+    job.check(["python", "-m", "experiments.sweep", "--config.train.steps=50", "--eval=--suite=ruler --lengths=1024"])
+
+
+def test_several_lists_of_flags_are_told_apart():
+    """In one process: what one of them was given is forgotten before the next."""
+    lines = ("--step=3", "--suite=mqar"), ("--step=x",), ("--suite=lm", "--step=3")
+    assert [bool(said) for said in command_flags.mistakes("experiments.eval", *lines)] == [False, True, False]
+
+
+def test_a_command_that_can_not_be_imported_is_refused_in_a_line():
+    with pytest.raises(ConfigError, match="experiments.nothing can not be checked, .*No module named 'experiments.nothing'$"):
+        command_flags.mistakes("experiments.nothing", ())
 
 
 @pytest.fixture

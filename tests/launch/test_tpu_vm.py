@@ -279,7 +279,7 @@ REFUSED = [
     (RUN, [*TRAIN, WORKDIR, "--config.train.steps=many"], "train.steps"),
     (RUN, [*TRAIN, "--workdri=gs://bucket/gla", WORKDIR], "did you mean --workdir?"),
     (RUN, [*TRAIN, WORKDIR, "steps"], "unexpected 'steps'"),
-    (RUN, [*TRAIN, WORKDIR, "--step=3"], "experiments.train has no flag --step"),
+    (RUN, [*TRAIN, WORKDIR, "--step=3"], "experiments.train: this command has no flag --step"),
     (RUN, ["--", "python", "-m", "experiments.train", "--config=configs/gla_r7.py", WORKDIR], "no configuration file"),
     (["run", "--name=gla", "--zone=us-west4-b", "--accelerator=v4-16"], [*TRAIN, WORKDIR], "does not list the TPUs of us-west4-b"),
     (
