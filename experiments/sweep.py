@@ -165,6 +165,7 @@ def append_rows(file: Path, summaries: list[dict[str, Any]]) -> None:
     """Append the summaries that ``file`` does not have yet, a line each: a sweep that is started again finds its own there."""
     known = set(file.read_text().splitlines()) if file.exists() else set()
     lines = [json.dumps(summary) for summary in summaries]
+    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as opened:
         opened.writelines(f"{line}\n" for line in lines if line not in known)
 

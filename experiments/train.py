@@ -15,6 +15,7 @@ import time
 from contextlib import closing
 
 from experiments import cli, folder, processes
+from experiments.revision import revision
 
 STOPPING = "saving and stopping after this step; a second signal stops at once, and loses what no checkpoint has"
 
@@ -41,6 +42,7 @@ def main(run: cli.Run) -> int:
     def every(n: int | None, step: int) -> bool:
         return step == steps or (n is not None and step > 0 and step % n == 0)
 
+    code = revision()  # now: by the end of the run another may be checked out
     processes.connect(stops_together=True)
     keep_programs(workdir)
 
@@ -123,7 +125,7 @@ def main(run: cli.Run) -> int:
     if step < steps or not evaluated:
         print(f"{stop.name}: stopped after step {step} of {steps}, which is saved. To continue: {run.command}", flush=True)
         return stop.exit_code
-    return summary.finish(run.name, config, workdir, report.speed())
+    return summary.finish(run.name, config, workdir, report.speed(), code)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 `test_readme.py` runs the README's commands, `launch/test_docs.py` those of the launchers.
 """
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments import cli
+from hybrid_jax import costs
 from launch import command_flags
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +56,37 @@ def test_commands_take_the_flags_that_they_are_shown_with(module):
     for _, given in shown:
         if any(word.startswith("--config=") for word in given):
             cli.load_run([word for word in given if re.match(r"--config[.=]", word)], "")
+
+
+NAMES = {"HGRN": "hgrn", "HGRN2": "hgrn2", "RetNet": "retnet", "GLA": "gla", "DeltaNet": "delta_net", "Gated DeltaNet": "gated_delta_net"}
+
+
+def test_the_readmes_table_says_what_its_rows_say():
+    """Every row of the file is in the table, and was made as the command above it would make it."""
+    file = ROOT / "experiments/results/tiny_50_steps.jsonl"
+    command, table = re.search(rf"\n(python [^`]*{file.name})\n```\n\n(.*?)\n\n", PAGES["README.md"], re.S).groups()
+    cells = {}
+    for line in table.splitlines()[2:]:
+        name, *figures = line.strip("| ").split(" | ")
+        cells |= {f"{NAMES[name]}_{ratio}-tiny": figure for ratio, figure in zip(("pure", "r24", "r12", "r6", "r3"), figures, strict=True)}
+    cells["transformer-tiny"] = re.search(r"\(the Transformer: ([\d.]+)\)", PAGES["README.md"])[1]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {row["run"]: f"{row['evaluation']['bits_per_byte']:.2f}" for row in rows} == cells and len(rows) == 31
+    overrides = [word for word in shlex.split(command) if word.startswith("--config.")]
+    for row in rows:
+        config = cli.load_run([f"--config=configs/{row['run'].removesuffix('-tiny')}.py:tiny", *overrides]).config
+        tokens = config.train.steps * config.train.batch * config.data.window
+        made = (config.train.steps, tokens, config.evaluation.tokens, costs.parameters(config.model), 0)
+        assert made == (row["step"], row["tokens"], row["evaluation"]["tokens"], row["parameters"], row["skipped"]), row["run"]
+
+
+def test_the_readmes_tiny_run_came_to_what_its_summary_says():
+    (told,) = re.findall(r"\n(?:.+\n)*.*gla_r6_tiny\.json(?:.*\n)+", PAGES["README.md"])
+    found = json.loads((ROOT / "experiments/results/gla_r6_tiny.json").read_text())
+    scores = found["evaluation"]
+    bits = [f"{scores[name]:.2f}" for name in ("bits_per_byte", "xz_bits_per_byte", "unigram_bits_per_byte")]
+    figures = [str(found["step"]), f"{found['tokens_per_second'] / 1000:.1f}k", *bits, f"{100 * scores['mqar_accuracy']:.1f} %"]
+    assert not [figure for figure in figures if figure not in told]
 
 
 def anchors(text: str) -> set[str]:

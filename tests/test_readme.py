@@ -37,7 +37,7 @@ SMALLER = ["--config.train.batch=1", "--config.data.window=64", "--config.evalua
 def commands() -> list[str]:
     """Lines of the README's shell blocks, and commands in its tables, each once."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    lines = [part.strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines() for part in line.split("&&")]
     tables = re.findall(r"^\|.*`(python -m [^`]+)` *\|$", README, re.M)
     return list(dict.fromkeys([line for line in lines if line] + tables))
 

@@ -1,12 +1,9 @@
 """Rows: measured one after the other, printed, appended as lines of JSON, each with what its numbers depend on."""
 
 import functools
-import hashlib
 import importlib
 import os
 import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -20,9 +17,7 @@ from rich.table import Table
 
 from experiments.benchmarks import fla_peer, results
 from experiments.benchmarks.cases import Case
-
-ROOT = Path(__file__).parents[2]  # of the checkout, or where the packages are installed
-PACKAGES = ("pallas_kernels", "hybrid_jax", "experiments", "launch")
+from experiments.revision import revision
 
 
 class Suite(NamedTuple):
@@ -54,7 +49,7 @@ def provenance() -> dict:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": importlib.import_module("jaxlib").__version__,
-        "git": _revision(),
+        "git": revision(),
     }
 
 
@@ -62,29 +57,6 @@ def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _revision(root: Path = ROOT) -> str:
-    """The commit of the checkout at ``root``; where more than results has changed "COMMIT+SOURCES", a hash of what the packages hold now,
-    and outside of a checkout "+SOURCES": two states of the code never have one name.
-    """
-
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-
-    if shutil.which("git") is None or (head := git("rev-parse", "HEAD")).returncode:
-        return f"+{_sources(root)}"
-    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)experiments/results").stdout
-    return head.stdout.strip() + (f"+{_sources(root)}" if changed else "")
-
-
-def _sources(root: Path) -> str:
-    """A short hash of the names and contents of all Python files of the packages, whether git knows them or not."""
-    found = hashlib.sha256()
-    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
-        name, content = str(path.relative_to(root)).encode(), path.read_bytes()
-        found.update(b"%d %d %b%b" % (len(name), len(content), name, content))
-    return found.hexdigest()[:12]
 
 
 def measure(name: str, run: Callable[[Case], dict], case: Case, about: dict | None = None) -> dict:

@@ -22,8 +22,11 @@ from hybrid_jax.train.workdir import evaluation_file
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
-def finish(name: str, config: RunConfig, workdir: epath.Path, speed: dict[str, Any]) -> int:
-    """Write summary.json and summary.png of a run that came to its end, and show it. speed: what training measured of itself."""
+def finish(name: str, config: RunConfig, workdir: epath.Path, speed: dict[str, Any], revision: str) -> int:
+    """Write summary.json and summary.png of a run that came to its end, and show it.
+
+    speed: what training measured of itself. revision: of the code that trained it.
+    """
     if jax.process_index():  # the first process does, from what it wrote
         return 0
     steps = config.train.steps
@@ -38,6 +41,7 @@ def finish(name: str, config: RunConfig, workdir: epath.Path, speed: dict[str, A
         "peak_memory_bytes": peak_memory(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "git": revision,
     }
     plot_run(workdir, name)
     write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -18,6 +18,7 @@ from experiments.benchmarks.gpu import Runs
 from experiments.compiled import process
 from experiments.compiled.process import Here
 from experiments.configs import recipe
+from experiments.revision import revision
 from pallas_kernels.attention import shapes as attention_shapes
 from tests.experiments.test_bench import ROOT
 
@@ -153,7 +154,7 @@ def test_each_state_of_the_code_is_measured(tmp_path, monkeypatch):
     def write(path, text):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        return rows._revision(tmp_path)
+        return revision(tmp_path)
 
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     outside = [write(kernel, "1"), write(kernel, "2"), write(kernel, "1")]
@@ -166,7 +167,7 @@ def test_each_state_of_the_code_is_measured(tmp_path, monkeypatch):
     assert len({head, *edits}) == 5 and all(name.startswith(f"{head}+") for name in edits)
 
     def measured():
-        monkeypatch.setattr(rows, "provenance", lambda: {"device": "card", "jax": "1", "jaxlib": "1", "git": rows._revision(tmp_path)})
+        monkeypatch.setattr(rows, "provenance", lambda: {"device": "card", "jax": "1", "jaxlib": "1", "git": revision(tmp_path)})
         suite = rows.Suite("gpu", everything, lambda case: {}, {}, until=time.monotonic() + 60)
         return len(rows.run([tiny()], suite, output))
 

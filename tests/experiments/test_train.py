@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,6 +53,7 @@ def test_a_run_leaves_behind_all_that_is_promised(trained):
     assert 0 < evaluation["unigram_bits_per_byte"] < evaluation["xz_bits_per_byte"]  # 512 bytes are too few for xz
     assert 0 <= evaluation["mqar_accuracy"] <= 1
     assert summary["step"] == 8 and summary["tokens"] == 8 * 4 * 32 and summary["peak_memory_bytes"] > 1e6
+    assert re.fullmatch(r"[0-9a-f]{40}(\+[0-9a-f]{12})?|\+[0-9a-f]{12}", summary["git"])
     assert (workdir / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").glob("events*"))
 
