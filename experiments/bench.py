@@ -29,7 +29,7 @@ rows is drawn beside them. With --suite=step a row is a training step of one of 
 and moves, and which implementations it runs. It needs the TPU compiler, as in pip install -e '.[tpu]'. On a GPU: each kernel's registers,
 spills, shared memory and instructions, the bytes moved, and which of these binds, the models' shapes at 32k tokens, in rows of 2,048 and
 of 32,768; with --suite=step a row is a training step of one of --configs on one card, 32k tokens. It needs JAX's CUDA wheels, as in
-pip install -e '.[cuda13]', and to count instructions nvidia-cuda-nvdisasm.
+pip install -e '.[cuda13]', and, to count instructions, nvidia-cuda-nvdisasm.
 """
 
 import contextlib
@@ -48,16 +48,25 @@ HERE = ("operators", "memory", "decode", "gpu")  # suites that the local device 
 AHEAD = ("operators", "step")  # and those of a --target
 TARGETS = {"tpu": targets.TPUS, "gpu": targets.GPUS}
 
-_SUITE = flags.DEFINE_enum("suite", "operators", sorted({*HERE, *AHEAD}), "What to measure.")
+_SUITE = flags.DEFINE_enum(
+    "suite",
+    "operators",
+    sorted({*HERE, *AHEAD}),
+    "What to measure: the operators' time or memory, how models decode, all at once on a GPU, or, with --target, a training step.",
+)
 _TARGETS = flags.DEFINE_list("target", [], f"Chips to compile for in place of measuring here: {', '.join(targets.TPUS | targets.GPUS)}.")
-_OPERATORS = flags.DEFINE_list("operators", [], "Folders of pallas_kernels, such as linear_scan; all by default.")
-_IMPLEMENTATIONS = flags.DEFINE_list("implementations", [], "Such as xla, pallas; all by default, and those two with --target.")
-_SHAPES = flags.DEFINE_list("shapes", [], "Names from the operators' shapes.py, such as *340m; all by default.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the floating-point arguments.")
-_CONFIGS = flags.DEFINE_list("configs", [], "Of --suite=decode, gpu and step: models of experiments/configs, as NAME:SIZE.")
-_CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048", "8192"], "Of --suite=decode: tokens of context.")
+_OPERATORS = flags.DEFINE_list("operators", [], "Operators by their folders in pallas_kernels, such as linear_scan; all by default.")
+_IMPLEMENTATIONS = flags.DEFINE_list(
+    "implementations", [], "Implementations of the operators, such as xla; all by default, with --target xla and pallas."
+)
+_SHAPES = flags.DEFINE_list("shapes", [], "Shapes of the operators by their names in shapes.py, such as *340m; all by default.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The dtype of the operators' floating-point arguments.")
+_CONFIGS = flags.DEFINE_list("configs", [], "Of --suite=decode, gpu and step: models of experiments/configs, such as gla_r6:1b3.")
+_CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048", "8192"], "Of --suite=decode: tokens read before those that are timed.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Of --suite=decode: texts written side by side.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", None, "JSONL file to append to; by default one of experiments/results, by platform or target.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "JSON lines file that rows are appended to; by default one of experiments/results, by platform or target."
+)
 
 
 def main() -> int:

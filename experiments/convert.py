@@ -27,8 +27,13 @@ FROM_HF = flags.DEFINE_string("from_hf", None, "The Hugging Face folder to read;
 FROM_RUN = flags.DEFINE_string("from_run", None, "The run whose parameters are read; --workdir becomes a run that starts from them.")
 TO_HF = flags.DEFINE_string("to_hf", None, "The folder to write as a Hugging Face checkpoint, from the run in --workdir.")
 TO_DTYPE = flags.DEFINE_enum(
-    "to_dtype", None, ["float32", "bfloat16", "float16"], "Of what --to_hf writes; default: what it came in (a run of ours: float32)."
+    "to_dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "The dtype that --to_hf writes; default: that in which the tensors came (of a run of ours: float32).",
 )
+
+flags.FLAGS["workdir"].help = "The folder of the run, or gs://BUCKET/FOLDER: --from_hf or --from_run makes it, --to_hf reads it."
 
 
 def main() -> int:

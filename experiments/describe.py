@@ -12,7 +12,9 @@ from experiments import cli, folder
 from hybrid_jax import layout
 from hybrid_jax.config import ModelConfig
 
-CONTEXT = flags.DEFINE_integer("context", None, "Tokens of a sequence; default: the training window.", lower_bound=1)
+CONTEXT = flags.DEFINE_integer("context", None, "Tokens of the sequence whose costs are told; default: the training window.", lower_bound=1)
+
+flags.FLAGS["workdir"].help = "A run, its folder or gs://BUCKET/FOLDER, whose configuration is taken where there is no --config."
 
 
 def layer_map(model: ModelConfig) -> str:

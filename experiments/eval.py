@@ -32,7 +32,14 @@ from hybrid_jax.storage import run_folder, write_whole
 from hybrid_jax.train.workdir import evaluation_file, read_config, write_evaluation
 
 SUITE = flags.DEFINE_enum("suite", None, sorted(suites.SUITES), "What to measure in place of the run's own evaluation.")
-TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens to score, at most; default: the run's evaluation.tokens.", lower_bound=1)
+TOKENS = flags.DEFINE_integer(
+    "tokens",
+    None,
+    "Held-out tokens to score, at most, with --suite=held_out or no --suite; default: the run's evaluation.tokens.",
+    lower_bound=1,
+)
+
+flags.FLAGS["workdir"].help = "The run to evaluate: its folder, or gs://BUCKET/FOLDER."
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The flag of the commands that make or read a run's folder."""
+"""The flag of the commands that make or read a run's folder. Its help is the trainer's; the others say what it is to them."""
 
 import os
 
@@ -7,7 +7,11 @@ from etils import epath
 
 from hybrid_jax.storage import run_folder
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, or gs://BUCKET/FOLDER: checkpoints, metrics, summary and picture.")
+WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "The folder of the run, or gs://BUCKET/FOLDER, for its checkpoints, metrics, summary and picture; runs/NAME-SIZE if not given.",
+)
 
 
 def of(name: str) -> epath.Path:

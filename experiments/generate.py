@@ -23,14 +23,16 @@ from hybrid_jax.storage import run_folder
 PROMPT = flags.DEFINE_string("prompt", None, "The text to go on from.")
 PROMPT_TOKENS = flags.DEFINE_list("prompt_tokens", None, "Token ids to go on from, such as 17,4,99; token ids are printed.")
 INTERACTIVE = flags.DEFINE_boolean("interactive", False, "Take turns: each line typed is read, and what follows is written.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "The most tokens written, a turn.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "What logits are divided by; 0: always the likeliest token.")
-TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
-TOP_P = flags.DEFINE_float("top_p", None, "Draw from the fewest tokens whose probabilities reach this.")
-MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens at least this many times as likely as the likeliest.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-STOP = flags.DEFINE_multi_string("stop", [], "A string that ends the text; may be given several times. \\n is a new line.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "The most tokens to write; with --interactive in each turn.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "What logits are divided by before a token is drawn; 0: always the likeliest token.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Draw only from so many of the likeliest tokens, such as 50.")
+TOP_P = flags.DEFINE_float("top_p", None, "Draw only from the fewest tokens whose probabilities add up to this, such as 0.95.")
+MIN_P = flags.DEFINE_float("min_p", None, "Draw only from tokens of at least this share of the likeliest one's probability, such as 0.05.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws: the same seed, the same text.")
+STOP = flags.DEFINE_multi_string("stop", [], "A string that ends the text, in which \\n is a new line")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, 'In place of the model\'s own: "bytes", a tokenizer.json or .model, or a folder of one.')
+
+flags.FLAGS["workdir"].help = "The model: the folder of a training run, or gs://BUCKET/FOLDER, or a Hugging Face folder."
 
 
 def main() -> int:

@@ -3,10 +3,10 @@
 from absl import flags
 
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of the first process of a run of several, where neither Cloud TPU, SLURM nor Open MPI tells it."
+    "coordinator", None, "HOST:PORT of the first of a run's processes, where neither Cloud TPU, SLURM, Kubernetes nor Open MPI tells it."
 )
-PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has; with --coordinator.", lower_bound=1)
-PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0; with --coordinator.", lower_bound=0)
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has; goes with --coordinator.", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process", None, "Which of the --processes this one is, from 0; goes with --coordinator.", lower_bound=0)
 
 
 def connect(stops_together: bool = False) -> None:

@@ -17,10 +17,10 @@ from hybrid_jax.amounts import count
 from hybrid_jax.config import ConfigError
 from hybrid_jax.storage import run_folder
 
-RUNS = flags.DEFINE_list("runs", None, "Folders of runs, with wildcards, also gs://BUCKET/FOLDER; others than runs are passed over.")
+RUNS = flags.DEFINE_list("runs", None, "Folders of runs, with wildcards, also gs://BUCKET/FOLDER; other folders are passed over.")
 OUTPUT = flags.DEFINE_string("output", "report", "Folder to write to.")
 COSTS_AT = flags.DEFINE_integer(
-    "costs_at", None, "Tokens of context at which costs are given; by default the training window.", lower_bound=1
+    "costs_at", None, "Tokens of context for which the costs are given; by default the training window.", lower_bound=1
 )
 
 

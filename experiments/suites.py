@@ -11,10 +11,14 @@ from rich.table import Table
 from experiments.beginning import BEGINNING
 from hybrid_jax.config import ConfigError, RunConfig
 
-TASKS = flags.DEFINE_list("tasks", None, "Of --suite=lm and ruler: their tasks; by default those of the study.")
-LENGTHS = flags.DEFINE_list("lengths", None, "Of --suite=held_out, mqar and ruler: tokens, such as 1024,4096.")
-PAIRS = flags.DEFINE_list("pairs", None, "Of --suite=mqar: associations to be kept; by default the run's, twice and four times as many.")
-EXAMPLES = flags.DEFINE_integer("examples", None, "Of --suite=mqar, ruler, lm and completion: the most of each kind.", lower_bound=1)
+TASKS = flags.DEFINE_list("tasks", None, "Of --suite=lm and ruler: which of their tasks; by default those of the study.")
+LENGTHS = flags.DEFINE_list("lengths", None, "Of --suite=held_out, mqar and ruler: tokens that the model reads at once, such as 1024,4096.")
+PAIRS = flags.DEFINE_list(
+    "pairs", None, "Of --suite=mqar: associations to keep in mind, such as 4,8,16; by default the run's, twice and four times as many."
+)
+EXAMPLES = flags.DEFINE_integer(
+    "examples", None, "Of --suite=mqar, ruler, lm and completion: the most examples of each size of problem, task or file.", lower_bound=1
+)
 FILES = flags.DEFINE_list("files", None, "Of --suite=completion: .jsonl or .parquet files with the fields text and value.")
 DATA = flags.DEFINE_string("data", None, "Of --suite=lm: the folder of the tasks' data sets; docs/evaluation.md says what it holds.")
 DOWNLOAD = flags.DEFINE_boolean("download", False, "Of --suite=lm: let lm-evaluation-harness fetch its data sets.")

@@ -25,14 +25,16 @@ from hybrid_jax.config import ConfigError
 from hybrid_jax.data.build import build_store
 from hybrid_jax.data.store import lacks
 
-INPUT = flags.DEFINE_multi_string("input", None, "A file, folder or glob (quoted), or its URL")
-OUTPUT = flags.DEFINE_string("output", None, "The folder of the store, or its URL. Twice its room is needed on the way.")
-TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", '"bytes", a Hugging Face tokenizer.json, or a folder that holds one.')
+INPUT = flags.DEFINE_multi_string("input", None, "The text: a file, a folder or a quoted glob, or the URL of one")
+OUTPUT = flags.DEFINE_string("output", None, "The folder of the store, or its URL. While it is made it takes twice the room.")
+TOKENIZER = flags.DEFINE_string(
+    "tokenizer", "bytes", '"bytes", a Hugging Face tokenizer.json, a SentencePiece tokenizer.model, or a folder that holds one.'
+)
 DOCUMENT_END = flags.DEFINE_string("document_end", None, "The token put after each document, where the tokenizer does not say.")
-TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Where JSON records and Parquet tables have the text.")
+TEXT_FIELD = flags.DEFINE_string("text_field", "text", "The field of JSON records, and the column of Parquet tables, that holds the text.")
 VALIDATION_FRACTION = flags.DEFINE_float("validation_fraction", 0.005, "Share of the documents held out, chosen by a hash of their text.")
 SHARD = flags.DEFINE_string("shard", "0/1", "i/n: make the i-th, from 0, of n shares of the store.")
-WORKERS = flags.DEFINE_integer("workers", None, "Processes; as many as it may use CPUs if not given.", lower_bound=1)
+WORKERS = flags.DEFINE_integer("workers", None, "Processes that tokenize; by default one for each CPU that may be used.", lower_bound=1)
 
 FEW = 10_000_000  # tokens, too few for the models of the study's sizes
 

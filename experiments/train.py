@@ -58,7 +58,7 @@ def main(run: cli.Run) -> int:
     Feed(config, text, mesh).close()
     claim(workdir, config, text)
     if finished(workdir, steps):
-        return summary.show_again(workdir)
+        return summary.show_again(workdir, config)
     check_room(workdir, config.checkpoint, steps, state_bytes(program.state))
 
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop(STOPPING) as stop:

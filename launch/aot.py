@@ -12,9 +12,9 @@ Printed, and appended as a line of JSON to --output, are: the bytes a device hol
 that they cross; which implementation each operator runs; the time of compilation; and a time below which no step can be, by the chip's
 published rates, with the share of its FLOP/s that this leaves to the model.
 
---effort=quick compiles with XLA's least effort for speed, in a quarter of a run's time: the same kernels and FLOPs, nearly the same
-collectives, memory that may be some hundred megabytes more or less; bytes to and from HBM are not known then, but for the state's own.
---effort=full compiles what a run compiles. For GPUs there is only that; the FLOPs of the kernels are not known then.
+--effort=quick compiles with XLA's least effort for speed, in a quarter of the time that a full compilation takes: the same kernels and
+FLOPs, nearly the same collectives, memory that may be some hundred megabytes more or less; bytes to and from HBM are not known then, but
+for the state's own. --effort=full compiles what a run compiles. For GPUs there is only that; the FLOPs of the kernels are not known then.
 
 --sweep tries the meshes that the run can be dealt out on, remat policies and sequences a device holds at once (train.microbatch), which
 change how fast a run is and not what it computes. What its state alone can not hold is left out, and what holds more than one that did
@@ -33,13 +33,21 @@ from experiments.compiled import targets
 from hybrid_jax.config import ConfigError
 from launch import topologies
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "Of a TPU slice, as v5e:16x16, v5p:4x4x8, v4:2x2x1; or hosts x GPUs, as h100:4x8, h200:8.")
-SLICES = flags.DEFINE_integer("slices", 1, "Of this TPU topology, the outer part of the mesh's data axis.", lower_bound=1)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "What to compile for: a TPU slice, as v5e:16x16, v5p:4x4x8, v4:2x2x1; or hosts x GPUs, as h100:4x8, h200:8."
+)
+SLICES = flags.DEFINE_integer(
+    "slices", 1, "How many slices of the --topology, of TPUs: the outer part of the mesh's data axis.", lower_bound=1
+)
 MESH = flags.DEFINE_string("mesh", None, "Axes of the mesh, as data=4,fsdp=64; the configuration's where not given.")
-EFFORT = flags.DEFINE_enum("effort", "quick", ["quick", "full"], "Of the TPU compiler: least, or a run's.")
+EFFORT = flags.DEFINE_enum(
+    "effort", "quick", ["quick", "full"], "How hard the TPU compiler tries to make the step fast: quick: least; full: as for a run."
+)
 SWEEP = flags.DEFINE_bool("sweep", False, "Try meshes, remat policies and microbatches, and rank those that fit.")
-COMPILES = flags.DEFINE_integer("compiles", 12, "Of --sweep: how many to compile at most.", lower_bound=1)
-OUTPUT = flags.DEFINE_string("output", None, "JSONL file to append to; experiments/results/aot.jsonl by default.")
+COMPILES = flags.DEFINE_integer("compiles", 12, "How many steps --sweep compiles at most.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "JSON lines file that rows are appended to; experiments/results/aot.jsonl by default.")
+
+flags.FLAGS["workdir"].help = "A run, its folder or gs://BUCKET/FOLDER, whose configuration is taken where there is no --config."
 
 
 def main(run: cli.Run) -> int:

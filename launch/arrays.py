@@ -11,12 +11,12 @@ from hybrid_jax.config import ConfigError
 from launch import buckets, code, job, shell
 from launch.gcloud import describe_bucket
 
-NAME = flags.DEFINE_string("name", None, "Of the job: small letters, digits and -.")
+NAME = flags.DEFINE_string("name", None, "Name of the job: small letters, digits and -.")
 TASKS = flags.DEFINE_integer(
-    "tasks", 1, "Tasks, each with its own number, from 0, for {task} in the command, and their count for {tasks}.", lower_bound=1
+    "tasks", 1, "How many tasks. In the command {task} stands for the number of each, from 0, and {tasks} for their count.", lower_bound=1
 )
 SPOT = flags.DEFINE_bool("spot", False, "Spare capacity: cheaper, and taken away when wanted elsewhere.")
-CODE = flags.DEFINE_string("code", None, "gs:// folder that the code is copied to, for the tasks to read.")
+CODE = flags.DEFINE_string("code", None, "Folder that the code is copied to for the tasks to read: gs://BUCKET/FOLDER.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print every command, and run none.")
 
 MOUNTED = "/mnt/disks/code"  # where the containers see the folder of the code

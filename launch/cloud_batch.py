@@ -21,7 +21,7 @@ from hybrid_jax.config import ConfigError
 from launch import arrays, shell
 from launch.arrays import CODE, DRY_RUN, NAME, RETRIES, SPOT, TASKS
 
-LOCATION = flags.DEFINE_string("location", None, "Region, such as us-central1: the bucket's.")
+LOCATION = flags.DEFINE_string("location", None, "Region of the machines, such as us-central1: that of the buckets.")
 PROJECT = flags.DEFINE_string("project", None, "Google Cloud project; gcloud's own default if not given.")
 MACHINE_TYPE = flags.DEFINE_string("machine_type", "e2-standard-8", "The machine that each task has for itself.")
 IMAGE = flags.DEFINE_string("image", "python:3.12", "Docker image that the tasks run in.")

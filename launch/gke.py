@@ -20,12 +20,12 @@ from experiments import cli
 from hybrid_jax.config import ConfigError
 from launch import accelerators, code, job, shell
 
-NAME = flags.DEFINE_string("name", None, "Of the workload: small letters, digits and -.")
+NAME = flags.DEFINE_string("name", None, "Name of the workload: small letters, digits and -.")
 CLUSTER = flags.DEFINE_string("cluster", None, "The GKE cluster, made by xpk cluster create.")
-ZONE = flags.DEFINE_string("zone", None, "The cluster's, such as us-west4-a.")
-PROJECT = flags.DEFINE_string("project", None, "Google Cloud project.")
+ZONE = flags.DEFINE_string("zone", None, "Zone of the cluster, such as us-west4-a.")
+PROJECT = flags.DEFINE_string("project", None, "Google Cloud project of the cluster.")
 ACCELERATOR = flags.DEFINE_string("accelerator", None, "Accelerator type, such as v5litepod-256 or tpu7x-128.")
-SLICES = flags.DEFINE_integer("slices", 1, "Slices of that type.", lower_bound=1)
+SLICES = flags.DEFINE_integer("slices", 1, "How many slices of the --accelerator.", lower_bound=1)
 RESTARTS = flags.DEFINE_integer("restarts", 50, "Times that the job is started again when its machines are taken away.", lower_bound=0)
 IMAGE = flags.DEFINE_string("image", "python:3.12", "Docker image that the code is added to.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print every command, and run none.")

@@ -23,8 +23,8 @@ from hybrid_jax.config import ConfigError
 from launch import arrays, shell
 from launch.arrays import DRY_RUN, NAME, RETRIES, SPOT, TASKS
 
-CONTEXT = flags.DEFINE_string("context", None, "The cluster, as kubectl config get-contexts lists it.")
-CPUS = flags.DEFINE_integer("cpus", 8, "CPUs of each task, with 4 GiB of memory for each.", lower_bound=1)
+CONTEXT = flags.DEFINE_string("context", None, "The cluster, by its name in kubectl config get-contexts.")
+CPUS = flags.DEFINE_integer("cpus", 8, "CPUs of each task, with 4 GiB of memory for each CPU.", lower_bound=1)
 IMAGE = flags.DEFINE_string("image", "python:3.13", "Docker image that the tasks run in.")
 
 TASK = "task"  # what JobSet calls the job, and the job its container

@@ -22,14 +22,16 @@ from experiments import cli
 from hybrid_jax.config import ConfigError
 from launch import job, shell
 
-NAME = flags.DEFINE_string("name", None, "Of the job.")
-NODES = flags.DEFINE_integer("nodes", 1, "GPU hosts.", lower_bound=1)
-GPUS = flags.DEFINE_integer("gpus_per_node", 0, "GPUs of each, with a process for each; 0: none, one process a node.", lower_bound=0)
+NAME = flags.DEFINE_string("name", None, "Name of the job: letters, digits, ., _ and -.")
+NODES = flags.DEFINE_integer("nodes", 1, "How many of the cluster's nodes the job has, or each task of an --array.", lower_bound=1)
+GPUS = flags.DEFINE_integer("gpus_per_node", 0, "GPUs of each node, and a process for each; 0: none, one process a node.", lower_bound=0)
 CPUS = flags.DEFINE_integer("cpus", None, "CPUs of each process; the cluster's default if not given.", lower_bound=1)
 TIME = flags.DEFINE_string("time", None, "Time until the job is stopped and queued again, such as 24:00:00 or 2-00:00:00.")
-PARTITION = flags.DEFINE_string("partition", None, "The cluster's default if not given.")
-ACCOUNT = flags.DEFINE_string("account", None, "The cluster's default if not given.")
-ARRAY = flags.DEFINE_integer("array", 1, "Tasks, each with its own number, from 0, for {task} in the command, and their count for {tasks}.")
+PARTITION = flags.DEFINE_string("partition", None, "Partition of the cluster; its default if not given.")
+ACCOUNT = flags.DEFINE_string("account", None, "Account that the job is charged to; the cluster's default if not given.")
+ARRAY = flags.DEFINE_integer(
+    "array", 1, "How many tasks. In the command {task} stands for the number of each, from 0, and {tasks} for their count."
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the script and the command, and run nothing.")
 
 SIGNAL_SECONDS = 600  # before the end of its time; SLURM may send it up to a minute earlier

@@ -23,11 +23,11 @@ from hybrid_jax.config.errors import meant
 from launch import accelerators, buckets, code, hosts, job, shell, supervise
 from launch.gcloud import Tpu, describe_bucket
 
-NAME = flags.DEFINE_string("name", None, "Of the queued resource: small letters, digits and -.")
-ZONE = flags.DEFINE_string("zone", None, "Such as us-west4-a.")
+NAME = flags.DEFINE_string("name", None, "Name of the queued resource: small letters, digits and -.")
+ZONE = flags.DEFINE_string("zone", None, "Zone of the machines, such as us-west4-a.")
 PROJECT = flags.DEFINE_string("project", None, "Google Cloud project; gcloud's own default if not given.")
 ACCELERATOR = flags.DEFINE_string("accelerator", None, "Accelerator type, such as v5litepod-256.")
-SLICES = flags.DEFINE_integer("slices", 1, "Slices of that type, joined by the data centre's network.", lower_bound=1)
+SLICES = flags.DEFINE_integer("slices", 1, "How many slices of the --accelerator, joined by the data centre's network.", lower_bound=1)
 SPOT = flags.DEFINE_bool("spot", False, "Spare capacity: cheaper, and taken away when wanted elsewhere.")
 RESERVED = flags.DEFINE_bool("reserved", False, "Capacity that the project has reserved.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print every command, and run none.")

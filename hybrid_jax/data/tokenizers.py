@@ -127,7 +127,8 @@ def load_tokenizer(spec, document_end: str | None = None) -> Tokenizer:
     name = next((name for name in names if name in found), None)
     if name is None:
         path = os.path.join(folder, names[0])
-        raise DataError(f'no tokenizer at {path}: give "bytes", a Hugging Face tokenizer.json, or a folder that holds one')
+        accepted = '"bytes", a Hugging Face tokenizer.json, a SentencePiece tokenizer.model, or a folder that holds one'
+        raise DataError(f"no tokenizer at {path}: give {accepted}")
     path = os.path.join(folder, name)
     return tokenizer_from_files(found[name], found.get("tokenizer_config.json"), name=path, document_end=document_end)
 

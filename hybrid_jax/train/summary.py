@@ -45,14 +45,14 @@ def finish(name: str, config: RunConfig, workdir: epath.Path, speed: dict[str, A
     }
     plot_run(workdir, name)
     write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    show(summary, workdir)
+    show(summary, workdir, config)
     return 0
 
 
-def show_again(workdir: epath.Path) -> int:
+def show_again(workdir: epath.Path, config: RunConfig) -> int:
     """Show the summary of a run that ended before."""
     if jax.process_index() == 0:
-        show(json.loads((workdir / "summary.json").read_text()), workdir)
+        show(json.loads((workdir / "summary.json").read_text()), workdir, config)
     return 0
 
 
@@ -65,7 +65,7 @@ def peak_memory() -> int:
     return size if sys.platform == "darwin" else size * 1024  # kilobytes elsewhere
 
 
-def show(summary: dict[str, Any], workdir: epath.Path) -> None:
+def show(summary: dict[str, Any], workdir: epath.Path, config: RunConfig) -> None:
     """Print a summary as a table, and what to type next."""
     table = Table(title=f"{summary['run']} after {count(summary['step'], 'step')}", show_header=False, title_style="bold")
     table.add_row("parameters", f"{summary['parameters']:,}")
@@ -78,7 +78,8 @@ def show(summary: dict[str, Any], workdir: epath.Path) -> None:
     table.add_row("device", summary["device"])
     table.add_row("picture", str(workdir / "summary.png"))
     print_table(table)
-    print(f"to let it write:       python -m experiments.generate --workdir={workdir} --prompt='def ' --temperature=0.8 --top_p=0.95")
+    prompt = "def " if config.data.source == "stdlib" else "The"
+    print(f"to let it write:       python -m experiments.generate --workdir={workdir} --prompt='{prompt}' --temperature=0.8 --top_p=0.95")
     print(f"to evaluate it again:  python -m experiments.eval --workdir={workdir}")
     print("to train longer:       the same command with more --config.train.steps and another --workdir")
 

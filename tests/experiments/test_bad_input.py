@@ -248,7 +248,7 @@ HELP = {  # a command, flags that its help names, and flags of other commands
     "convert": (["workdir", "step", "from_hf"], ["config", "process"]),
     "describe": (["config", "workdir", "context"], ["step", "process"]),
     "report": (["runs", "output"], ["workdir", "step", "process"]),
-    "sweep": (["models", "seeds"], ["workdir", "step", "process"]),
+    "sweep": (["config", "models", "seeds"], ["workdir", "step", "process"]),
     "tokenize": (["input", "output", "shard"], ["workdir", "step", "process"]),
     "bench": (["suite", "target", "shapes"], ["workdir", "config", "step", "process"]),
 }

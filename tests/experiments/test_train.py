@@ -1,5 +1,6 @@
 """The training command from start to end: what it leaves behind, and that nothing it survives changes a bit of it."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,8 @@ import hybrid_jax.train.report
 from experiments import train
 from hybrid_jax.evals import evaluate
 from hybrid_jax.train.metrics import read_rows
-from hybrid_jax.train.workdir import saved_steps
+from hybrid_jax.train.summary import show_again
+from hybrid_jax.train.workdir import read_config, saved_steps
 from tests.experiments.commands import CONFIG, run_train
 
 
@@ -62,8 +64,15 @@ def test_a_run_says_what_it_does_and_what_comes_next(trained):
     workdir, result = trained
     evaluate = f"experiments.eval --workdir={workdir}"
     layers = "layers: 1 attention (attention: xla)"
-    for said in ("step 0 of 8", "compiled in", "holds", layers, "step 8/8", "bits per byte", "after 8 steps", evaluate):
+    for said in ("step 0 of 8", "compiled in", "holds", layers, "step 8/8", "bits per byte", "after 8 steps", evaluate, "--prompt='def '"):
         assert said in result.out, said
+
+
+def test_only_a_model_of_python_is_to_go_on_from_python(trained, capsys):
+    workdir, _ = trained
+    config = read_config(workdir)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source="stores/mine"))
+    assert show_again(workdir, config) == 0 and f"--workdir={workdir} --prompt='The'" in capsys.readouterr().out
 
 
 def test_the_same_command_after_the_end_shows_the_summary_again(trained, monkeypatch):
