@@ -32,7 +32,7 @@ from hybrid_jax.data import DataError
 from hybrid_jax.storage import run_folder
 from hybrid_jax.train.workdir import RunError, read_config
 
-CONFIG_HELP = "configs/NAME.py[:size]; any of its fields as --config.train.steps=100 (hybrid_jax/config says what there is)."
+CONFIG_HELP = "configs/NAME.py[:size]; any of its fields as --config.train.steps=100 (docs/configuration.md says what there is)."
 NO_MEMORY = (
     "out of memory: a step of training holds less with a smaller --config.train.microbatch, with --config.model.remat=block or on more "
     "devices; evaluation with a smaller --batch"

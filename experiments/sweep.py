@@ -37,7 +37,7 @@ MODELS = flags.DEFINE_list("models", [], "Names, with wildcards, of files in exp
 SEEDS = flags.DEFINE_list("seeds", [], "Train each model with each of these seeds; the configuration's own if not given.")
 EVAL = flags.DEFINE_multi_string("eval", [], "Flags of `experiments.eval`, a --suite among them: what every run is evaluated by")
 FOLDER = flags.DEFINE_string("sweep", "runs/sweep", "Folder of the runs, their logs and the report.")
-CONFIG_HELP = "Any field of every run's configuration, as --config.train.steps=100 (hybrid_jax/config says what there is)."
+CONFIG_HELP = "Any field of every run's configuration, as --config.train.steps=100 (docs/configuration.md says what there is)."
 ROWS = flags.DEFINE_string("rows", None, "JSON lines file that each run's summary is appended to, once all have ended, if not there yet.")
 
 

@@ -12,12 +12,12 @@ FeatureMap = Literal["relu", "sigmoid", "logsigmoid", "silu", "sqrelu", "gelu"]
 class Attention:
     """Causal softmax attention (head width D / heads), with rotary positions or, beside recurrences that know the order, none (NoPE)."""
 
-    heads: int = 16
-    kv_heads: int | None = None  # None: as many as heads
-    rope_theta: float | None = 10000.0  # None: no positions
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    window: int | None = None  # None: the whole past
+    heads: int = 16  # heads of queries
+    kv_heads: int | None = None  # heads of keys and values; None: as many as heads
+    rope_theta: float | None = 10000.0  # base of the rotary positions; None: no positions
+    qkv_bias: bool = False  # in the projections to queries, keys and values
+    qk_norm: bool = False  # an RMS norm of each head's queries and keys
+    window: int | None = None  # tokens that each token sees, itself among them; None: the whole past
 
     def check(self, width: int) -> None:
         divides(self.heads, width, f"attention heads={self.heads} must divide model.width={width}")
@@ -32,9 +32,9 @@ class Attention:
 class HGRN:
     """Gated vector recurrence with a learned lower bound on its forget gate."""
 
-    expand_ratio: int = 1
-    conv_width: int = 0  # 0: no short convolution
-    lower_bound: bool = True  # False: the forget gate may close entirely in every layer
+    expand_ratio: int = 1  # width of the state, over D
+    conv_width: int = 0  # taps of the short convolution of what the recurrence reads; 0: none
+    lower_bound: bool = True  # learned, of the forget gate; False: it may close entirely in every layer
     norm_scale: bool = True  # a learned scale in the output norm
 
     def check(self, width: int) -> None:
@@ -46,10 +46,10 @@ class HGRN:
 class HGRN2:
     """Outer-product state with a forget gate a channel and k = 1 - gate; ``expand_ratio`` is the key width of a head."""
 
-    expand_ratio: int = 128
-    conv_width: int = 0
-    lower_bound: bool = True
-    norm_scale: bool = True
+    expand_ratio: int = 128  # key width of a head; there are D / expand_ratio
+    conv_width: int = 0  # taps of the short convolution of what the recurrence reads; 0: none
+    lower_bound: bool = True  # learned, of the forget gate; False: it may close entirely in every layer
+    norm_scale: bool = True  # a learned scale in the output norm
 
     def check(self, width: int) -> None:
         divides(self.expand_ratio, width, f"hgrn2 expand_ratio={self.expand_ratio} must divide model.width={width}")
@@ -60,13 +60,13 @@ class HGRN2:
 class RetNet:
     """Outer-product state with a fixed decay a head."""
 
-    heads: int = 8
-    kv_heads: int | None = None
-    expand_k: float = 1.0
-    expand_v: float = 2.0
-    output_gate: bool = True
-    feature_map: FeatureMap | None = None  # of queries and keys, before they are rotated
-    norm_scale: bool = True
+    heads: int = 8  # heads of queries
+    kv_heads: int | None = None  # heads of keys and values; None: as many as heads
+    expand_k: float = 1.0  # width of the keys of all heads, over D
+    expand_v: float = 2.0  # width of the values of all heads, over D
+    output_gate: bool = True  # what the output norm gives times a gate, SiLU of a projection
+    feature_map: FeatureMap | None = None  # what queries and keys pass through before they are rotated; None: nothing
+    norm_scale: bool = True  # a learned scale in the output norm
 
     def check(self, width: int) -> None:
         _check_expanded_heads("retnet", self, width)
@@ -78,15 +78,15 @@ class RetNet:
 class GLA:
     """Outer-product state with a learned decay a key channel."""
 
-    heads: int = 4
-    kv_heads: int | None = None
-    expand_k: float = 0.5
-    expand_v: float = 1.0
-    output_gate: bool = True
-    conv_width: int = 0
-    log_decay_min: float | None = None  # fla's clamp_min
-    feature_map: FeatureMap | None = None  # of queries and keys
-    norm_scale: bool = True
+    heads: int = 4  # heads of queries
+    kv_heads: int | None = None  # heads of keys and values; None: as many as heads
+    expand_k: float = 0.5  # width of the keys of all heads, over D
+    expand_v: float = 1.0  # width of the values of all heads, over D
+    output_gate: bool = True  # what the output norm gives times a gate, SiLU of a projection
+    conv_width: int = 0  # taps of the short convolution of what the recurrence reads; 0: none
+    log_decay_min: float | None = None  # the least log decay of a step, fla's clamp_min; None: none
+    feature_map: FeatureMap | None = None  # what queries and keys pass through; None: nothing
+    norm_scale: bool = True  # a learned scale in the output norm
 
     def check(self, width: int) -> None:
         _check_expanded_heads("gla", self, width)
@@ -98,15 +98,15 @@ class GLA:
 class DeltaNet:
     """Delta rule without decay."""
 
-    heads: int = 8
-    expand_k: float = 1.0
-    expand_v: float = 1.0
-    conv_width: int = 4
-    beta: bool = True  # False: beta = 1
-    output_gate: bool = False
-    qk_activation: Literal["silu", "relu", "elu", "identity"] = "silu"
-    qk_norm: Literal["l2", "sum"] = "l2"
-    negative_eigenvalues: bool = False  # beta in (0, 2)
+    heads: int = 8  # heads of queries, keys and values
+    expand_k: float = 1.0  # width of the keys of all heads, over D
+    expand_v: float = 1.0  # width of the values of all heads, over D
+    conv_width: int = 4  # taps of the short convolution of what the recurrence reads; 0: none
+    beta: bool = True  # how strongly each token writes is learned; False: beta = 1
+    output_gate: bool = False  # what the output norm gives times a gate, SiLU of a projection
+    qk_activation: Literal["silu", "relu", "elu", "identity"] = "silu"  # of queries and keys; elu: with 1 added
+    qk_norm: Literal["l2", "sum"] = "l2"  # what queries and keys are divided by: their length, or the sum of their absolute values
+    negative_eigenvalues: bool = False  # beta in (0, 2) in place of (0, 1)
 
     def check(self, width: int) -> None:
         _check_expanded_heads("delta_net", self, width)
@@ -117,14 +117,14 @@ class DeltaNet:
 class GatedDeltaNet:
     """Delta rule with a decay a head."""
 
-    heads: int = 4
-    value_heads: int | None = None  # None: as many as heads
-    head_width: int = 256
-    expand_v: float = 1.0
-    conv_width: int = 4
-    output_gate: bool = True
-    gate_activation: Literal["silu", "sigmoid"] = "silu"  # of the output gate
-    negative_eigenvalues: bool = False
+    heads: int = 4  # heads of queries and keys
+    value_heads: int | None = None  # heads of values; None: as many as heads
+    head_width: int = 256  # width of a head's queries and keys
+    expand_v: float = 1.0  # width of a head's values, over head_width
+    conv_width: int = 4  # taps of the short convolution of what the recurrence reads; 0: none
+    output_gate: bool = True  # what the output norm gives times a gate, an activation of a projection
+    gate_activation: Literal["silu", "sigmoid"] = "silu"  # that activation
+    negative_eigenvalues: bool = False  # beta in (0, 2) in place of (0, 1)
     # "intended": A ~ U(0, 16), dt ~ log U(1e-3, 1e-1). "zero": A_log = dt_bias = 0, what the study's runs probably had.
     decay_init: Literal["intended", "zero"] = "intended"
 
@@ -137,12 +137,12 @@ class GatedDeltaNet:
 class KDA:
     """Kimi Delta Attention: the delta rule with a decay a key channel. The study has none; the sizes are DeltaNet's."""
 
-    heads: int = 8
-    value_heads: int | None = None  # None: as many as heads
-    head_width: int = 128
-    expand_v: float = 1.0
-    conv_width: int = 4
-    negative_eigenvalues: bool = False
+    heads: int = 8  # heads of queries and keys
+    value_heads: int | None = None  # heads of values; None: as many as heads
+    head_width: int = 128  # width of a head's queries and keys
+    expand_v: float = 1.0  # width of a head's values, over head_width
+    conv_width: int = 4  # taps of the short convolution of what the recurrence reads; 0: none
+    negative_eigenvalues: bool = False  # beta in (0, 2) in place of (0, 1)
     log_decay_min: float | None = None  # fla's lower_bound: log decays are a sigmoid's share of it; None: -exp(A_log) softplus(.)
 
     def check(self, width: int) -> None:

@@ -12,20 +12,20 @@ from hybrid_jax.config.mixers import GLA, NAMES, Attention, Mixer
 class ModelConfig:
     """A stack of ``layers`` blocks, most with ``mixer``, those the layout names with full ``attention``."""
 
-    mixer: Mixer = field(default_factory=GLA)
-    attention: Attention = field(default_factory=Attention)
-    layers: int = 24
-    width: int = 1024  # D
+    mixer: Mixer = field(default_factory=GLA)  # of every layer but the full-attention ones
+    attention: Attention = field(default_factory=Attention)  # of the full-attention layers
+    layers: int = 24  # blocks of a mixer and an MLP
+    width: int = 1024  # D, of what passes from layer to layer
     # Which layers are full attention: a ratio in one of its two readings, or an explicit list of 0-based layers.
     ratio: int | None = None  # None: every layer is `mixer`
     ratio_reading: Literal["every", "after"] = "every"  # "every r-th layer", or "r of the mixer, then one"
-    attention_layers: tuple[int, ...] = ()
-    vocabulary: int = 32000
-    mlp_ratio: float = 4.0
-    mlp_width: int | None = None  # None: 256 * ceil(D * mlp_ratio * 2/3 / 256)
+    attention_layers: tuple[int, ...] = ()  # in place of a ratio
+    vocabulary: int = 32000  # token ids, of which a tokenizer may leave some unused
+    mlp_ratio: float = 4.0  # the MLP's hidden width over D, were it of two matrices; it has three, and two thirds of that
+    mlp_width: int | None = None  # F, the MLP's hidden width; None: 256 * ceil(D * mlp_ratio * 2/3 / 256)
     tied: bool = False  # one matrix for embedding and output
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
+    norm_eps: float = 1e-6  # added to the mean square in RMS norms, but in HGRN2's and in those of queries and keys (1e-5, as in fla)
+    init_std: float = 0.02  # standard deviation of the projections' and the embedding's first values
     # What the projections back to the model's width start with: "plain" init_std, as all others do; "rescaled" what flash-linear-attention
     # gave its recurrent models from March to June of 2025: 1 / sqrt(3 inputs), over sqrt(2 layers), as a layer adds two of their outputs.
     residual_init: Literal["plain", "rescaled"] = "plain"

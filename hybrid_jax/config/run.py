@@ -16,8 +16,8 @@ class MQARConfig:
     Rows take turns among the kinds of problems, ``pairs[i]`` in ``length[i]`` tokens: small ones teach how, large ones how much.
     """
 
-    share: float = 0.0  # of the rows of a batch; 0: none
-    pairs: tuple[int, ...] = (4,)
+    share: float = 0.0  # share of a batch's rows that hold problems; 0: none
+    pairs: tuple[int, ...] = (4,)  # associations of one problem
     length: tuple[int, ...] = (64,)  # tokens of one problem; a window holds as many as fit
     alphabet: int = 32  # distinct keys, and as many values
     examples: int = 64  # problems of each kind in the evaluation
@@ -35,11 +35,14 @@ class MQARConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The text, and how it is cut into the rows of a batch."""
+
     # The text of Python's own standard library, or the folder or URL of a token store; or several of these with weights, "A=0.7,B=0.3".
     source: str = "stdlib"
-    window: int = 4096  # T
+    window: int = 4096  # T, tokens of a row
+    # "windows": documents end to end, each token seeing all before it in its row. "documents": it sees those of its own document.
     packing: Literal["windows", "documents"] = "windows"
-    mqar: MQARConfig = field(default_factory=MQARConfig)
+    mqar: MQARConfig = field(default_factory=MQARConfig)  # recall problems among the text
 
     def __post_init__(self):
         need(self.window >= 2, f"data.window={self.window} must be at least 2 tokens")
@@ -68,19 +71,21 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["adamw", "muon", "schedule_free"] = "adamw"
-    learning_rate: float = 3e-4  # the peak
+    """AdamW, Muon or schedule-free AdamW, and the learning rate, which warms up to its peak first."""
+
+    name: Literal["adamw", "muon", "schedule_free"] = "adamw"  # muon: of most matrices, the rest has Adam
+    learning_rate: float = 3e-4  # at its peak
     # After warm-up: "cosine" and "linear" fall until the last step; "wsd" (warm-up, stable, decay) stays at the peak and falls, linearly,
     # over the last ``decay_steps``. Under schedule_free the rate stays at its peak.
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    decay_steps: int | None = None  # of "wsd" alone
-    final_fraction: float = 0.1  # of the peak, at the last step
-    warmup_steps: int = 1024
+    decay_steps: int | None = None  # of "wsd" alone: how many steps the rate falls over
+    final_fraction: float = 0.1  # share of the peak that is left at the last step
+    warmup_steps: int = 1024  # steps up to the peak, in equal parts
     beta1: float = 0.9  # under muon of what it leaves to Adam; its matrices' momentum is 0.95, its authors' value
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    beta2: float = 0.95  # of the mean of squared gradients
+    eps: float = 1e-8  # added to its root
+    weight_decay: float = 0.1  # of matrices alone; Muon's: of those that it orthogonalises
+    clip_norm: float = 1.0  # the global norm that gradients are scaled down to
 
     def __post_init__(self):
         for name in ("learning_rate", "eps", "clip_norm"):
@@ -109,11 +114,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 40000
+    """How long, on how much at once."""
+
+    steps: int = 40000  # how many there are in all
     batch: int = 128  # sequences a step, over all devices
     microbatch: int = 4  # sequences a device (of the data and fsdp axes) holds at once; the rest is accumulated
-    seed: int = 42
-    log_every: int = 10
+    seed: int = 42  # what the first parameters, the order of the text and the recall problems are drawn from
+    log_every: int = 10  # steps between two rows of metrics
     bad_steps: int = 10  # stop after so many steps in a row with a gradient that is not finite
 
     def __post_init__(self):
@@ -124,9 +131,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    every: int | None = None  # steps; None: only at the end
-    tokens: int = 2**20  # of held-out text at most
-    batch: int = 8  # sequences
+    """Held-out loss, bits per byte and, where problems are mixed in, recall."""
+
+    every: int | None = None  # steps between two evaluations; None: only at the end
+    tokens: int = 2**20  # tokens of held-out text, at most
+    batch: int = 8  # sequences read at once, over all devices
 
     def __post_init__(self):
         need(self.every is None or self.every >= 1, f"evaluation.every={self.every} must be at least 1 (None: only at the end)")
@@ -135,8 +144,10 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 1000  # steps; the last step is always saved
-    keep: int = 3  # newest checkpoints kept
+    """What a run goes on from."""
+
+    every: int = 1000  # steps between two checkpoints; the last step is always saved
+    keep: int = 3  # how many checkpoints, the newest, are kept
     keep_every: int | None = None  # those of steps that are a multiple of it are kept too, for good; None: only the newest
 
     def __post_init__(self):
@@ -151,10 +162,10 @@ class CheckpointConfig:
 class MeshConfig:
     """Devices along each axis of the mesh; -1, at one axis at most: all that remain."""
 
-    data: int = 1
-    fsdp: int = -1
-    seq: int = 1
-    tensor: int = 1
+    data: int = 1  # rows of the batch
+    fsdp: int = -1  # rows, and parameters with their optimiser state
+    seq: int = 1  # stretches of every row
+    tensor: int = 1  # heads, the MLP's hidden width, the vocabulary
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)
@@ -164,8 +175,10 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    tensorboard: bool = True
-    wandb_project: str | None = None  # None: no Weights & Biases
+    """Where metrics go beside the run's metrics.jsonl."""
+
+    tensorboard: bool = True  # TensorBoard files in the run's folder
+    wandb_project: str | None = None  # project at Weights & Biases; None: not logged there
 
 
 @dataclass(frozen=True)
@@ -180,7 +193,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    platform: Literal["any", "cpu", "gpu", "tpu"] = "any"  # refuse to start on another one
+    platform: Literal["any", "cpu", "gpu", "tpu"] = "any"  # where the run is to be: on another one it does not start
 
     def __post_init__(self):
         warmup, decay, steps = self.optimizer.warmup_steps, self.optimizer.decay_steps, self.train.steps
