@@ -136,32 +136,32 @@ def _operator(name: str, sizes: dict) -> Callable:
     return functools.partial(OPERATORS[name, sizes.get("decay")], **packed)
 
 
-def _tensor(values: np.ndarray, dtype: str, device: str):
+def _tensor(values: np.ndarray, dtype: str):
     import torch
 
-    return torch.tensor(values, dtype=getattr(torch, dtype), device=device)
+    return torch.tensor(values, dtype=getattr(torch, dtype), device="cuda")
 
 
-def _prepared(operator: str, inputs: Arrays, device: str) -> dict:
+def _prepared(operator: str, inputs: Arrays) -> dict:
     """The operator's tensors, each a leaf; a linear decay as its logarithm, which is what fla takes."""
     logged = {
         name: (np.log(values), dtype) if (operator, name) == ("linear_scan", "decay") else (values, dtype)
         for name, (values, dtype) in inputs.items()
     }
-    return {name: _tensor(values, dtype, device).requires_grad_() for name, (values, dtype) in logged.items()}
+    return {name: _tensor(values, dtype).requires_grad_() for name, (values, dtype) in logged.items()}
 
 
 @_alone
-def outputs(operator: str, sizes: dict, inputs: Arrays, cotangent: Arrays, device: str = "cuda") -> dict[str, np.ndarray]:
+def outputs(operator: str, sizes: dict, inputs: Arrays, cotangent: Arrays) -> dict[str, np.ndarray]:
     """Output, final state if there is one, and the gradients that fla has, of the output alone: not all of its operators have them of the
     final state.
     """
     import torch
 
     fla_import.prepare()
-    tensors = _prepared(operator, inputs, device)
+    tensors = _prepared(operator, inputs)
     output, final_state = _operator(operator, sizes)(**tensors)
-    gradients = torch.autograd.grad(output, list(tensors.values()), _tensor(*cotangent["output"], device), allow_unused=True)
+    gradients = torch.autograd.grad(output, list(tensors.values()), _tensor(*cotangent["output"]), allow_unused=True)
     found = {"output": output, "final_state": final_state}
     found |= {f"gradient of {name}": g for name, g in zip(tensors, gradients, strict=True)}
     arrays = {name: a.detach().float().cpu().numpy() for name, a in found.items() if a is not None}
@@ -171,7 +171,7 @@ def outputs(operator: str, sizes: dict, inputs: Arrays, cotangent: Arrays, devic
 
 
 @_alone
-def time_operator(operator: str, sizes: dict, inputs: Arrays, pass_name: str, device: str = "cuda") -> dict:
+def time_operator(operator: str, sizes: dict, inputs: Arrays, pass_name: str) -> dict:
     """Of a row: seconds a call at ``sizes``, whose rows and tokens repeat those of ``inputs``, and the memory that one takes at most."""
     import torch
 
@@ -184,7 +184,7 @@ def time_operator(operator: str, sizes: dict, inputs: Arrays, pass_name: str, de
             return values
         return np.resize(values[:1], (1, sizes["T"], *values.shape[2:])).repeat(sizes["B"], 0)
 
-    tensors = _prepared(operator, {name: (repeated(name, values), dtype) for name, (values, dtype) in inputs.items()}, device)
+    tensors = _prepared(operator, {name: (repeated(name, values), dtype) for name, (values, dtype) in inputs.items()})
     run = functools.partial(_operator(operator, sizes), **tensors)
     leaves = [t for name, t in tensors.items() if not (sizes.get("decay") == "fixed" and name == "log_decay")]
     cotangent = torch.randn_like(run()[0])
@@ -198,23 +198,14 @@ def time_operator(operator: str, sizes: dict, inputs: Arrays, pass_name: str, de
 
     forward_backward()  # whatever is timed: Triton chooses at its first call, which is to be one of this size
     call = {"forward": forward, "forward_backward": forward_backward}[pass_name]
-    times = batches(call, lambda _: _wait(device))
-    return {"seconds": times, "peak_bytes": _peak(call, device)} | versions(device)
+    times = batches(call, lambda _: torch.cuda.synchronize())
+    return {"seconds": times, "peak_bytes": _peak(call)} | versions()
 
 
-def _wait(device: str):
+def _peak(call: Callable) -> int:
+    """Bytes that a call allocates at most, its results among them."""
     import torch
 
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _peak(call: Callable, device: str) -> int | None:
-    """Bytes that a call allocates at most, its results among them; None on a CPU."""
-    import torch
-
-    if device != "cuda":
-        return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -224,12 +215,11 @@ def _peak(call: Callable, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def versions(device: str) -> dict:
+def versions() -> dict:
     """What a row's numbers depend on beside the case."""
     import torch
 
-    kind = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return {"peer_device": kind, "peer_versions": installed(), "peer_notes": list(fla_import.prepare())}
+    return {"peer_device": torch.cuda.get_device_name(), "peer_versions": installed(), "peer_notes": list(fla_import.prepare())}
 
 
 def installed() -> dict[str, str]:
@@ -239,7 +229,7 @@ def installed() -> dict[str, str]:
 
 
 @_alone
-def time_step(options: dict, B: int, T: int, device: str = "cuda") -> dict:
+def time_step(options: dict, B: int, T: int) -> dict:
     """Of a row: seconds of a training step of fla's model of a config.json, with torch.compile, in bfloat16 with float32 parameters."""
     import torch
 
@@ -249,15 +239,15 @@ def time_step(options: dict, B: int, T: int, device: str = "cuda") -> dict:
     torch.manual_seed(0)
     options = dict(options)
     config = AutoConfig.for_model(options.pop("model_type"), **options)
-    model = AutoModelForCausalLM.from_config(config).to(device=device, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_config(config).to(device="cuda", dtype=torch.float32).train()
     # Autocast leaves embeddings as they are, and so all that is added to them: activations between layers are to be bfloat16, as ours.
     model.get_input_embeddings().register_forward_hook(lambda module, given, embedded: embedded.to(torch.bfloat16))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     compiled = torch.compile(model)
-    tokens = torch.randint(config.vocab_size, (B, T), device=device)
+    tokens = torch.randint(config.vocab_size, (B, T), device="cuda")
 
     def step():
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16):
             loss = compiled(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -268,11 +258,5 @@ def time_step(options: dict, B: int, T: int, device: str = "cuda") -> dict:
     first = float(step())
     if not math.isfinite(first):
         raise RuntimeError(f"its first loss is {first}")
-    times = batches(step, lambda _: _wait(device), STEP_SECONDS)
-    return {"seconds": times, "loss": first, "peak_bytes": _peak_of_all(device)} | versions(device)
-
-
-def _peak_of_all(device: str) -> int | None:
-    import torch
-
-    return torch.cuda.max_memory_allocated() if device == "cuda" else None
+    times = batches(step, lambda _: torch.cuda.synchronize(), STEP_SECONDS)
+    return {"seconds": times, "loss": first, "peak_bytes": torch.cuda.max_memory_allocated()} | versions()

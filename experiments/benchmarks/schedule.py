@@ -34,13 +34,12 @@ _VMEM = re.compile(r"#allocation\d+ \[.*space=vmem, size = (0x[0-9a-f]+), scoped
 class Kernel:
     """One kernel's schedule, its loops weighted by their trips.
 
-    bundles: issued in one execution; static: written down. use: unit -> sum over bundles of the share of it in use.
+    bundles: issued in one execution. use: unit -> sum over bundles of the share of it in use.
     unknown_loops: those whose trips are not constants, counted once.
     """
 
     name: str
     bundles: int
-    static: int
     vmem_bytes: int
     unknown_loops: int
     use: dict[str, float] = field(default_factory=dict)
@@ -75,7 +74,7 @@ def _kernel(name, path, folder, stem) -> Kernel:
     text = path.read_text(errors="replace")
     bundles = list(_bundle_texts(text))
     weights, unknown = trips(bundles)
-    kernel = Kernel(name, sum(weights), len(bundles), _vmem(folder, stem), unknown)
+    kernel = Kernel(name, sum(weights), _vmem(folder, stem), unknown)
     for report in _matching(folder, stem, "final_hlo-static-per-bundle-utilization.txt"):
         capacity, rows = _utilization(report.read_text())
         for unit in UNITS:

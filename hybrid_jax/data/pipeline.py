@@ -23,6 +23,7 @@ from hybrid_jax.data import DataError, mqar
 from hybrid_jax.data.token_source import TokenSource
 
 PACKINGS = ("windows", "documents")
+THREADS = 4  # that build batches ahead
 Pieces = list[tuple[int, int]]  # ranges of the source's tokens, the targets of one row
 Batch = dict[str, np.ndarray]
 
@@ -38,7 +39,6 @@ def training_batches(
     mqar_share: float = 0.0,
     start_step: int = 0,
     local: Sequence[int] | None = None,
-    threads: int = 4,
 ) -> Iterator[Batch]:
     """Endless batches from ``start_step`` on: the b rows ``local`` of each, from 0 (None: all of them), of T = window tokens.
 
@@ -51,7 +51,7 @@ def training_batches(
     A share ``mqar_share`` of all rows, spread evenly, hold MQAR problems in place of text, of each of ``mqar_tasks`` in turn.
 
     Returns a Grain iterator (``close()`` it) over ``tokens``, ``targets``, ``segment_ids`` [b,T] int32 (0 is padding) and
-    ``weights`` [b,T] float32, built ahead by ``threads`` threads.
+    ``weights`` [b,T] float32, built ahead by `THREADS` threads.
 
     Raises `DataError` where the window is longer than the source, or the MQAR task does not fit.
     """
@@ -78,7 +78,7 @@ def training_batches(
                 rows.append(shuffled.pieces(row - before))
         return _fill(source, rows, window)
 
-    return _iterate(build, sys.maxsize, threads)
+    return _iterate(build, sys.maxsize)
 
 
 def evaluation_batches(
@@ -89,7 +89,6 @@ def evaluation_batches(
     packing: str = "windows",
     tokens: int | None = None,
     local: Sequence[int] | None = None,
-    threads: int = 4,
 ) -> Iterator[Batch]:
     """The first ``tokens`` of ``source`` (None: all) in order, every token a target exactly once; the same batches every time.
 
@@ -114,7 +113,7 @@ def evaluation_batches(
     def build(step: int) -> Batch:
         return _fill(source, [pieces(step * batch + i) for i in local], window)
 
-    return _iterate(build, -(-windows // batch), threads)
+    return _iterate(build, -(-windows // batch))
 
 
 def mqar_evaluation_batches(
@@ -125,7 +124,6 @@ def mqar_evaluation_batches(
     window: int,
     vocabulary: int,
     local: Sequence[int] | None = None,
-    threads: int = 4,
 ) -> Iterator[Batch]:
     """``rows`` rows of held-out MQAR problems, the same ones for every run; the last batch filled up with padding."""
     local = _local_rows(batch, window, "documents", local)
@@ -138,7 +136,7 @@ def mqar_evaluation_batches(
     def build(step: int) -> Batch:
         return _fill(None, [problems(step * batch + i) for i in local], window)
 
-    return _iterate(build, -(-rows // batch), threads)
+    return _iterate(build, -(-rows // batch))
 
 
 class Mixture:
@@ -271,8 +269,8 @@ class _Steps:
         return self._build(step)
 
 
-def _iterate(build, steps: int, threads: int) -> Iterator[Batch]:
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+def _iterate(build, steps: int) -> Iterator[Batch]:
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS)
     return iter(grain.MapDataset.source(_Steps(build, steps)).to_iter_dataset(options))
 
 

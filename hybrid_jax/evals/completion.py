@@ -21,6 +21,7 @@ from hybrid_jax.model import Model
 from hybrid_jax.sampling import Sampling
 
 FIELDS = ("text", "value")
+NEW_TOKENS = 48  # at most, of what is written after a text
 
 
 def evaluate(
@@ -28,7 +29,6 @@ def evaluate(
     files: Sequence[str | os.PathLike],
     *,
     max_length: int = 2048,
-    max_new_tokens: int = 48,
     batch: int = 8,
     limit: int | None = None,
     beginning: int | None = None,
@@ -46,17 +46,17 @@ def evaluate(
     """
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer, and the files hold texts: set model.tokenizer")
-    if not 1 <= max_new_tokens < max_length:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, needs to be from 1 to {max_length - 1}, below max_length")
+    if max_length <= NEW_TOKENS:
+        raise ValueError(f"max_length is {max_length}, needs to be above {NEW_TOKENS}, which are left for what is written")
     rows = {str(file): list(islice(read_rows(file), limit)) for file in files}  # all of them, before anything is computed
     if empty := [file for file, of_file in rows.items() if not of_file]:
         raise DataError(f"{empty[0]} holds no rows: give a file that does")
-    first, room = ([] if beginning is None else [beginning]), max_length - max_new_tokens
+    first, room = ([] if beginning is None else [beginning]), max_length - NEW_TOKENS
     scores = {}
     for file, of_file in rows.items():
         prompts = [first + tokens for tokens in model.tokenizer.encode_batch([text for text, _ in of_file])]
         cut = [prompt[-room:] for prompt in prompts]
-        written = write(model, cut, max_new_tokens, settings=Sampling(), stop=["\n"], batch=batch)
+        written = write(model, cut, NEW_TOKENS, settings=Sampling(), stop=["\n"], batch=batch)
         right = [contains(text, value) for text, (_, value) in zip(written, of_file, strict=True)]
         share, count = sum(right) / len(right), len(right)
         scores[file] = {
@@ -66,7 +66,7 @@ def evaluate(
             "cut": sum(len(prompt) > room for prompt in prompts),
         }
     names = [Path(file).name for file in rows]  # the average is theirs
-    settings = {"files": names, "max_length": max_length, "max_new_tokens": max_new_tokens, "limit": limit, "beginning": beginning}
+    settings = {"files": names, "max_length": max_length, "max_new_tokens": NEW_TOKENS, "limit": limit, "beginning": beginning}
     return {"settings": settings, "scores": scores, "average": sum(score["contains"] for score in scores.values()) / len(scores)}
 
 

@@ -26,7 +26,7 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """x / sqrt(sum(x^2) + eps) over the last axis; output in x's dtype."""
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """x / sqrt(sum(x^2) + 1e-6) over the last axis; output in x's dtype."""
     y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)

@@ -40,10 +40,10 @@ def squares() -> tuple[jax.Array, jax.Array]:
     return tuple(plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
 
 
-def row_of(gates, which: Gate, rows: int = CHUNK) -> jax.Array:
-    """A gate of token j in column j of [rows,C]."""
+def row_of(gates, which: Gate) -> jax.Array:
+    """A gate of token j in column j of [C,C]."""
     x = plgpu.layout_cast(gates[which], plgpu.Layout.WGMMA.reduce(0))
-    return jax.lax.broadcast_in_dim(x, (rows, CHUNK), [1])
+    return jax.lax.broadcast_in_dim(x, (CHUNK, CHUNK), [1])
 
 
 def column_of(gates, which: Gate, columns: int = CHUNK) -> jax.Array:

@@ -131,15 +131,16 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_step_n_depends_on_seed_and_n_alone(options):
-    """Any rows of the batches, started at any step, over two ends of an epoch."""
+def test_step_n_depends_on_seed_and_n_alone(options, monkeypatch):
+    """Any rows of the batches, started at any step, by any number of threads, over two ends of an epoch."""
     options = dict(source=SOURCE, batch=8, window=24, **options)
     steps = 2 * len(SOURCE) // (8 * 24) + 3
     reference = take(training_batches(seed=5, **options), steps)
     assert all(batch["tokens"].shape == (8, 24) for batch in reference)
     for local in [*range(8)], [0, 1, 4, 5], [7]:
+        monkeypatch.setattr(pipeline, "THREADS", 1 + len(local))
         for start in 0, 1, steps // 2, steps - 1:
-            found = take(training_batches(seed=5, start_step=start, local=local, threads=1 + len(local), **options), steps - start)
+            found = take(training_batches(seed=5, start_step=start, local=local, **options), steps - start)
             same(found, [{name: rows[local] for name, rows in batch.items()} for batch in reference[start:]])
     other = take(training_batches(seed=6, **options), steps)
     assert all((a["tokens"] != b["tokens"]).any() for a, b in zip(reference, other, strict=True))
@@ -274,7 +275,7 @@ def test_closed_iterators_leave_no_threads():
 
     before = threading.active_count()
     for _ in range(5):
-        iterator = training_batches(SOURCE, batch=8, window=24, seed=0, threads=3)
+        iterator = training_batches(SOURCE, batch=8, window=24, seed=0)
         next(iterator)
         iterator.close()
     deadline = time.monotonic() + 10

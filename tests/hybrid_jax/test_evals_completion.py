@@ -11,6 +11,7 @@ import hybrid_jax
 from hybrid_jax import config
 from hybrid_jax.data import DataError
 from hybrid_jax.data.tokenizers import ByteTokenizer
+from hybrid_jax.evals import completion
 from hybrid_jax.evals.completion import contains, evaluate, read_rows
 from tests.hybrid_jax.eval_models import small_model
 
@@ -27,7 +28,7 @@ def write_jsonl(file, rows):
     return file
 
 
-def test_right_is_what_the_model_writes(model, tmp_path):
+def test_right_is_what_the_model_writes(model, tmp_path, monkeypatch):
     """A row is right with part of the greedy line as its value, and wrong with what is not in it."""
     prompts = [list(text.strip().encode())[-40:] for text in TEXTS]
     lines = [model.tokenizer.decode(tokens).split("\n")[0] for tokens in hybrid_jax.generate(model, prompts, max_new_tokens=8)]
@@ -36,7 +37,8 @@ def test_right_is_what_the_model_writes(model, tmp_path):
     wrong = rows[:2] + [{"text": TEXTS[2], "value": "nothing that is written", "key": "k"}]
     files = [write_jsonl(tmp_path / "right.jsonl", rows), tmp_path / "wrong.parquet"]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(wrong), files[1])
-    options = dict(max_length=48, max_new_tokens=8, batch=3)
+    monkeypatch.setattr(completion, "NEW_TOKENS", 8)
+    options = dict(max_length=48, batch=3)
     results = evaluate(model, files, **options)
     assert json.loads(json.dumps(results)) == results and list(results["scores"]) == [str(file) for file in files]
     right, some = results["scores"].values()
@@ -79,7 +81,7 @@ def test_files_that_are_none(model, tmp_path):
             (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=message):
             list(read_rows(tmp_path / name))
-    with pytest.raises(ValueError, match="max_new_tokens is 48, needs to be from 1 to 47"):
+    with pytest.raises(ValueError, match="max_length is 48, needs to be above 48"):
         evaluate(model, [], max_length=48)
     with pytest.raises(ValueError, match="the model has no tokenizer"):
         evaluate(SimpleNamespace(tokenizer=None), [])

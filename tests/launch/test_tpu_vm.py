@@ -13,7 +13,6 @@ import pytest
 from tests.launch.stand_ins import ROOT, World
 
 TRAIN = ["--", "python", "-m", "experiments.train", "--config=configs/gla_r6.py:tiny"]
-SPECIAL = '--config.data.source=gs://bucket/it\'s "a" $HOME; `x` \\ store'
 AWKWARD = [
     "--config.model.ratio=None",
     "--config.model.attention_layers=[1, 4]",

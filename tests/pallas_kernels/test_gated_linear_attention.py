@@ -217,7 +217,6 @@ def test_bfloat16(axes, record_property):
     arguments = shapes.inputs(shapes.SHAPES[f"tiny_{axes}"], jax.random.key(0), jnp.bfloat16)
     found = errors(arguments, None, "xla", jnp.bfloat16, state_dtype=jnp.float32)
     record_property("errors", found)
-    print(found)
     # All is computed in float32 inside: what is left is one rounding of each result to bfloat16, 2^-9 at most.
     assert max(found.values()) < 2**-8, found
 

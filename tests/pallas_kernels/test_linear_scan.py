@@ -122,7 +122,6 @@ def test_bfloat16(implementation, record_property):
     arguments = shapes.inputs(shapes.SHAPES["tiny"], jax.random.key(0), jnp.bfloat16)
     found = errors(arguments, None, implementation, jnp.bfloat16)
     record_property("errors", found)
-    print(found)
     # The sums are float32: what is left is one rounding of each result to bfloat16, 2^-9 at most.
     assert max(found.values()) < 2**-8, found
 

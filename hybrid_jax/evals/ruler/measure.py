@@ -10,7 +10,7 @@ from hybrid_jax.config.errors import meant
 from hybrid_jax.data import DataError
 from hybrid_jax.evals.ruler import score
 from hybrid_jax.evals.ruler.examples import Example
-from hybrid_jax.evals.ruler.tasks import GROUPS, TASKS, make_examples
+from hybrid_jax.evals.ruler.tasks import GROUPS, SEED, TASKS, make_examples
 from hybrid_jax.evals.ruler.texts import Texts
 from hybrid_jax.evals.writing import write
 from hybrid_jax.sampling import Sampling
@@ -24,12 +24,11 @@ def evaluate(
     examples: int = 500,
     texts=None,
     batch: int = 8,
-    seed: int = 42,
     beginning: int | None = None,
 ) -> dict[str, Any]:
     """What ``model`` (`hybrid_jax.load`, with its tokenizer) scores at ``tasks``, at each of ``lengths``; ready for JSON.
 
-    examples: of a task and length. seed: of their draws. A task and length has the same examples whatever else is asked for.
+    examples: of a task and length. A task and length has the same examples whatever else is asked for.
     texts: a folder with texts that some tasks are made of (`hybrid_jax.evals.ruler.texts`); None: all have substitutes.
     batch: prompts read and followed at once.
     beginning: a token that stands before every prompt (see `harness.HarnessModel`); lengths are without it.
@@ -49,12 +48,12 @@ def evaluate(
     texts = Texts(texts)
     cells = {}
     for name, length in itertools.product(tasks, lengths):
-        source, made = make_examples(name, tokenizer, texts, length=length, examples=examples, seed=seed)
+        source, made = make_examples(name, tokenizer, texts, length=length, examples=examples)
         cells[name, length] = source, itertools.chain([next(made)], made)  # which tells whether any fits
     scores = {name: {} for name in tasks}
     for (name, length), (source, made) in cells.items():
         scores[name][str(length)] = _score(model, name, length, made, batch, beginning) | {"source": source}
-    settings = {"tasks": list(tasks), "lengths": list(lengths), "examples": examples, "batch": batch, "seed": seed, "beginning": beginning}
+    settings = {"tasks": list(tasks), "lengths": list(lengths), "examples": examples, "batch": batch, "seed": SEED, "beginning": beginning}
     settings |= {"texts": texts.folder and str(texts.folder), "tokenizer": tokenizer.name}
     return {"settings": settings, "scores": scores, "groups": {str(length): _groups(scores, str(length)) for length in lengths}}
 
