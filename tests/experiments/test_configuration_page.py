@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
-from hybrid_jax.config import MIXERS, CheckpointConfig, DataConfig, MQARConfig, page, run
+from experiments.reports import configuration as page
+from hybrid_jax.config import MIXERS, CheckpointConfig, DataConfig, MQARConfig, run
 
 
 def test_the_page_is_that_of_the_code():
-    assert page.PAGE.read_text() == page.page(), "run python -m hybrid_jax.config.page"
+    assert page.PAGE.read_text() == page.page(), "run python -m experiments.reports.configuration"
 
 
 CLASSES = [*MIXERS.values(), *(cls for cls in vars(run).values() if dataclasses.is_dataclass(cls) and cls is not run.RunConfig)]

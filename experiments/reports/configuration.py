@@ -1,6 +1,6 @@
-"""docs/configuration.md, written anew from the dataclasses of this package and the comments beside their fields:
+"""docs/configuration.md, written anew from the dataclasses of hybrid_jax/config and the comments beside their fields:
 
-python -m hybrid_jax.config.page
+python -m experiments.reports.configuration
 """
 
 import ast
@@ -33,7 +33,7 @@ place of the same text (`data.source`), and, as long as the learning rate has no
 
 D is the model's width, F that inside its MLPs, T the window.
 
-Written by `python -m hybrid_jax.config.page` from the comments in `hybrid_jax/config/`.
+Written by `python -m experiments.reports.configuration` from the comments in `hybrid_jax/config/`.
 """
 
 
