@@ -95,7 +95,7 @@ def _joined():
 
 
 def guarded(action: Callable[[], int | None]) -> int:
-    """The exit code of ``action``; after one line on stderr 2: a mistake in what was asked, 1: the run can not go on, 130: Ctrl-C;
+    """The exit code of ``action``; after one line on stderr 2: a mistake in what was asked, 1: the run cannot go on, 130: Ctrl-C;
     after none 141: nobody reads what is printed any more.
 
     Where another process of the run was lost this one ends here, with `STOPPED`.
@@ -121,7 +121,7 @@ def guarded(action: Callable[[], int | None]) -> int:
         if isinstance(error, BrokenPipeError) and _reader_gone():
             return 128 + signal.SIGPIPE
         if error.errno in UNUSABLE and error.filename:
-            print(f"error: {error.filename} can not be used ({error.strerror}): give another path, or mend that one", file=sys.stderr)
+            print(f"error: {error.filename} cannot be used ({error.strerror}): give another path, or mend that one", file=sys.stderr)
             return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

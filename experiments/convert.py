@@ -63,7 +63,7 @@ def main() -> int:
     with contextlib.ExitStack() as shown:
 
         def advance(elements: int, total: int) -> None:
-            if not bar.live.is_started:  # what can not be converted is refused before the first tensor
+            if not bar.live.is_started:  # what cannot be converted is refused before the first tensor
                 shown.enter_context(bar)
             bar.update(task, advance=elements, total=total)
 

@@ -55,7 +55,7 @@ OWN = ("tokens", "dtype")  # what a run's own evaluation takes
 def asked(name: str | None, values: flags.FlagValues) -> list[str]:
     """The flags of the suite, or of a run's own evaluation, that ``values`` were given, as they are typed, in order.
 
-    Raises ConfigError for one that it does not take or can not do without, and for a file or folder that is not there.
+    Raises ConfigError for one that it does not take or cannot do without, and for a file or folder that is not there.
     """
     takes = SUITES[name].takes if name else OWN
     given = sorted(flag for flag in values if values[flag].present)

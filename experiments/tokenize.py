@@ -113,7 +113,7 @@ def main() -> int:
     tokenizer = manifest["tokenizer"]
     print(f"{OUTPUT.value} is finished ({seconds:.0f} s): tokenizer {tokenizer['name']}, vocabulary {tokenizer['vocabulary']}")
     if why := lacks(manifest["splits"]):
-        print(f"it can not be trained on as it is: it has {why}")
+        print(f"it cannot be trained on as it is: it has {why}")
         return 0
     size = ":tiny" if manifest["splits"]["train"]["tokens"] < FEW else ""
     print(f"train on it: python -m experiments.train --config=configs/gla_r6.py{size} --config.data.source={OUTPUT.value}")

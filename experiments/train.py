@@ -5,7 +5,7 @@
     python -m experiments.train --config=configs/gla_r6.py:tiny --config.train.steps=1000 --workdir=runs/longer
 
 Run the same command again to continue a run that was stopped or killed. SIGTERM or Ctrl-C saves and stops between two
-steps; a second one stops at once. Exit code 0: done; 1: the run can not go on; 2: a mistake in what was asked for; 130:
+steps; a second one stops at once. Exit code 0: done; 1: the run cannot go on; 2: a mistake in what was asked for; 130:
 stopped by Ctrl-C; 143: by SIGTERM, or as another of its processes was lost.
 
 This file is the order in which things happen; what they are is in hybrid_jax/train.

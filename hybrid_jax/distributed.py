@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from hybrid_jax.config import ConfigError
 
 ALONE = "coordinator_address should be defined"  # what JAX says where nothing tells of other processes
-LOST = ("Gloo", "UNAVAILABLE", "heartbeat", "Barrier failed")  # and where they can not be reached
+LOST = ("Gloo", "UNAVAILABLE", "heartbeat", "Barrier failed")  # and where they cannot be reached
 
 _connected = False
 
@@ -55,7 +55,7 @@ def loss(error: Exception) -> str | None:
     if not isinstance(error, jax.errors.JaxRuntimeError) or not any(sign in str(error) for sign in LOST):
         return None
     return (
-        f"another process of this run ended or can not be reached ({str(error).splitlines()[0]}): see what it said; "
+        f"another process of this run ended or cannot be reached ({str(error).splitlines()[0]}): see what it said; "
         "start all of them again, as many as you like, to go on from the last checkpoint"
     )
 

@@ -37,6 +37,6 @@ def subplots(file: epath.PathLike, *shape: int, size: tuple[float, float], style
     with matplotlib.rc_context(STYLE | (style or {})):
         figure = Figure(size, layout="constrained")
         yield figure, figure.subplots(*shape, **keywords)
-        picture = io.BytesIO()  # as Matplotlib can not write into a bucket
+        picture = io.BytesIO()  # as Matplotlib cannot write into a bucket
         figure.savefig(picture, format="png", dpi=150)
     epath.Path(file).write_bytes(picture.getvalue())

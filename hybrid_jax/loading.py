@@ -54,7 +54,7 @@ def _run_tokenizer(workdir: epath.Path, config: RunConfig) -> Tokenizer | None:
 
 
 def _if_readable(find) -> Tokenizer | None:
-    """What ``find()`` gives; None, with a warning, where that can not be read: a model is of use without its tokenizer."""
+    """What ``find()`` gives; None, with a warning, where that cannot be read: a model is of use without its tokenizer."""
     try:
         return find()
     except DataError as error:

@@ -42,7 +42,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 def mesh_shape(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, int]:
     """Axis -> size of the mesh of ``config`` over so many devices in so many slices.
 
-    Raises ConfigError where the sizes do not use every device, or the slices can not be parts of the ``data`` axis.
+    Raises ConfigError where the sizes do not use every device, or the slices cannot be parts of the ``data`` axis.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -52,7 +52,7 @@ def mesh_shape(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, i
         raise ConfigError(f"mesh {shown} does not fit {count(devices, 'device')}; the sizes must multiply to {devices} (-1: the rest)")
     shape = {axis: rest if size == -1 else size for axis, size in sizes.items()}
     if shape["data"] % slices:
-        raise ConfigError(f"mesh.data={shape['data']} can not be dealt to {slices} slices; give --config.mesh.data={slices}, or a multiple")
+        raise ConfigError(f"mesh.data={shape['data']} cannot be dealt to {slices} slices; give --config.mesh.data={slices}, or a multiple")
     return shape
 
 

@@ -13,14 +13,14 @@ from hybrid_jax.config import ConfigError
 def run_folder(path: str | os.PathLike) -> epath.Path:
     """``path`` as a folder of a run: of a file system, or of a bucket of Cloud Storage (gs://BUCKET/FOLDER), read and written alike.
 
-    Raises ConfigError for storage of another kind, a bucket that can not be read, or where what gs:// needs is not installed.
+    Raises ConfigError for storage of another kind, a bucket that cannot be read, or where what gs:// needs is not installed.
     """
     kind, in_storage, name = os.fspath(path).partition("://")
     if not in_storage:
         return epath.Path(path)
     bucket = name.partition("/")[0]
     if kind != "gs" or not bucket:
-        raise ConfigError(f"{path} can not hold a run: give a folder, or gs://BUCKET/FOLDER in a bucket of Cloud Storage")
+        raise ConfigError(f"{path} cannot hold a run: give a folder, or gs://BUCKET/FOLDER in a bucket of Cloud Storage")
     if importlib.util.find_spec("gcsfs") is None:
         raise ConfigError(f"{path} is in a bucket, and gcsfs, which reads and writes it, is not installed: pip install -e '.[gcs]'")
     os.environ.setdefault("EPATH_USE_TF", "false")  # gcsfs also where TensorFlow is installed
@@ -31,13 +31,13 @@ def run_folder(path: str | os.PathLike) -> epath.Path:
         raise ConfigError(f"there is no bucket gs://{bucket}, or you may not see it: make it, or give another folder than {path}") from None
     except Exception as error:  # Cloud Storage, the network and Google's credentials each have their own
         raise ConfigError(
-            f"gs://{bucket} can not be read ({one_line(error)}); with your own credentials: gcloud auth application-default login"
+            f"gs://{bucket} cannot be read ({one_line(error)}); with your own credentials: gcloud auth application-default login"
         ) from None
     return epath.Path(path)
 
 
 def in_bucket(path: str | os.PathLike) -> bool:
-    """Whether ``path`` is in a bucket, whose files are written whole or not at all: they can not be appended to."""
+    """Whether ``path`` is in a bucket, whose files are written whole or not at all: they cannot be appended to."""
     return os.fspath(path).startswith("gs://")
 
 

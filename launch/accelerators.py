@@ -93,7 +93,7 @@ def find(name: str, *, on_gke: bool = False) -> Accelerator:
         chips, rest = divmod(int(match[1]), generation.units_per_chip) if match else (0, 0)
         if rest == 0 and chips in generation.topologies:
             if not (on_gke or generation.runtime):
-                raise ConfigError(f"{name} can not be had as a TPU VM, only on GKE: use python -m launch.gke")
+                raise ConfigError(f"{name} cannot be had as a TPU VM, only on GKE: use python -m launch.gke")
             return Accelerator(name, generation, chips)
     raise ConfigError(f"there is no accelerator type {name!r}; {_meant(name, names(on_gke=on_gke))}")
 

@@ -52,7 +52,7 @@ def compiler(target: Target) -> contextlib.AbstractContextManager[Process]:
 
 
 def check(config: RunConfig, target: Target) -> dict[str, int]:
-    """The shape of the run's mesh on the target. Raises ConfigError where mesh, batch, window and parameters can not be dealt out on it."""
+    """The shape of the run's mesh on the target. Raises ConfigError where mesh, batch, window and parameters cannot be dealt out on it."""
     shape = mesh_shape(config.mesh, devices(target), target.slices)
     mesh = AbstractMesh(tuple(shape.values()), AXES)
     microbatches(config, mesh)

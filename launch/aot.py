@@ -17,7 +17,7 @@ FLOPs, nearly the same collectives, memory that may be some hundred megabytes mo
 for the state's own. --effort=full compiles what a run compiles. For GPUs there is only that; the FLOPs of the kernels are not known then.
 
 --sweep tries the meshes that the run can be dealt out on, remat policies and sequences a device holds at once (train.microbatch), which
-change how fast a run is and not what it computes. What its state alone can not hold is left out, and what holds more than one that did
+change how fast a run is and not what it computes. What its state alone cannot hold is left out, and what holds more than one that did
 not fit; at most --compiles of the others are compiled, the likeliest first, and ranked.
 
 Exit code 0: it fits; 1: it does not; 2: a mistake in what was asked for.

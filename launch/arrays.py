@@ -51,7 +51,7 @@ class Array(NamedTuple):
 def check(argv: list[str], doc: str, needed: Mapping[str, str], tools: list[str], task_variable: str, longest: int) -> Array:
     """The array that a command line asks for.
 
-    needed: names of the launcher's own flags without which it can not be, and what to say of each. longest: letters of --name.
+    needed: names of the launcher's own flags without which it cannot be, and what to say of each. longest: letters of --name.
     task_variable: of the environment, where a task finds its number. Raises ConfigError for what is missing or wrong.
     """
     _, command = job.parse(argv, doc)

@@ -10,6 +10,6 @@ def check(bucket: str, project: str | None = None, region: str | None = None) ->
     described = shell.ask(describe_bucket(bucket, project))
     if described.returncode:
         make = f"gcloud storage buckets create gs://{bucket} --location={region or 'REGION'}"
-        raise ConfigError(f"gs://{bucket} can not be reached: {shell.reason(described)}; nothing was created. To make it: {make}")
+        raise ConfigError(f"gs://{bucket} cannot be reached: {shell.reason(described)}; nothing was created. To make it: {make}")
     if region and (location := described.stdout.strip().lower()) != region:
         print(f"note: gs://{bucket} is in {location}, the machines in {region}: reading and writing is slower, and may cost", flush=True)

@@ -40,7 +40,7 @@ class Candidate(NamedTuple):
 class Found(NamedTuple):
     likely: list[Candidate]  # best guess first
     too_large: list[Candidate]  # by what is known before compiling
-    impossible: int  # meshes that the run can not be dealt out on
+    impossible: int  # meshes that the run cannot be dealt out on
 
 
 def find(config: RunConfig, target: Target) -> Found:
@@ -81,7 +81,7 @@ def _meshes(given: MeshConfig, count: int) -> Iterator[MeshConfig]:
 
 
 def _variants(config: RunConfig, mesh: AbstractMesh) -> Iterator[RunConfig]:
-    """Of a run on a mesh. Raises ConfigError where its batch or window can not be dealt out."""
+    """Of a run on a mesh. Raises ConfigError where its batch or window cannot be dealt out."""
     rows = config.train.batch // (config.mesh.data * config.mesh.fsdp) or 1
     for microbatch in _divisors(rows):
         train = dataclasses.replace(config.train, microbatch=microbatch)

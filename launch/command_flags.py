@@ -3,7 +3,7 @@
     echo '[["--step=abc"]]' | python -m launch.command_flags experiments.eval
 
 The command's module is imported and parses them in a process of its own: flags of one name in two commands, a launcher's own among them,
-can not be in one. That takes half a second, for no command imports JAX before its flags are right.
+cannot be in one. That takes half a second, for no command imports JAX before its flags are right.
 """
 
 import functools
@@ -24,13 +24,13 @@ def mistakes(module: str, *lines: tuple[str, ...]) -> list[str | None]:
     """What ``python -m MODULE`` would say of each of several lists of arguments; None of one whose flags are right.
 
     Names, types, choices, bounds and validators are checked, of ``--config`` only whether the command takes it. Raises ConfigError where
-    the module can not be imported here.
+    the module cannot be imported here.
     """
     asked = [sys.executable, "-m", "launch.command_flags", module]
     done = subprocess.run(asked, input=json.dumps(lines), capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ConfigError(f"the flags of {module} can not be checked, for it can not be imported here: {why}")
+        raise ConfigError(f"the flags of {module} cannot be checked, for it cannot be imported here: {why}")
     return json.loads(done.stdout)
 
 

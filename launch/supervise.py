@@ -138,20 +138,20 @@ def _recreate(plan: Plan) -> None:
 
 
 def _await_active(plan: Plan, again: bool) -> bool:
-    """Wait for the machines; False if they were taken away first, or, asked for ``again``, can not be had now.
+    """Wait for the machines; False if they were taken away first, or, asked for ``again``, cannot be had now.
 
-    Raises RunError where they can not be had the first time.
+    Raises RunError where they cannot be had the first time.
     """
     shown = ""
     while (now := state(plan.tpu)) != "ACTIVE":
         if now == "FAILED":
             why = shell.ask(plan.tpu.why_failed()).stdout.strip() or "no reason was given"
             if again:
-                say(f"{plan.tpu.name} can not be had: {why}; asking again in a while. Ctrl-C to stop asking")
+                say(f"{plan.tpu.name} cannot be had: {why}; asking again in a while. Ctrl-C to stop asking")
                 time.sleep(PAUSE_POLLS * POLL_SECONDS)
                 return False
             _delete(plan.tpu)
-            raise Over(f"{plan.tpu.name} can not be had: {why}; the request is deleted")
+            raise Over(f"{plan.tpu.name} cannot be had: {why}; the request is deleted")
         if now in DELETED:
             raise Over(f"{plan.tpu.name} was deleted from elsewhere")
         if now in GONE:

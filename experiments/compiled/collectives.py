@@ -88,7 +88,7 @@ def _between(slices: str, transfer: str, devices: int) -> tuple[str, tuple[tuple
 
 
 def groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
-    """The groups, or the pairs, that an instruction's attributes give. Raises ValueError where they can not be read."""
+    """The groups, or the pairs, that an instruction's attributes give. Raises ValueError where they cannot be read."""
     if match := _COUNTED.search(attributes):
         shape, *count = match.groups()
         return [tuple(group) for group in _counted(*count).reshape(_integers(shape)).tolist()]
@@ -99,7 +99,7 @@ def groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
     if match := _LISTED.search(attributes):
         listed = [tuple(_integers(group)) for group in re.findall(r"\{([\d,]*)\}", match[1])]
         return listed or [tuple(range(devices))]
-    raise ValueError(f"a collective's groups can not be read: {attributes[:200]}")
+    raise ValueError(f"a collective's groups cannot be read: {attributes[:200]}")
 
 
 def _integers(text: str) -> list[int]:

@@ -1,11 +1,11 @@
-"""What is raised for a configuration that can not be run, and said of a name that does not exist."""
+"""What is raised for a configuration that cannot be run, and said of a name that does not exist."""
 
 import difflib
 from collections.abc import Collection
 
 
 class ConfigError(ValueError):
-    """A configuration that can not be run; the message names the field, what it got and what it needs."""
+    """A configuration that cannot be run; the message names the field, what it got and what it needs."""
 
 
 def need(condition: bool, message: str) -> None:

@@ -67,7 +67,7 @@ class ModelConfig:
         return layout.layer_kinds(self.layers, full, NAMES[type(self.mixer)])
 
     def computing_in(self, dtype: str | None) -> Self:
-        """The same model, computing in ``dtype``; None: in its own. Raises ConfigError for one that it can not compute in."""
+        """The same model, computing in ``dtype``; None: in its own. Raises ConfigError for one that it cannot compute in."""
         need(dtype in (None, "bfloat16", "float32"), f"dtype={dtype!r} must be 'bfloat16' or 'float32' (None: what the model says)")
         return replace(self, dtype=dtype or self.dtype)
 

@@ -175,7 +175,7 @@ def _errors_in_one_line(output):
         if "://" not in str(output):
             if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
                 raise
-            raise DataError(f"can not write to {output} ({os.strerror(int(code[1]))}): give another --output, or the right to it") from None
+            raise DataError(f"cannot write to {output} ({os.strerror(int(code[1]))}): give another --output, or the right to it") from None
         remedy = "check the address and your right to write it, and run the same command again"
         raise DataError(f"{output}: {reason(error)}: {remedy}") from None
 

@@ -54,7 +54,7 @@ class Task:
 
 
 def tasks(config: MQARConfig) -> list[Task]:
-    """The kinds of problems that a run's configuration names. Raises `DataError` for one that can not be made."""
+    """The kinds of problems that a run's configuration names. Raises `DataError` for one that cannot be made."""
     return [Task(pairs, length, config.alphabet) for pairs, length in zip(config.pairs, config.length, strict=True)]
 
 

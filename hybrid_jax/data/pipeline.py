@@ -286,7 +286,7 @@ def _stream(seed: int, purpose: str) -> int:
 
 
 def _local_rows(batch: int, window: int, packing: str, local: Sequence[int] | None) -> Sequence[int]:
-    """``local``, or all rows of the batch. Raises `DataError` for a batch that can not be made."""
+    """``local``, or all rows of the batch. Raises `DataError` for a batch that cannot be made."""
     if batch < 1 or window < 1:
         raise DataError(f"a batch of {batch} rows of {window} tokens: both must be at least 1")
     if packing not in PACKINGS:

@@ -42,7 +42,7 @@ def evaluate(
     beginning: a token that stands before every text (see `harness.HarnessModel`), and is cut with it.
 
     Returns, ready for JSON, {"settings", "scores", "average"}: of each file the share that is right ("contains"), its standard error,
-    the number of rows and of those that were cut. Raises DataError for a file that can not be read, with the line and the field.
+    the number of rows and of those that were cut. Raises DataError for a file that cannot be read, with the line and the field.
     """
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer, and the files hold texts: set model.tokenizer")

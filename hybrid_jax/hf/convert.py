@@ -214,12 +214,12 @@ def _parameters(checkpoints: Checkpoints, run: RunConfig, state: TrainState, ste
 
 
 def carried_tokenizer(workdir: epath.Path) -> Tokenizer | None:
-    """The tokenizer that came with the model in ``workdir``; None where none did. Raises DataError where it can not be read."""
+    """The tokenizer that came with the model in ``workdir``; None where none did. Raises DataError where it cannot be read."""
     return own_tokenizer(workdir / "huggingface")
 
 
 def own_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in a Hugging Face folder; None where there is none. Raises DataError where it can not be read."""
+    """The tokenizer in a Hugging Face folder; None where there is none. Raises DataError where it cannot be read."""
     return load_tokenizer(folder) if any((folder / name).exists() for name in FILES) else None
 
 

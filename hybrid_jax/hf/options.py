@@ -225,7 +225,7 @@ def model_config(options: Mapping[str, Any], dtype: str) -> ModelConfig:
     try:
         return from_dict(ModelConfig, values | {"dtype": dtype}, "model")
     except ConfigError as error:
-        raise ConfigError(f"config.json gives a model that can not be: {error}") from None
+        raise ConfigError(f"config.json gives a model that cannot be: {error}") from None
 
 
 def _mixer(kind: Family, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,12 +295,12 @@ def fla_options(model: ModelConfig) -> dict[str, Any]:
     full = [layer for layer, layer_kind in enumerate(model.layer_kinds) if layer_kind == "attention"]
     where = "mixer" if kind.mixer is config.Attention else "attention"
     if full and getattr(model, where).rope_theta is None:
-        raise ConfigError(f"model.{where}.rope_theta=None can not be written for fla, whose full attention always has rotary positions")
+        raise ConfigError(f"model.{where}.rope_theta=None cannot be written for fla, whose full attention always has rotary positions")
     if kind.mixer is not config.Attention:
         options["attn"] = None
         if full:
             if model.attention.qk_norm:
-                raise ConfigError("model.attention.qk_norm=True can not be written for fla: the full attention of its hybrids has no norm")
+                raise ConfigError("model.attention.qk_norm=True cannot be written for fla: the full attention of its hybrids has no norm")
             options["attn"] = {"layers": full} | {option: getattr(model.attention, field) for option, (field, _) in ATTENTION.items()}
             options["attn"]["num_kv_heads"] = model.attention.kv_heads or model.attention.heads
     return {"architectures": [f"{kind.prefix}ForCausalLM"], "model_type": name, "fuse_norm": True} | options

@@ -63,7 +63,7 @@ class Checkpoints:
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
     def save(self, state: TrainState) -> None:
-        """Start saving ``state``; returns once its arrays are copied. Raises RunError where this or the last save can not be written."""
+        """Start saving ``state``; returns once its arrays are copied. Raises RunError where this or the last save cannot be written."""
         step = int(state.step)
         try:
             self._orbax.save_checkpointables_async(step, _checkpointables(state), force=True)
@@ -73,7 +73,7 @@ class Checkpoints:
     def save_params(self, params: nnx.State) -> None:
         """Save parameters alone as step 0, for a run that starts from them with a fresh optimiser; returns when they are written.
 
-        Raises RunError where they can not be.
+        Raises RunError where they cannot be.
         """
         try:
             self._orbax.save_checkpointables(0, {"params": params})
@@ -91,7 +91,7 @@ class Checkpoints:
         """The newest state that can be read, placed as the shapes in ``state`` say, and warnings.
 
         Of a run that starts from given parameters (:meth:`save_params`) these alone; None where there is no checkpoint yet.
-        A checkpoint that one of the processes can not read is told of and moved to WORKDIR/unreadable-STEP, or -2 and so on after
+        A checkpoint that one of the processes cannot read is told of and moved to WORKDIR/unreadable-STEP, or -2 and so on after
         that. Raises RunError if none can.
         """
         broken: dict[int, str] = {}
@@ -116,7 +116,7 @@ class Checkpoints:
 
         Of parameters that a run was given (:meth:`save_params`) these alone.
 
-        Raises ConfigError where there is no such checkpoint or it can not be read.
+        Raises ConfigError where there is no such checkpoint or it cannot be read.
         """
         if not self.steps:
             raise ConfigError(f"{self.folder} holds no checkpoint yet")
@@ -126,7 +126,7 @@ class Checkpoints:
             loaded, why = self._read(candidate, items)
             if loaded is not None:
                 return candidate, loaded
-            warnings.warn(f"the checkpoint of step {candidate} in {self.folder} can not be read ({why})", stacklevel=3)
+            warnings.warn(f"the checkpoint of step {candidate} in {self.folder} cannot be read ({why})", stacklevel=3)
         raise ConfigError(f"no checkpoint asked for in {self.folder} can be read ({why}); it has {', '.join(map(str, self.steps))}")
 
     def _read(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
@@ -159,7 +159,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             (self.folder / str(step)).rename(aside)
         multihost_utils.sync_global_devices(f"step {step} moved aside")  # the others then see the folder without it
-        return f"the checkpoint of step {step} can not be read ({why}): it is now {aside}, and the run goes on from step {instead}"
+        return f"the checkpoint of step {step} cannot be read ({why}): it is now {aside}, and the run goes on from step {instead}"
 
     def _explained(self, error: Exception, step: int | None = None, size: int | None = None) -> RunError:
         whole = self.steps[-1] if self.steps else None

@@ -24,7 +24,7 @@ Sink = Callable[[int, dict[str, Any]], None]
 class Metrics:
     """Rows of numbers by step, to every place the run is watched from. Rows may nest: {"evaluation": {"loss": 1.2}}.
 
-    A bucket's files can not grow: there the files grow in a temporary folder and are copied whole, every minute and by :meth:`flush`.
+    A bucket's files cannot grow: there the files grow in a temporary folder and are copied whole, every minute and by :meth:`flush`.
     """
 
     def __init__(self, workdir: epath.Path, config: LogConfig, name: str, start_step: int = 0):

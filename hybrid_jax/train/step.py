@@ -60,12 +60,12 @@ class Program(NamedTuple):
 
 
 def microbatches(config: RunConfig, mesh: Mesh) -> int:
-    """How many times a step accumulates. Raises ConfigError where the batch or the window can not be dealt out on the mesh."""
+    """How many times a step accumulates. Raises ConfigError where the batch or the window cannot be dealt out on the mesh."""
     rows, microbatch = config.train.batch, config.train.microbatch
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % devices:
         raise ConfigError(
-            f"train.batch={rows} can not be dealt to data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} = {devices} devices; "
+            f"train.batch={rows} cannot be dealt to data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} = {devices} devices; "
             f"choose a multiple of {devices}, or another mesh"
         )
     held = min(microbatch, rows // devices)
@@ -77,12 +77,12 @@ def microbatches(config: RunConfig, mesh: Mesh) -> int:
         )
     if config.data.window % mesh.shape["seq"]:
         parts = mesh.shape["seq"]
-        raise ConfigError(f"data.window={config.data.window} can not be cut into mesh.seq={parts} equal parts; give a multiple of {parts}")
+        raise ConfigError(f"data.window={config.data.window} cannot be cut into mesh.seq={parts} equal parts; give a multiple of {parts}")
     return rows // devices // held
 
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> Abstract:
-    """The state of a run as shapes laid out on ``mesh``. Raises ConfigError where a parameter can not be cut as the mesh asks."""
+    """The state of a run as shapes laid out on ``mesh``. Raises ConfigError where a parameter cannot be cut as the mesh asks."""
     graph, params = abstract(config.model)
     optimizer = make_optimizer(config.optimizer, config.train.steps, params)
     # the key is made inside: the mesh in force may be of devices that are not there
@@ -92,7 +92,7 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> Abstract:
 
 
 def make_program(config: RunConfig, mesh: Mesh) -> Program:
-    """The training program of ``config`` on ``mesh``; nothing is allocated. Raises ConfigError for what the mesh can not hold."""
+    """The training program of ``config`` on ``mesh``; nothing is allocated. Raises ConfigError for what the mesh cannot hold."""
     accumulate = microbatches(config, mesh)
     graph, optimizer, state = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)

@@ -35,14 +35,14 @@ _held: dict[str, TextIO] = {}  # the lock of each folder that this process has c
 
 
 class RunError(RuntimeError):
-    """A run that can not go on; the message says why, what is safe and what to do."""
+    """A run that cannot go on; the message says why, what is safe and what to do."""
 
 
 def claim(workdir: epath.Path, config: RunConfig, text: TokenSource | None = None) -> None:
     """Make ``workdir`` the folder of the run ``config``, until this process ends; of several processes the first writes that down.
 
     text: what it trains on. Raises ConfigError where ``workdir`` has checkpoints of a run that computes something else, or of other text,
-    where another process trains in it, or where it can not be written to.
+    where another process trains in it, or where it cannot be written to.
     """
     import jax
 
@@ -88,7 +88,7 @@ def _check_same(workdir: epath.Path, config: RunConfig) -> None:
 
 
 def _unwritable(workdir: epath.Path, error: OSError) -> ConfigError:
-    return ConfigError(f"can not write to {workdir}: {error.strerror or one_line(error)}; give another --workdir")
+    return ConfigError(f"cannot write to {workdir}: {error.strerror or one_line(error)}; give another --workdir")
 
 
 def _hold(workdir: epath.Path) -> None:
@@ -213,7 +213,7 @@ def finished(workdir: epath.Path, steps: int) -> bool:
 
 
 def check_room(workdir: epath.Path, config: CheckpointConfig, steps: int, one: int) -> None:
-    """Raise ConfigError where the disk can not hold the checkpoints still to come in a run of ``steps`` steps, of ``one`` bytes each.
+    """Raise ConfigError where the disk cannot hold the checkpoints still to come in a run of ``steps`` steps, of ``one`` bytes each.
 
     One more than are kept: a new one is whole before an old one goes. A bucket has no end.
     """

@@ -63,7 +63,7 @@ def run_eval(workdir, *arguments: str) -> Result:
 
 
 class Captured:
-    """Standard output and error of a block; pytest's own fixture can not be used from module-wide ones."""
+    """Standard output and error of a block; pytest's own fixture cannot be used from module-wide ones."""
 
     def __enter__(self) -> "Captured":
         self._before = sys.stdout, sys.stderr

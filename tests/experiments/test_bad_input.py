@@ -44,7 +44,7 @@ COMMAND_LINE = {
     "a field of a value": ([TINY, "--config.train.steps.n=10"], ["config.train.steps is a single value"]),
     "field without value": ([TINY, "--config.train.steps"], ["--config.train.steps has no value"]),
     "value after a space": ([TINY, "--config.train.steps=3", "10"], ["unexpected '10'", "--name=value"]),
-    "a workdir in other storage": ([TINY, "--workdir=s3://runs/gla"], ["s3://runs/gla can not hold a run", "gs://BUCKET/FOLDER"]),
+    "a workdir in other storage": ([TINY, "--workdir=s3://runs/gla"], ["s3://runs/gla cannot hold a run", "gs://BUCKET/FOLDER"]),
     "unknown flag": ([TINY, "--wordkir=x"], ["no flag --wordkir; did you mean --workdir?"]),
     "text for a number": ([TINY, "--config.train.steps=many"], ["config.train.steps='many' must be of type int"]),
     "fraction for an integer": ([TINY, "--config.train.steps=1.5"], ["config.train.steps=1.5 must be of type int"]),
@@ -199,7 +199,7 @@ def test_a_workdir_of_another_run(finished):
 
 def test_a_workdir_that_can_not_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    check(run_train(tmp_path / "file" / "run"), 2, "can not write to", "another --workdir")
+    check(run_train(tmp_path / "file" / "run"), 2, "cannot write to", "another --workdir")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "no metadata"])
@@ -211,7 +211,7 @@ def test_an_unreadable_newest_checkpoint_falls_back_to_the_one_before(finished, 
         file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
     result = run_train(workdir)
     assert result.code == 0 and result.err == ""
-    told = [line for line in result.out.splitlines() if "can not be read" in line]
+    told = [line for line in result.out.splitlines() if "cannot be read" in line]
     assert len(told) == 1 and "step 8" in told[0] and "goes on from step 4" in told[0]
     assert saved_steps(workdir) == [4, 8]
 
@@ -306,7 +306,7 @@ def test_a_path_that_can_not_be_used_is_named(code, capsys):
     def action():
         raise OSError(code, os.strerror(code), "runs/there")
 
-    check(Result(cli.guarded(action), "", capsys.readouterr().err), 2, rf"runs/there can not be used \({os.strerror(code)}\)")
+    check(Result(cli.guarded(action), "", capsys.readouterr().err), 2, rf"runs/there cannot be used \({os.strerror(code)}\)")
 
 
 def test_other_errors_of_the_system_are_not_hidden():

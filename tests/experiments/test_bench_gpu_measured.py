@@ -197,7 +197,7 @@ def test_calls_are_repeated_in_batches(monkeypatch):
 
 
 class Unreadable(Exception):
-    """An error that another process can not make again."""
+    """An error that another process cannot make again."""
 
     def __init__(self, what, where):
         super().__init__(f"{what} at {where}")

@@ -249,8 +249,8 @@ def test_a_hugging_face_checkpoint_becomes_a_run_in_a_bucket_and_goes_back(gcs, 
 @pytest.mark.parametrize(
     ("workdir", "said"),
     [
-        ("s3://bucket/run", "s3://bucket/run can not hold a run: give a folder, or gs://BUCKET/FOLDER"),
-        ("gs://", "gs:// can not hold a run"),
+        ("s3://bucket/run", "s3://bucket/run cannot hold a run: give a folder, or gs://BUCKET/FOLDER"),
+        ("gs://", "gs:// cannot hold a run"),
         ("gs://nobodys-bucket/run", "there is no bucket gs://nobodys-bucket, or you may not see it: make it, or give another folder"),
     ],
 )
@@ -266,7 +266,7 @@ def test_what_a_bucket_needs_is_named(gcs, monkeypatch):
     assert result.code == 2 and f"{workdir} holds no run" in result.err
     gcs.failures[:] = [401]
     result = run_train(workdir)
-    assert result.code == 2 and "can not be read" in result.err and "gcloud auth application-default login" in result.err
+    assert result.code == 2 and "cannot be read" in result.err and "gcloud auth application-default login" in result.err
     bucket = run_folder(workdir).parent.name
     gcs.put(f"gs://{bucket}/other", b"")
     gcs.hidden.add(bucket)
@@ -276,7 +276,7 @@ def test_what_a_bucket_needs_is_named(gcs, monkeypatch):
     gcs.hidden.clear()
     gcs.read_only.add(bucket)
     result = run_train(workdir)
-    assert result.code == 2 and f"can not write to {workdir}: Forbidden" in result.err and result.err.count("\n") == 1
+    assert result.code == 2 and f"cannot write to {workdir}: Forbidden" in result.err and result.err.count("\n") == 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = run_train(workdir)
     assert result.code == 2 and "gcsfs" in result.err and "pip install -e '.[gcs]'" in result.err and result.err.count("\n") == 1

@@ -53,7 +53,7 @@ def test_a_model_loads_from_the_workdir(workdir):
 def test_a_broken_newest_checkpoint_is_told_of_and_passed_over(workdir):
     for file in (workdir / "checkpoints" / "8").rglob("d/*"):
         file.write_bytes(b"")
-    with pytest.warns(UserWarning, match="step 8 .* can not be read"):
+    with pytest.warns(UserWarning, match="step 8 .* cannot be read"):
         result = run_eval(workdir)
     assert result.code == 0 and "step 4" in result.out
 

@@ -138,7 +138,7 @@ def test_what_one_process_can_not_read_all_pass_over(alone, tmp_path):
     began = time.monotonic()
     codes, outputs = finish(start(workdir, 2))
     assert codes == [0, 0] and time.monotonic() - began < 120, outputs  # Orbax waits five minutes for a process
-    assert "the checkpoint of step 8 can not be read" in outputs[0] and "goes on from step 4" in outputs[0]
+    assert "the checkpoint of step 8 cannot be read" in outputs[0] and "goes on from step 4" in outputs[0]
     assert (workdir / "unreadable-8").is_dir()
     same(losses(workdir), losses(alone))
 

@@ -1,4 +1,4 @@
-"""The report: every number is a run's or the study's, means are over seeds, and what can not be put together is refused."""
+"""The report: every number is a run's or the study's, means are over seeds, and what cannot be put together is refused."""
 
 import contextlib
 import csv

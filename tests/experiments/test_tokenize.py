@@ -62,7 +62,7 @@ def test_one_document_is_no_store_to_train_on(tmp_path):
     code, out, err = run(f"--input={tmp_path}/all.txt", f"--output={tmp_path}/store")
     assert code == 0, err
     remedy = "a single document, and needs one to train on and one held out at least: make several of it, one a .txt file or a line"
-    assert f"it can not be trained on as it is: it has {remedy}" in out and "train on it:" not in out
+    assert f"it cannot be trained on as it is: it has {remedy}" in out and "train on it:" not in out
     with pytest.raises(DataError, match=f"store has {remedy}") as error:
         make_sources(str(tmp_path / "store"))
     assert "--validation_fraction" not in str(error.value)

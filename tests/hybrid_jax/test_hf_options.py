@@ -112,9 +112,9 @@ def test_the_faster_kernel_of_fla_is_asked_for_where_it_can_be(least, safe):
 @pytest.mark.parametrize("field, value", [("qk_norm", True), ("rope_theta", None)])
 def test_what_fla_has_not_is_not_written(field, value):
     attention = config.Attention(heads=2, **{field: value})
-    with pytest.raises(ConfigError, match=f"model.attention.{field}={value} can not be written for fla"):
+    with pytest.raises(ConfigError, match=f"model.attention.{field}={value} cannot be written for fla"):
         fla_options(ModelConfig(layers=4, width=32, ratio=2, mixer=config.GLA(heads=2), attention=attention))
     if field == "rope_theta":
-        with pytest.raises(ConfigError, match="model.mixer.rope_theta=None can not be written for fla"):
+        with pytest.raises(ConfigError, match="model.mixer.rope_theta=None cannot be written for fla"):
             fla_options(ModelConfig(layers=2, width=32, ratio=None, mixer=attention))
     assert fla_options(ModelConfig(layers=4, width=32, ratio=None, mixer=config.GLA(heads=2), attention=attention))["attn"] is None

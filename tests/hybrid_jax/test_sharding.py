@@ -111,7 +111,7 @@ def test_slices_are_the_outer_part_of_the_data_axis(slices, sizes):
 
 
 def test_slices_that_are_no_part_of_the_data_axis_are_refused():
-    with pytest.raises(config.ConfigError, match="mesh.data=1 can not be dealt to 2 slices; give --config.mesh.data=2"):
+    with pytest.raises(config.ConfigError, match="mesh.data=1 cannot be dealt to 2 slices; give --config.mesh.data=2"):
         sharding.make_mesh(config.MeshConfig(), [Device(number, 2) for number in range(8)])
 
 

@@ -139,7 +139,7 @@ def test_a_truncated_newest_is_put_aside_and_the_one_before_taken(workdir, shape
         state, told = checkpoints.restore(shapes)
         assert_same(state, random_state(shapes, 2, 2))
         assert len(told) == 1 and "\n" not in told[0] and len(told[0]) < 500
-        assert "step 3 can not be read" in told[0] and "from step 2" in told[0]
+        assert "step 3 cannot be read" in told[0] and "from step 2" in told[0]
         assert (workdir / "unreadable-3").is_dir() and checkpoints.steps == [1, 2]
         checkpoints.save(random_state(shapes, 5, 3))  # the same step again
     with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
@@ -222,7 +222,7 @@ def test_load_gives_the_model_of_the_step_asked_for(workdir, shapes):
 
 def test_load_warns_of_a_broken_newest_and_leaves_it_where_it_is(workdir, shapes):
     break_checkpoint(workdir, 3)
-    with pytest.warns(UserWarning, match="step 3 .* can not be read"):
+    with pytest.warns(UserWarning, match="step 3 .* cannot be read"):
         step, params = load_params(workdir, small_run(), mesh_of())
     assert step == 2
     assert_same(params, random_state(shapes, 2, 2).params)
@@ -370,7 +370,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 def test_a_workdir_that_can_not_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="can not write to .*another --workdir"):
+    with pytest.raises(ConfigError, match="cannot write to .*another --workdir"):
         claim(tmp_path / "file" / "run", small_run())
 
 

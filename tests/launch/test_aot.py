@@ -66,8 +66,8 @@ def test_mistakes_are_one_line(arguments, says):
     "arguments, says",
     [
         (("--topology=v5e:2x2", "--mesh=data=3"), "mesh data 3 x fsdp -1 x seq 1 x tensor 1 does not fit 4 devices"),
-        (("--topology=v5e:2x2", "--slices=2"), "mesh.data=1 can not be dealt to 2 slices; give --config.mesh.data=2"),
-        (("--topology=v5e:8x8",), "train.batch=16 can not be dealt to data x fsdp = 1 x 64"),
+        (("--topology=v5e:2x2", "--slices=2"), "mesh.data=1 cannot be dealt to 2 slices; give --config.mesh.data=2"),
+        (("--topology=v5e:8x8",), "train.batch=16 cannot be dealt to data x fsdp = 1 x 64"),
         (("--topology=v5e:2x2", "--config.model.vocabulary=513", "--mesh=tensor=2"), "does not divide the 'vocabulary' axis of size 513"),
     ],
 )

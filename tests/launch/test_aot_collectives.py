@@ -44,7 +44,7 @@ def test_groups(attributes, expected):
 
 
 def test_groups_that_can_not_be_read_are_told():
-    with pytest.raises(ValueError, match="can not be read: replica_groups=V9"):
+    with pytest.raises(ValueError, match="cannot be read: replica_groups=V9"):
         groups("replica_groups=V9", 4)
 
 

@@ -124,7 +124,7 @@ def test_several_lists_of_flags_are_told_apart():
 
 
 def test_a_command_that_can_not_be_imported_is_refused_in_a_line():
-    with pytest.raises(ConfigError, match="experiments.nothing can not be checked, .*No module named 'experiments.nothing'$"):
+    with pytest.raises(ConfigError, match="experiments.nothing cannot be checked, .*No module named 'experiments.nothing'$"):
         command_flags.mistakes("experiments.nothing", ())
 
 

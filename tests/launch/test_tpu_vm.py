@@ -149,7 +149,7 @@ def test_refused_by_google_cloud(world, error, hint):
 def test_a_request_that_fails_in_the_queue(world):
     world = world(states=[["WAITING_FOR_RESOURCES", "FAILED"]], why_failed="no quota for TPU v4")
     result = run(world, *RUN, *TRAIN, WORKDIR)
-    assert result.returncode == 1 and "can not be had: no quota for TPU v4; the request is deleted" in result.stderr
+    assert result.returncode == 1 and "cannot be had: no quota for TPU v4; the request is deleted" in result.stderr
     assert world.state()["tpu"] is None
 
 
@@ -159,7 +159,7 @@ def test_what_fails_for_a_moment_ends_no_job(world):
     world = world(acts=["preempted", "done"], states=states, failures={"install": 1, "create": 2, "delete": 1}, why_failed="none left")
     result = run(world, *RUN, "--spot", *TRAIN, WORKDIR)
     assert result.returncode == 0, result.stderr
-    assert "gla can not be had: none left; asking again in a while" in result.stdout and world.state()["tpu"] is None
+    assert "gla cannot be had: none left; asking again in a while" in result.stdout and world.state()["tpu"] is None
     assert world.verbs().count("create") == 5 and world.verbs().count("delete") == 4
 
 

@@ -185,7 +185,7 @@ def test_what_cudnn_is_asked_for_is_this_operator(window):
     [(64, 128, 4, 9, True), (2, 40, 2, None, True), (65, 64, 2, None, False), (64, 20, 4, None, False)],
 )
 def test_what_cudnn_is_asked_for_it_takes(T, K, HK, window, by_cudnn):
-    """On a card of this generation, with its gradients; JAX itself refuses what cuDNN can not do."""
+    """On a card of this generation, with its gradients; JAX itself refuses what cuDNN cannot do."""
     arguments = {name: jax.ShapeDtypeStruct((2, T, heads, K), jnp.bfloat16) for name, heads in (("q", 4), ("k", HK), ("v", HK))}
     program = jax.jit(lambda arguments: value_and_gradients(arguments, window=window, implementation="pallas"))
     card = {"check_cudnn_version": lambda: 91002, "check_compute_capability": lambda _: True}
