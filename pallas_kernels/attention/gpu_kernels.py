@@ -111,7 +111,7 @@ def of_queries(plan, q, k, v, first, last, key, visits, output, logsumexp, own, 
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(o_smem, output.at[b, rows, h])
         plgpu.copy_smem_to_gmem(lse_smem, logsumexp.at[b, h, rows])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     _stream(visits, load, compute, barriers)
 
@@ -145,7 +145,7 @@ def d_queries(plan, q, k, v, d_output, first, last, key, visits, logsumexp, mean
         q_smem[...] = (acc * plan.scale).astype(q_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem, dq.at[b, rows, h])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     _stream(visits, load, compute, barriers)
 
@@ -185,7 +185,7 @@ def d_keys(plan, q, k, v, d_output, first, last, key, visits, logsumexp, mean, d
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_smem, dk.at[b, rows, h])
         plgpu.copy_smem_to_gmem(v_smem, dv.at[b, rows, h])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     _stream(visits, load, compute, barriers)
 

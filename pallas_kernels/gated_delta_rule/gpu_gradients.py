@@ -121,7 +121,7 @@ def _kernel(plan, *refs):
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(buffer, ref.at[b, values.tokens, h, values.channels])
     plgpu.copy_smem_to_gmem(sums, sums_ref.at[b, h, n, part])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _of_keys(plan, reads_q, reads_k, writes, pairs_q, pairs_k, q, k, scores, lower, gates, sums):

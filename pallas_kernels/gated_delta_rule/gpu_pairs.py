@@ -67,7 +67,7 @@ def _kernel(plan, last, q_ref, k_ref, gates_ref, scores_ref, last_ref, q, k, gat
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(scores, scores_ref.at[b, h, n])
     plgpu.copy_smem_to_gmem(result, last_ref.at[b, h, n])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _inverse(lower, gates, result, scratch):

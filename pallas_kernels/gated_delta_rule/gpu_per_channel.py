@@ -109,7 +109,7 @@ def decayed(plan, q, k, beta, log_decay, *, pairs: bool):
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(scores_smem, scores_ref.at[b, h, n])
             plgpu.copy_smem_to_gmem(inverse_smem, inverse_ref.at[b, h, n])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     keys, square = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((B, T, HV, K), (B, HV, N, CHUNK, CHUNK)))
     total = jax.ShapeDtypeStruct((B, HV, N, K), jnp.float32)

@@ -52,7 +52,7 @@ def gradients(plan, q, k, beta, log_decay, total, *walked):
         for buffer, ref in ((keys[0], d_q_ref), (keys[1], d_k_ref), (from_t, d_decay_ref)):
             plgpu.copy_smem_to_gmem(buffer, ref.at[b, values.tokens, h, values.channels])
         plgpu.copy_smem_to_gmem(d_beta, d_beta_ref.at[b, h, n, part])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     d_keys, square, row = jax.ShapeDtypeStruct((B, T, HV, K), jnp.bfloat16), tile(CHUNK, PART), plgpu.SMEM((CHUNK,), jnp.float32)
     d_beta = jax.ShapeDtypeStruct((B, HV, N, K // PART, CHUNK), jnp.float32)

@@ -179,7 +179,7 @@ class _Walk(NamedTuple):
         state = jax.lax.fori_loop(0, count, step, load(before))
         for x, part in zip(state, parts(after), strict=True):
             after[:, part] = x
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def parts(ref) -> list[pl.Slice]:

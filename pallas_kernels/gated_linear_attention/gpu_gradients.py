@@ -158,7 +158,7 @@ def _compute(count, slices, scale, results, slots, rest, buffers, slot_barriers,
         plgpu.copy_smem_to_gmem(products.at[g], products_ref.at[b, n, h, block, :, own])
 
     lax.fori_loop(jnp.int32(0), jnp.int32(count), chunk, None)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _pairs(met_own, met_other, sums, g, scale):

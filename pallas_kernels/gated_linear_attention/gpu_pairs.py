@@ -75,7 +75,7 @@ def decayed(q, k, log_decay, *, scale: float):
         met_smem[...] = (scale * scores).astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(met_smem, scores_ref.at[b, tokens, h])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     width = plgpu.SMEM((slots, CHUNK, TILE), jnp.bfloat16, transforms=TILED)
     widths = jax.ShapeDtypeStruct((B, T, HV, K), jnp.bfloat16)
@@ -191,7 +191,7 @@ def gradients(q, k, v, log_decay, totals, before, d_o, after, *, scale: float):
         plgpu.commit_smem()
         for smem, ref in ((q_smem, d_q_ref), (k_smem, d_k_ref), (d_smem, d_decay_ref)):
             plgpu.copy_smem_to_gmem(smem, ref.at[here])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return kernel(
         body,

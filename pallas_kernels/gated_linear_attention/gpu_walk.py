@@ -178,7 +178,7 @@ class _Walk(NamedTuple):
         state = [product(start=start(k)) for k in range(last_ref.shape[2] // TILE)]
         for k, x in enumerate(lax.fori_loop(jnp.int32(0), jnp.int32(self.N), advance, state)):
             part(last_ref, k)[...] = x
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _own_place(self):
         b, h, columns = _place(self.groups * TILE)

@@ -167,7 +167,7 @@ def _over_chunks(plan, body, carry, piece, stages, inputs, outputs=(), reverse=F
         )
         result = pipeline(*inputs)
         if outputs:
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         return result
 
     return pl.run_scoped(run, *(plgpu.SMEM((2, CHUNK, CHANNELS), ref.dtype) for ref in outputs))
