@@ -32,17 +32,13 @@ def gradients(q, k, v, sums, states, d_o, d_states, *, scale: float):
     Returns dq, dk [B,T,HV,K] in bfloat16, and in float32 [B,N,HV,K/64,3,C]: what a token's log decay has of the tokens from it on, and of
     those before it, and <S, D> in parts; to be added up over the K/64.
     """
-    (B, T, HV, V), K, N, pieces = v.shape, q.shape[3], sums.shape[1], 1
-    while pieces * B * HV * K // TILE < ENOUGH and N % (2 * pieces) == 0:
-        pieces *= 2
-    rows, count = B * pieces, N // pieces
-    operands = [x.reshape(rows, x.shape[1] // pieces, *x.shape[2:]) for x in (v, d_o, states, d_states, q, k, sums)]
-    found = jax.ShapeDtypeStruct((rows, T // pieces, HV, K), jnp.bfloat16)
-    products = jax.ShapeDtypeStruct((rows, count, HV, K // TILE, 3, CHUNK), jnp.float32)
-    results = laid_out_kernel(
-        partial(_kernel, count, V // TILE, scale),
+    (B, T, HV, V), K, N = v.shape, q.shape[3], sums.shape[1]
+    chunks = -(-N // -(-ENOUGH // (B * HV * K // TILE)))  # of a piece: the last one's may be fewer
+    found = jax.ShapeDtypeStruct((B, T, HV, K), jnp.bfloat16)
+    return laid_out_kernel(
+        partial(_kernel, N, chunks, V // TILE, scale),
         name="gated_linear_attention_gradients",
-        out_type=(found, found, products),
+        out_type=(found, found, jax.ShapeDtypeStruct((B, N, HV, K // TILE, 3, CHUNK), jnp.float32)),
         scratch_types=[
             [_tiles(SLOTS, 2, CHUNK), _tiles(SLOTS, 2, TILE)],
             [_tiles(2, CHUNK), plgpu.SMEM((2, CHUNK), jnp.float32)],
@@ -50,60 +46,65 @@ def gradients(q, k, v, sums, states, d_o, d_states, *, scale: float):
             [plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS), plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS)],
             [plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_arrivals=2)],
         ],
-        grid=(rows, HV, K // TILE),
-        grid_names=("b", "h", "block"),
+        grid=(B, HV, -(-N // chunks), K // TILE),
+        grid_names=("b", "h", "piece", "block"),
         num_threads=3,
         thread_name="warpgroup",
-    )(*operands)
-    return [x.reshape(B, -1, *x.shape[2:]) for x in results]
+    )(v, d_o, states, d_states, q, k, sums)
 
 
 def _tiles(*shape):
     return plgpu.SMEM((*shape, TILE), jnp.bfloat16, transforms=TILED)
 
 
-def _kernel(count, slices, scale, *refs):
+def _kernel(N, chunks, slices, scale, *refs):
     sources, results, scratch = refs[:7], refs[7:10], refs[10:]
-    w = lax.axis_index("warpgroup")
-    pl.when(w == 2)(lambda: _load(count, slices, sources, *scratch))
-    pl.when(w < 2)(lambda: _compute(count, slices, scale, results, *scratch))
+    w, first = lax.axis_index("warpgroup"), lax.axis_index("piece") * chunks
+    count = jnp.int32(chunks) if N % chunks == 0 else jnp.minimum(chunks, N - first)
+    pl.when(w == 2)(lambda: _load(first, count, slices, sources, *scratch))
+    pl.when(w < 2)(lambda: _compute(first, count, slices, scale, results, *scratch))
 
 
-def _load(count, slices, sources, slots, rest, _, slot_barriers, rest_barriers):
+def _load(first, count, slices, sources, slots, rest, _, slot_barriers, rest_barriers):
     v_ref, d_o_ref, states_ref, d_states_ref, q_ref, k_ref, sums_ref = sources
     (values, states), (keys, sums), (full, free), (rest_full, rest_free) = slots, rest, slot_barriers, rest_barriers
     plgpu.set_max_registers(24, action="decrease")
 
-    def fetch(n, _):
+    def fetch(m, _):
+        n = first + m
         b, h, block = (lax.axis_index(name) for name in ("b", "h", "block"))
         tokens, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(block * TILE, TILE)
         for s in range(slices):
-            step, columns = n * slices + s, pl.ds(s * TILE, TILE)
+            step, columns = m * slices + s, pl.ds(s * TILE, TILE)
             slot = lax.rem(step, jnp.int32(SLOTS))
             pl.when(step >= SLOTS)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
             for which, ref in enumerate((v_ref, d_o_ref)):
                 plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, columns], values.at[slot, which], full.at[slot])
             for which, ref in enumerate((d_states_ref, states_ref)):
                 plgpu.copy_gmem_to_smem(ref.at[b, n, h, channels, columns], states.at[slot, which], full.at[slot])
-        pl.when(n >= 1)(lambda: plgpu.barrier_wait(rest_free))
+        pl.when(m >= 1)(lambda: plgpu.barrier_wait(rest_free))
         for which, ref in enumerate((q_ref, k_ref)):
             head = h // (lax.axis_size("h") // ref.shape[2])
             plgpu.copy_gmem_to_smem(ref.at[b, tokens, head, channels], keys.at[which], rest_full)
         plgpu.copy_gmem_to_smem(sums_ref.at[b, n, h], sums, rest_full)
 
-    lax.fori_loop(jnp.int32(0), jnp.int32(count), fetch, None)
-    for step in range(max(count * slices - SLOTS, 0), count * slices):
-        plgpu.barrier_wait(free.at[step % SLOTS])
+    lax.fori_loop(jnp.int32(0), count, fetch, None)
+
+    @pl.loop(jnp.maximum(count * slices - SLOTS, 0), count * slices)
+    def _(step):
+        plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(SLOTS))])
+
     plgpu.barrier_wait(rest_free)
 
 
-def _compute(count, slices, scale, results, slots, rest, buffers, slot_barriers, rest_barriers):
+def _compute(first, count, slices, scale, results, slots, rest, buffers, slot_barriers, rest_barriers):
     d_q_ref, d_k_ref, products_ref = results
     (values, states), (keys, sums), (found, products) = slots, rest, buffers
     (full, free), (rest_full, rest_free) = slot_barriers, rest_barriers
     plgpu.set_max_registers(240, action="increase")
 
-    def chunk(n, _):
+    def chunk(m, _):
+        n = first + m
         b, h, block, g = (lax.axis_index(name) for name in ("b", "h", "block", "warpgroup"))
         own, others = pl.ds(g * TILE, TILE), pl.ds((1 - g) * TILE, TILE)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -113,7 +114,7 @@ def _compute(count, slices, scale, results, slots, rest, buffers, slot_barriers,
         def contract(wide_state, narrow_state, met_own, met_other):
             @pl.loop(jnp.int32(0), jnp.int32(slices))
             def _(s):
-                slot = lax.rem(n * slices + s, jnp.int32(SLOTS))
+                slot = lax.rem(m * slices + s, jnp.int32(SLOTS))
                 plgpu.barrier_wait(full.at[slot])
                 wide, narrow = values.at[slot, g, own], values.at[slot, 1 - g, own]
                 plgpu.wgmma(wide_state, wide, states.at[slot, g].T)
@@ -157,7 +158,7 @@ def _compute(count, slices, scale, results, slots, rest, buffers, slot_barriers,
 
         plgpu.copy_smem_to_gmem(products.at[g], products_ref.at[b, n, h, block, :, own])
 
-    lax.fori_loop(jnp.int32(0), jnp.int32(count), chunk, None)
+    lax.fori_loop(jnp.int32(0), count, chunk, None)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.gated_linear_attention import gated_linear_attention, gpu, gpu_walk, shapes
@@ -38,12 +40,21 @@ def test_matches_the_reference(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("T, least", [(512, 1), (1024, 4)])  # chunks a piece at least: with four the memory of one is loaded into again
+# Chunks a piece at least: with four the memory of one is loaded into again; of 600 tokens the last piece has fewer than others.
+@pytest.mark.parametrize("T, least", [(512, 1), (600, 3), (1024, 4)])
 @pytest.mark.parametrize("axes", ["head", "channel"])
 def test_matches_the_reference_in_pieces(axes, T, least, monkeypatch):
     case = Case(T, axes, documents=True, B=1, H=1, HV=1, K=64, V=64)
     monkeypatch.setattr(gpu_walk, "LEAST", least)
     _matches_the_reference(case)
+
+
+@given(walks=st.integers(1, 600), chunks=st.integers(1, 1024), every=st.sampled_from([1, 2]))
+def test_pieces_hold_every_chunk_and_fill_the_multiprocessors(walks, chunks, every):
+    plan = gpu_walk.Plan.of(walks, chunks * every, every, even=True)
+    assert (plan.pieces - 1) * plan.chunks < chunks * every <= plan.pieces * plan.chunks and plan.chunks % every == 0
+    assert plan.pieces == 1 or plan.chunks >= gpu_walk.LEAST and walks * plan.pieces <= 2 * gpu_walk.MULTIPROCESSORS
+    assert (plan.groups == 2) == (walks * plan.pieces > gpu_walk.MULTIPROCESSORS)
 
 
 def _matches_the_reference(case):
