@@ -10,7 +10,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_linear_attention.gpu_decays import CHUNK, LEVELS, decay_over, meet, ones, parts, positions, split, to_middle
+from pallas_kernels.gated_linear_attention.gpu_decays import (
+    CHUNK,
+    LEVELS,
+    decay_over,
+    meet,
+    ones,
+    parts,
+    positions,
+    since_middle,
+    split,
+    to_middle,
+)
 from pallas_kernels.gated_linear_attention.gpu_layout import TILE, TILED, TILED_FLOAT32, kernel, over_columns, over_rows, product
 
 
@@ -53,7 +64,15 @@ def decayed(q, k, log_decay, *, scale: float):
                 plgpu.commit_smem()
                 return scores + jnp.where(meet(i, j, s), product(met_smem, met_smem.transpose((1, 0))), 0)
 
-            scores = lax.fori_loop(0, LEVELS, level, scores)
+            x, near = since_middle(log_decay)
+
+            def at_once(scores):
+                met_smem[...] = (k_smem_[...].astype(jnp.float32) * jnp.exp2(-x)).astype(jnp.bfloat16)
+                queries = (q_smem_[...].astype(jnp.float32) * jnp.exp2(x)).astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                return product(queries, met_smem.transpose((1, 0)), start=scores)  # above the diagonal whatever it comes to: not selected
+
+            scores = lax.cond(near, at_once, lambda scores: lax.fori_loop(0, LEVELS, level, scores), scores)
             q, k = (smem[...].astype(jnp.float32) for smem in (q_smem_, k_smem_))
             itself += jnp.sum(q * k, axis=1)
             q_smem_[...] = (scale * q * decay_over(j <= i, log_decay)).astype(jnp.bfloat16)
@@ -130,12 +149,11 @@ def gradients(q, k, v, log_decay, totals, before, d_o, after, *, scale: float):
         ):  # fmt: skip
             plgpu.copy_gmem_to_smem(ref.at[where], smem, rest_loaded)
 
-        def contract(d_scores, d_scores_turned, d_reads, d_writes):
+        def contract(d_scores, d_reads, d_writes):
             through = jnp.zeros((TILE,), jnp.float32)
             for step in range(steps):
                 plgpu.barrier_wait(loaded)
                 plgpu.wgmma(d_scores, d_o_smem, v_smem.transpose((1, 0)))
-                plgpu.wgmma(d_scores_turned, v_smem, d_o_smem.transpose((1, 0)))
                 plgpu.wgmma(d_reads, d_o_smem, before_smem.transpose((1, 0)))
                 plgpu.wgmma(d_writes, v_smem, after_smem.transpose((1, 0)))
                 through += jnp.sum(before_smem[...].astype(jnp.float32) * after_smem[...].astype(jnp.float32), axis=1)
@@ -143,14 +161,14 @@ def gradients(q, k, v, log_decay, totals, before, d_o, after, *, scale: float):
                     plgpu.wgmma_wait(0)
                     plgpu.commit_smem()
                     load(step + 1)
-            return d_scores[...], d_scores_turned[...], d_reads[...], d_writes[...], through
+            return d_scores[...], d_reads[...], d_writes[...], through
 
         accumulator = plgpu.ACC((CHUNK, TILE), jnp.float32)
-        d_scores, d_scores_turned, d_reads, d_writes, through = pl.run_scoped(contract, *[accumulator] * 4)
+        d_scores, d_reads, d_writes, through = pl.run_scoped(contract, *[accumulator] * 3)
         i, j = positions()
         d_itself = scale * jnp.sum(jnp.where(i == j, d_scores, 0), axis=1)
         d_scores_smem = v_smem  # which nothing else is read from any more
-        d_scores_smem[...] = (scale * jnp.where(i > j, d_scores, d_scores_turned)).astype(jnp.bfloat16)  # for both tokens of a pair
+        d_scores_smem[...] = jnp.where(i > j, scale * d_scores, 0).astype(jnp.bfloat16)
 
         plgpu.barrier_wait(rest_loaded)
         total_smem[...] *= through
@@ -166,6 +184,14 @@ def gradients(q, k, v, log_decay, totals, before, d_o, after, *, scale: float):
         for smem, part in zip((before_smem, after_smem), parts(k_smem[...].astype(jnp.float32) * d_k), strict=True):
             smem[...] = part
 
+        def by_levels(d):
+            identity = met_smem
+            identity[...] = ones(i == j)
+            plgpu.commit_smem()
+            both = product(d_scores_smem.transpose((1, 0)), identity, start=d_scores_smem[...].astype(jnp.float32))
+            d_scores_smem[...] = both.astype(jnp.bfloat16)  # for both tokens of a pair
+            return lax.fori_loop(0, LEVELS, level, d)
+
         def level(power, d):
             d_q, d_k = d
             s = jnp.left_shift(1, power)
@@ -178,7 +204,24 @@ def gradients(q, k, v, log_decay, totals, before, d_o, after, *, scale: float):
             d_met *= decay
             return d_q + is_second * d_met, d_k + (1 - is_second) * d_met
 
-        d_q, d_k = lax.fori_loop(0, LEVELS, level, (d_q, d_k))
+        x, near = since_middle(log_decay)
+
+        def at_once(d):
+            d_q, d_k = d
+            since, until = jnp.exp2(x), jnp.exp2(-x)
+            reader_smem, read_smem = met_smem, d_o_smem
+            reader_smem[...] = (q_smem[...].astype(jnp.float32) * since).astype(jnp.bfloat16)
+            read_smem[...] = (k_smem[...].astype(jnp.float32) * until).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            # One after the other: the registers do not hold both.
+            d_reader = product(d_scores_smem, read_smem)
+            from_t[...] += reader_smem[...].astype(jnp.float32) * d_reader
+            d_q += since * d_reader
+            d_read = product(d_scores_smem.transpose((1, 0)), reader_smem)
+            from_t[...] -= read_smem[...].astype(jnp.float32) * d_read
+            return d_q, d_k + until * d_read
+
+        d_q, d_k = lax.cond(near, at_once, by_levels, (d_q, d_k))
         for smem, part in zip((v_smem, d_o_smem), parts(from_t[...]), strict=True):
             smem[...] = part
         q, k = q_smem[...].astype(jnp.float32), k_smem[...].astype(jnp.float32)

@@ -59,7 +59,8 @@ CASES = [
 
 
 def example(seed, case, segment_ids=None):
-    """float64 arguments; "mixed" decays are 0, -50 and anything between at random, and padding holds nan."""
+    """float64 arguments; "mixed" decays are 0, -50 and anything between at random, "medium" ones those at which the Hopper kernels take
+    another way in half of the channels; padding holds nan."""
     rng = np.random.default_rng(seed)
     B, T, H, HV, K, V = case.B, case.T, case.H, case.HV, case.K, case.V
     axes = {"fixed": (HV,), "head": (B, T, HV), "channel": (B, T, HV, K)}[case.axes]
@@ -67,6 +68,7 @@ def example(seed, case, segment_ids=None):
     decays = {
         "none": np.zeros(axes),
         "weak": weak,
+        "medium": np.where(np.arange(axes[-1]) < axes[-1] // 2, -1.25, -1.5) + weak,  # 2^-58 and 2^-69 in 32 tokens
         "strong": np.full(axes, -50.0) + weak,
         "mixed": np.choose(rng.integers(0, 4, axes), [np.zeros(axes), np.full(axes, -50.0), weak, medium]),
     }

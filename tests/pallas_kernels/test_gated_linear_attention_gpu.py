@@ -21,6 +21,7 @@ slow = pytest.mark.slow
     [
         Case(140, "head", documents=True, B=1, H=1, HV=1, K=64, V=64),
         Case(100, "channel", documents=True, B=1, H=1, HV=1, K=64, V=64),
+        Case(64, "channel", "medium", B=1, H=1, HV=1, K=128, V=64),
         pytest.param(Case(128, "head", "strong", B=1, H=1, HV=1, K=64, V=64), marks=slow),
         pytest.param(Case(256, "fixed", "weak", B=1, H=1, HV=2, K=64, V=64), marks=slow),  # grouped values
         pytest.param(Case(128, "head", "none", B=2, H=1, HV=1, K=192, V=128), marks=slow),  # more of a state than is in memory at once
