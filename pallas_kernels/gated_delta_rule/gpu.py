@@ -9,7 +9,7 @@ E_ij = exp(c_i - c_j),
 as in :mod:`.tpu`, by kernels that walk through the chunks with the state in registers (:mod:`.gpu_forward`, :mod:`.gpu_backward`) and such
 that take all chunks at once, before the walks and after them: for decays a head those of :mod:`.gpu_per_head`; where c_i has a part a
 channel, exp(c_i - c_j) stands inside of the products over channels, and :mod:`.gpu_per_channel` has them. For the backward pass forward
-keeps X; states and e are computed again. A new document is a log decay of RESET at its first token.
+keeps what it made of all chunks at once; states and e are computed again. A new document is a log decay of RESET at its first token.
 """
 
 from functools import partial
@@ -119,29 +119,29 @@ def _run_forward(plan, q, k, v, beta, log_decay, initial_state):
     Returns (o and the final state), and what the backward pass takes.
     """
     decays = gpu_per_channel if plan.per_channel else gpu_per_head
-    keys, scores, inverse, kept = decays.forward(plan, q, k, beta, log_decay)
+    inverse, kept = decays.forward(plan, q, k, beta, log_decay)
+    keys = kept.keys(q, k)
     if plan.pieces == 1:
         transitions, before = None, initial_state[:, :, None]
     else:
         transitions = gpu_forward.transitions(plan, keys, inverse, _identities(plan, initial_state))
         increments = gpu_forward.increments(plan, keys, v, inverse, _zeros(plan, initial_state))
         before = gpu_pieces.starts(transitions, increments, initial_state)
-    o, after = gpu_forward.outputs(plan, keys, v, inverse, scores, before)
+    o, after = gpu_forward.outputs(plan, keys, v, inverse, kept.scores, before)
     return (o, after[:, :, -1]), (q, k, v, inverse, kept, transitions, before)
 
 
 def _run_backward(plan, residuals, cotangents):
     q, k, v, inverse, kept, transitions, before = residuals
     d_o, d_final_state = cotangents
-    keys, pairs = kept.again(plan, q, k)
-    scores = pairs[0]
+    keys, scores = kept.keys(q, k), kept.scores
     d_after = d_final_state[:, :, None]
     if plan.pieces > 1:
         increments = gpu_backward.increments(plan, keys, inverse, scores, d_o, _zeros(plan, d_final_state))
         d_after = gpu_pieces.starts(transitions, increments, d_final_state, backwards=True)
     d_v, d_states, d_before = gpu_backward.states(plan, keys, inverse, scores, d_o, d_after)
     states, errors, _ = gpu_forward.states(plan, keys, v, inverse, before)
-    d_q, d_k, *d_gates = kept.gradients(plan, q, k, pairs, states, errors, d_o, d_v, d_states)
+    d_q, d_k, *d_gates = kept.gradients(plan, q, k, states, errors, d_o, d_v, d_states)
     d_q, d_k = (_sum_of_groups(x, plan.groups) for x in (d_q, d_k))
     return d_q, d_k, d_v, *d_gates, d_before[:, :, 0]
 

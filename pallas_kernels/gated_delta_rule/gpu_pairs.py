@@ -19,31 +19,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, Gate, between, call, product, row_of, squares, tile
 
 
-def with_inverse(plan, q, k, gates):
-    """q, k [B,T,H,K], gates [B,HV,N,GATES,C] -> P and X, [B,HV,N,C,C] in bfloat16."""
-    return _call(plan, _inverse, q, k, gates)
-
-
-def without_inverse(plan, q, k, gates):
-    """The same -> P and L."""
-    return _call(plan, lambda lower, gates, buffer, scratch: lower, q, k, gates)
-
-
-def _call(plan, last, q, k, gates):
+def pairs(plan, q, k, gates):
+    """q, k [B,T,H,K], gates [B,HV,N,GATES,C] -> P, L and X, [B,HV,N,C,C] in bfloat16."""
     B, HV, N = gates.shape[:3]
-    pairs = jax.ShapeDtypeStruct((B, HV, N, CHUNK, CHUNK), jnp.bfloat16)
+    square = jax.ShapeDtypeStruct((B, HV, N, CHUNK, CHUNK), jnp.bfloat16)
     return call(
-        partial(_kernel, plan, last),
+        partial(_kernel, plan),
         q,
         k,
         gates,
         name="pairs",
-        out_type=(pairs, pairs),
+        out_type=(square, square, square),
         scratch_types=[
             *[tile(CHUNK, q.shape[3])] * 2,
             plgpu.SMEM((len(Gate), CHUNK), jnp.float32),
-            *[tile(CHUNK, CHUNK)] * 2,
-            [tile(CHUNK, CHUNK)] * (2 if last is _inverse else 0),
+            *[tile(CHUNK, CHUNK)] * 3,
+            [tile(CHUNK, CHUNK)] * 2,
             plgpu.Barrier(num_arrivals=3),
         ],
         grid=(B, HV, N),
@@ -51,7 +42,7 @@ def _call(plan, last, q, k, gates):
     )
 
 
-def _kernel(plan, last, q_ref, k_ref, gates_ref, scores_ref, last_ref, q, k, gates, scores, result, scratch, loaded):
+def _kernel(plan, q_ref, k_ref, gates_ref, scores_ref, lower_ref, inverse_ref, q, k, gates, scores, lower, result, scratch, loaded):
     b, h, n = (jax.lax.axis_index(name) for name in "bhn")
     tokens, key_head = pl.ds(n * CHUNK, CHUNK), h // plan.groups
     plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, key_head], k, loaded)
@@ -61,17 +52,16 @@ def _kernel(plan, last, q_ref, k_ref, gates_ref, scores_ref, last_ref, q, k, gat
 
     i, j = squares()
     decay = between(gates)
-    lower = jnp.where(i > j, product((k, k.T)) * decay, 0.0)
+    below = jnp.where(i > j, product((k, k.T)) * decay, 0.0)
+    lower[...] = below.astype(jnp.bfloat16)
     scores[...] = (plan.scale * product((q, k.T)) * decay).astype(jnp.bfloat16)
-    result[...] = last(lower, gates, result, scratch).astype(jnp.bfloat16)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(scores, scores_ref.at[b, h, n])
-    plgpu.copy_smem_to_gmem(result, last_ref.at[b, h, n])
+    plgpu.copy_smem_to_gmem(lower, lower_ref.at[b, h, n])
+    result[...] = inverse(below * -row_of(gates, Gate.BETA), result, scratch).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(result, inverse_ref.at[b, h, n])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _inverse(lower, gates, result, scratch):
-    return inverse(lower * -row_of(gates, Gate.BETA), result, scratch)
 
 
 def inverse(B, result, scratch):

@@ -16,24 +16,27 @@ from pallas_kernels.gated_linear_attention.tpu_decays import RESET
 
 
 class Kept(NamedTuple):
-    """For the backward pass. gates: [B,HV,N,GATES,C]."""
+    """For the walks and the backward pass. gates: [B,HV,N,GATES,C]; scores, lower: P and L."""
 
     gates: jax.Array
+    scores: jax.Array
+    lower: jax.Array
 
-    def again(self, plan, q, k):
-        """The keys for the walks, and P and L."""
-        return Keys(k, q, self.gates), gpu_pairs.without_inverse(plan, q, k, self.gates)
+    def keys(self, q, k):
+        """What the walks take."""
+        return Keys(k, q, self.gates)
 
-    def gradients(self, plan, q, k, pairs, *walked):
+    def gradients(self, plan, q, k, *walked):
         """D q, D k [B,T,HV,K], D beta, D log_decay, by what the walks found: see :func:`.gpu_gradients.gradients`."""
-        d_q, d_k, sums = gpu_gradients.gradients(plan, q, k, self.gates, *pairs, *walked)
+        d_q, d_k, sums = gpu_gradients.gradients(plan, q, k, *self, *walked)
         return d_q, d_k, *_d_gates(self.gates, sums)
 
 
 def forward(plan, q, k, beta, log_decay):
-    """q, k [B,T,H,K], beta, log_decay [B,HV,N,C] -> the keys for the walks, P, X and what is kept."""
+    """q, k [B,T,H,K], beta, log_decay [B,HV,N,C] -> X and what else is kept."""
     gates = _gates(beta, jnp.maximum(log_decay, RESET))
-    return Keys(k, q, gates), *gpu_pairs.with_inverse(plan, q, k, gates), Kept(gates)
+    scores, lower, inverse = gpu_pairs.pairs(plan, q, k, gates)
+    return inverse, Kept(gates, scores, lower)
 
 
 def _gates(beta, log_decay):
