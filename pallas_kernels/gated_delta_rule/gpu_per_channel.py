@@ -20,7 +20,7 @@ from pallas_kernels.gated_delta_rule import gpu_pairs, gpu_per_channel_gradients
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, product, tile
 from pallas_kernels.gated_delta_rule.gpu_gradients import PART
 from pallas_kernels.gated_delta_rule.gpu_walk import Keys
-from pallas_kernels.gated_linear_attention.gpu_decays import LEVELS, decay_over, meet, positions, split, to_middle
+from pallas_kernels.gated_linear_attention.gpu_decays import LEVELS, decay_over, meet, positions, since_middle, split, to_middle
 from pallas_kernels.gated_linear_attention.gpu_layout import TILED_FLOAT32, kernel, over_columns, over_rows
 
 
@@ -123,7 +123,8 @@ def decayed(plan, q, k, beta, log_decay):
 
 
 def _pairs(q, k, log_decay, met, sums):
-    """Adds to the scores of queries and of keys [C,C], and of queries with their own token's key [C], the part of PART channels."""
+    """Adds to the scores of queries and of keys [C,C], below the diagonal, and of queries with their own token's key [C], the part of PART
+    channels."""
     i, j = positions()
 
     def level(power, sums):
@@ -137,8 +138,20 @@ def _pairs(q, k, log_decay, met, sums):
         scores += across * product((queries, met.T))
         return scores, lower + across * product((met, met.T))
 
+    x, near = since_middle(log_decay)
+
+    def at_once(sums):
+        scores, lower = sums
+        met[...] = (_float32(k) * jnp.exp2(-x)).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        since = jnp.exp2(x)
+        # Above the diagonal whatever it comes to: not selected.
+        scores = product(((_float32(q) * since).astype(jnp.bfloat16), met.T), start=scores)
+        return scores, product(((_float32(k) * since).astype(jnp.bfloat16), met.T), start=lower)
+
     *sums, itself = sums
-    return *lax.fori_loop(0, LEVELS, level, tuple(sums)), itself + jnp.sum(_float32(q) * _float32(k), axis=1)
+    sums = lax.cond(near, at_once, lambda sums: lax.fori_loop(0, LEVELS, level, sums), tuple(sums))
+    return *sums, itself + jnp.sum(_float32(q) * _float32(k), axis=1)
 
 
 def _float32(ref) -> jax.Array:

@@ -16,7 +16,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, product, tile
 from pallas_kernels.gated_delta_rule.gpu_gradients import PART, Values
-from pallas_kernels.gated_linear_attention.gpu_decays import LEVELS, decay_over, meet, ones, parts, positions, split, to_middle
+from pallas_kernels.gated_linear_attention.gpu_decays import (
+    LEVELS,
+    decay_over,
+    meet,
+    ones,
+    parts,
+    positions,
+    since_middle,
+    split,
+    to_middle,
+)
 from pallas_kernels.gated_linear_attention.gpu_layout import TILED_FLOAT32, kernel, over_columns, over_rows
 
 
@@ -83,15 +93,11 @@ def _of_keys(scale, met, keys, beta, buffers, writes, from_t, loaded):
     """
     reads_q, reads_k, d_key, pairs_q, pairs_k = met
     q_smem, k_smem, *log_decay = keys
-    d_scores, d_lower, met_q, met_k, identity = buffers
+    d_scores, d_lower, met_q, met_k, spare = buffers
     i, j = positions()
     d_itself = scale * jnp.sum(jnp.where(i == j, pairs_q, 0), axis=1)
     d_scores[...] = jnp.where(i > j, scale * pairs_q, 0).astype(jnp.bfloat16)
     d_lower[...] = jnp.where(i > j, -pairs_k, 0).astype(jnp.bfloat16)
-    identity[...] = ones(i == j)
-    plgpu.commit_smem()
-    for d_pairs in (d_scores, d_lower):
-        d_pairs[...] = product((d_pairs.T, identity), start=_float32(d_pairs)).astype(jnp.bfloat16)  # for both tokens of a pair
 
     plgpu.barrier_wait(loaded)
     split(from_t, *log_decay)
@@ -122,7 +128,34 @@ def _of_keys(scale, met, keys, beta, buffers, writes, from_t, loaded):
             d_key += read * d_met
         return *readers, d_key
 
-    d_q, d_reader, d_key = lax.fori_loop(0, LEVELS, level, (d_q, d_reader, d_key))
+    x, near = since_middle(log_decay)
+
+    # All of it nothing where they are not near: as a way of its own it would cost a kilobyte of spills.
+    nothing = jnp.where(near, 0.0, -jnp.inf)
+    read, since, until = spare, jnp.exp2(nothing + x), jnp.exp2(nothing - x)
+    for reader, met in ((q_smem, met_q), (k_smem, met_k)):
+        met[...] = (_float32(reader) * since).astype(jnp.bfloat16)
+    read[...] = (_float32(k_smem) * until * over_rows(beta[...], PART)).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    d_met = product((d_scores, read))
+    from_t[...] += _float32(met_q) * d_met
+    d_q += since * d_met
+    d_met = product((d_lower, read))
+    from_t[...] += _float32(met_k) * d_met
+    d_reader += since * d_met
+    d_met = product((d_scores.T, met_q), (d_lower.T, met_k))
+    from_t[...] -= _float32(read) * d_met
+    d_key += until * d_met
+
+    @pl.when(jnp.logical_not(near))
+    def _():
+        identity = spare
+        identity[...] = ones(i == j)
+        plgpu.commit_smem()
+        for d_pairs in (d_scores, d_lower):
+            d_pairs[...] = product((d_pairs.T, identity), start=_float32(d_pairs)).astype(jnp.bfloat16)  # for both tokens of a pair
+
+    d_q, d_reader, d_key = lax.fori_loop(jnp.where(near, LEVELS, 0), LEVELS, level, (d_q, d_reader, d_key))
     q, k, by_beta = _float32(q_smem), _float32(k_smem), over_rows(beta[...], PART)
     d_key += over_rows(d_itself, PART) * q
     d_q += over_rows(d_itself, PART) * by_beta * k

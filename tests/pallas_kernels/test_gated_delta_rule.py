@@ -57,7 +57,8 @@ CASES = [  # the compiled programs are shared by cases of one shape
 
 
 def example(seed, case, segment_ids=None):
-    """float64 arguments, exact in float32 too; "mixed" decays are 0, -50 and anything between at random; padding holds nan and inf."""
+    """float64 arguments, exact in float32 too; "mixed" decays are 0, -50 and anything between at random, "medium" ones those at which the
+    Hopper kernels take another way in half of the channels; padding holds nan and inf."""
     rng = np.random.default_rng(seed)
     B, T, H, HV, K, V = case.B, case.T, case.H, case.HV, case.K, case.V
     k = rng.normal(size=(B, T, H, K))
@@ -77,6 +78,7 @@ def example(seed, case, segment_ids=None):
         arguments["log_decay"] = {
             "zero": np.zeros(axes),
             "weak": weak,
+            "medium": np.where(np.arange(axes[-1]) < axes[-1] // 2, -1.25, -1.5) + weak,  # 2^-58 and 2^-69 in 32 tokens
             "strong": np.full(axes, -50.0) + weak,
             "mixed": np.choose(rng.integers(0, 4, axes), [np.zeros(axes), np.full(axes, -50.0), weak, medium]),
         }[case.decays]
