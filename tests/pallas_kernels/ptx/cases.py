@@ -46,13 +46,13 @@ def _attention(B, T, H, HK, K, V, **options):
 
 
 def _gated_linear_attention(T, axes, least=None, **sizes):
-    case = test_gated_linear_attention_gpu.Case(T, axes, documents=True, **{"B": 1, "H": 1, "HV": 1, "K": 64, "V": 64} | sizes)
+    case = test_gated_linear_attention_gpu.Case(T, axes, **{"documents": True, "B": 1, "H": 1, "HV": 1, "K": 64, "V": 64} | sizes)
     with mock.patch.object(gpu_walk, "LEAST", least or gpu_walk.LEAST):
         test_gated_linear_attention_gpu._matches_the_reference(case)
 
 
 def _gated_delta_rule(T, axes, least=None, **sizes):
-    case = test_gated_delta_rule_gpu.Case(T, axes, documents=True, **{"B": 1, "H": 1, "HV": 2, "K": 64, "V": 64} | sizes)
+    case = test_gated_delta_rule_gpu.Case(T, axes, **{"documents": True, "B": 1, "H": 1, "HV": 2, "K": 64, "V": 64} | sizes)
     with mock.patch.object(delta_rule_kernels, "LEAST", least or delta_rule_kernels.LEAST):
         found = test_gated_delta_rule_gpu.errors(case)
     assert max(found.values()) < 1e-2, found  # as in test_in_pieces
@@ -67,10 +67,12 @@ CASES = {
     "attention in a window": lambda: _attention(1, 700, 1, 1, 128, 64, window=300),
     "gated_linear_attention by head": lambda: _gated_linear_attention(640, "head"),
     "gated_linear_attention by channel": lambda: _gated_linear_attention(300, "channel", K=128, V=128),
+    "gated_linear_attention of medium decays": lambda: _gated_linear_attention(64, "channel", K=128, decays="medium", documents=False),
     "gated_linear_attention by head in pieces": lambda: _gated_linear_attention(1024, "head", least=4),
     "gated_linear_attention by channel in pieces": lambda: _gated_linear_attention(512, "channel", least=1),
     "gated_delta_rule by head": lambda: _gated_delta_rule(640, "head", K=128, V=128),
     "gated_delta_rule by channel": lambda: _gated_delta_rule(300, "channel", K=128),
+    "gated_delta_rule of medium decays": lambda: _gated_delta_rule(64, "channel", K=128, HV=1, decays="medium", documents=False),
     "gated_delta_rule by head in pieces": lambda: _gated_delta_rule(600, "head", least=3),
     "gated_delta_rule by channel in pieces": lambda: _gated_delta_rule(300, "channel", least=1),
 }

@@ -33,6 +33,8 @@ def run(tmp_path_factory):
         "attention in a window",
         *(f"{operator} by {axes}{pieces}" for operator in ("gated_linear_attention", "gated_delta_rule")
           for axes in ("head", "channel") for pieces in ("", " in pieces")),
+        "gated_linear_attention of medium decays",
+        "gated_delta_rule of medium decays",
     ],
 )  # fmt: skip
 def test_kernels_are_right_and_race_free(run, name):
