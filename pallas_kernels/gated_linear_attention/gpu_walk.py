@@ -52,7 +52,8 @@ def walk(operands: Operands, start, *, scale: float = 1.0, reverse: bool = False
     Returns out [B,T,HV,V] in bfloat16, the state at the other end in float32, and where ``every`` is not 0 those at every so many chunks
     [B,N/every,HV,K,V] in bfloat16: each before, or with ``reverse`` after, so many chunks.
     """
-    (B, T, HV, V), N = operands.y.shape, operands.y.shape[1] // CHUNK
+    B, T, HV, V = operands.y.shape
+    N = T // CHUNK
     plan = Plan.of(B * HV * V // TILE, N, max(every, 1), even=V % (2 * TILE) == 0)
     if plan.pieces == 1:
         out, last, *kept = _walk(plan, operands, start[:, None], scale, reverse, every)
