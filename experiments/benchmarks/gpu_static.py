@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -78,19 +79,21 @@ def compile_cost(case: Case, target: str, dumps: Path, precision: str | None) ->
 
 
 def cost(text: str, written: list[sass.Kernel]) -> dict:
-    """Of a row: the bytes that a compiled module moves, and its kernels, each with how often it is executed."""
+    """Of a row: the bytes that a compiled module moves, and its kernels, each with how often it is executed and what it moves each time."""
     module = hlo.Module(text)
-    unknown, calls = 0, {}
+    unknown, calls, moved = 0, Counter(), Counter()
     for execution in module.executions:
         instruction = module.computations[execution.computation][execution.name]
         unknown += not execution.known
         if "mosaic_gpu" in instruction.attributes:
             name = _name(instruction.attributes, written)
-            calls[name] = calls.get(name, 0) + execution.count
+            calls[name] += execution.count
+            moved[name] += execution.count * execution.hbm_bytes
     found = []
     for kernel in written:
         same = sum(other.name == kernel.name for other in written)  # such as one for each direction
-        found.append(dataclasses.asdict(kernel) | {"executions": calls.get(kernel.name, 0) / same, "ctas_per_sm": ctas_per_sm(kernel)})
+        of_calls = {"executions": calls[kernel.name] / same, "hbm_bytes": moved[kernel.name] / max(calls[kernel.name], 1)}
+        found.append(dataclasses.asdict(kernel) | of_calls | {"ctas_per_sm": ctas_per_sm(kernel)})
     return {
         "hbm_bytes": module.hbm_bytes,
         "unknown_loops": unknown + sum(kernel.unknown_loops for kernel in written),
@@ -115,22 +118,27 @@ def ctas_per_sm(kernel: sass.Kernel) -> int | None:
 
 
 def floors(row: dict, target: Gpu, dtype: str) -> dict:
-    """Of a row: seconds that it takes at least, by what each of the card's resources does in one, and which of them binds."""
+    """Of a row: seconds that it takes at least, by what each of the card's resources does in one, and which of them binds; and ``in_turn``,
+    where kernels wait for one another, each by what binds it."""
     issued = stalled = 0.0
+    in_turn = row["hbm_bytes"] / target.bytes_per_s
     for kernel in row["kernels"]:
         if kernel["instructions"] is None or not kernel["ctas"]:
             continue
-        times = kernel["executions"] * kernel["ctas"] / target.multiprocessors
-        issued += times * kernel["instructions"] * kernel["threads"] / WARP / SCHEDULERS
+        times = kernel["ctas"] / target.multiprocessors
+        issue = times * kernel["instructions"] * kernel["threads"] / WARP / SCHEDULERS
         waves = math.ceil(kernel["ctas"] / (target.multiprocessors * max(kernel["ctas_per_sm"], 1)))
-        stalled += kernel["executions"] * waves * kernel["cycles"]
+        stalls = waves * kernel["cycles"]
+        issued += kernel["executions"] * issue
+        stalled += kernel["executions"] * stalls
+        in_turn += kernel["executions"] * max(max(issue, stalls) / target.clock_hz - kernel["hbm_bytes"] / target.bytes_per_s, 0)
     seconds = {
         "hbm": row["hbm_bytes"] / target.chip.bytes_per_s,
         "flops": row["flops"] / target.flop_per_s(dtype),
         "issue": issued / target.clock_hz,
         "stalls": stalled / target.clock_hz,
     }
-    return {f"{name}_s": value for name, value in seconds.items()} | {"bound": max(seconds, key=seconds.get)}
+    return {f"{name}_s": value for name, value in seconds.items()} | {"in_turn_s": in_turn, "bound": max(seconds, key=seconds.get)}
 
 
 def small(shape):
@@ -191,6 +199,7 @@ def suite(target: str) -> Iterator[Suite]:
                 "us FLOPs": lambda row: f"{row['flops_s'] * 1e6:.1f}",
                 "us issue": lambda row: f"{row['issue_s'] * 1e6:.1f}",
                 "us stalls": lambda row: f"{row['stalls_s'] * 1e6:.1f}",
+                "us in turn": lambda row: f"{row['in_turn_s'] * 1e6:.1f}",
                 "bound": lambda row: row["bound"],
                 "temp MiB": lambda row: f"{row['temp_bytes'] / 2**20:.1f}",
                 "compile s": lambda row: f"{row['compile_s']:.1f}",
