@@ -61,17 +61,17 @@ def _kernel(N, chunks, slices, scale, *refs):
     sources, results, scratch = refs[:7], refs[7:10], refs[10:]
     w, first = lax.axis_index("warpgroup"), lax.axis_index("piece") * chunks
     count = jnp.int32(chunks) if N % chunks == 0 else jnp.minimum(chunks, N - first)
-    pl.when(w == 2)(lambda: _load(first, count, slices, sources, *scratch))
-    pl.when(w < 2)(lambda: _compute(first, count, slices, scale, results, *scratch))
+    pl.when(w == 2)(lambda: _load(chunks, count, slices, sources, *scratch))
+    pl.when(w < 2)(lambda: _compute(chunks, count, slices, scale, results, *scratch))
 
 
-def _load(first, count, slices, sources, slots, rest, _, slot_barriers, rest_barriers):
+def _load(chunks, count, slices, sources, slots, rest, _, slot_barriers, rest_barriers):
     v_ref, d_o_ref, states_ref, d_states_ref, q_ref, k_ref, sums_ref = sources
     (values, states), (keys, sums), (full, free), (rest_full, rest_free) = slots, rest, slot_barriers, rest_barriers
     plgpu.set_max_registers(24, action="decrease")
 
     def fetch(m, _):
-        n = first + m
+        n = lax.axis_index("piece") * chunks + m
         b, h, block = (lax.axis_index(name) for name in ("b", "h", "block"))
         tokens, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(block * TILE, TILE)
         for s in range(slices):
@@ -97,14 +97,14 @@ def _load(first, count, slices, sources, slots, rest, _, slot_barriers, rest_bar
     plgpu.barrier_wait(rest_free)
 
 
-def _compute(first, count, slices, scale, results, slots, rest, buffers, slot_barriers, rest_barriers):
+def _compute(chunks, count, slices, scale, results, slots, rest, buffers, slot_barriers, rest_barriers):
     d_q_ref, d_k_ref, products_ref = results
     (values, states), (keys, sums), (found, products) = slots, rest, buffers
     (full, free), (rest_full, rest_free) = slot_barriers, rest_barriers
     plgpu.set_max_registers(240, action="increase")
 
     def chunk(m, _):
-        n = first + m
+        n = lax.axis_index("piece") * chunks + m
         b, h, block, g = (lax.axis_index(name) for name in ("b", "h", "block", "warpgroup"))
         own, others = pl.ds(g * TILE, TILE), pl.ds((1 - g) * TILE, TILE)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
