@@ -16,7 +16,7 @@ from launch import command_flags
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-COMMAND = re.compile(r"python -m ((?:experiments|launch)\.\w+)((?:\\\n|[^`\n])*)")
+COMMAND = re.compile(r"python -m ((?:experiments|launch)\.\w+\b)(?!\.\w)((?:\\\n|[^`\n])*)")
 
 
 def commands() -> list[tuple[str, str, str]]:

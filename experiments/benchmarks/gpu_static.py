@@ -121,7 +121,7 @@ def floors(row: dict, target: Gpu, dtype: str) -> dict:
     """Of a row: seconds that it takes at least, by what each of the card's resources does in one, and which of them binds; and ``in_turn``,
     where kernels wait for one another, each by what binds it."""
     issued = stalled = 0.0
-    in_turn = row["hbm_bytes"] / target.bytes_per_s
+    in_turn = row["hbm_bytes"] / target.chip.bytes_per_s
     for kernel in row["kernels"]:
         if kernel["instructions"] is None or not kernel["ctas"]:
             continue
@@ -131,7 +131,7 @@ def floors(row: dict, target: Gpu, dtype: str) -> dict:
         stalls = waves * kernel["cycles"]
         issued += kernel["executions"] * issue
         stalled += kernel["executions"] * stalls
-        in_turn += kernel["executions"] * max(max(issue, stalls) / target.clock_hz - kernel["hbm_bytes"] / target.bytes_per_s, 0)
+        in_turn += kernel["executions"] * max(max(issue, stalls) / target.clock_hz - kernel["hbm_bytes"] / target.chip.bytes_per_s, 0)
     seconds = {
         "hbm": row["hbm_bytes"] / target.chip.bytes_per_s,
         "flops": row["flops"] / target.flop_per_s(dtype),

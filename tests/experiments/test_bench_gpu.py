@@ -146,10 +146,15 @@ def test_the_longest_floor_binds():
     assert found["stalls_s"] == pytest.approx(2 * 4000 / 1.98e9)  # all blocks at once
     assert found["issue_s"] == pytest.approx(2 * 1000 * 128 / 132 / 1.98e9)
     assert found["bound"] == "stalls" and found["in_turn_s"] == pytest.approx(found["stalls_s"])
-    slow_memory = gpu_static.floors(row | {"flops": 0}, dataclasses.replace(target, bytes_per_s=1e12), "bfloat16")
+
+    def moving(bytes_per_s):
+        chip = target.chip._replace(bytes_per_s=bytes_per_s)
+        return gpu_static.floors(row | {"flops": 0}, dataclasses.replace(target, chip=chip), "bfloat16")
+
+    slow_memory = moving(1e12)
     assert slow_memory["in_turn_s"] == pytest.approx(slow_memory["hbm_s"])
     row["kernels"][0]["cycles"] *= 2  # 8000, the other's 4000, and either kernel's bytes take 6000: none of the sums is more than 12000
-    mixed = gpu_static.floors(row | {"flops": 0}, dataclasses.replace(target, bytes_per_s=2**22 / 6000 * 1.98e9), "bfloat16")
+    mixed = moving(2**22 / 6000 * 1.98e9)
     assert mixed["in_turn_s"] == pytest.approx((8000 + 6000) / 1.98e9)
     assert gpu_static.floors(row | {"flops": 989e12}, target, "bfloat16")["bound"] == "flops"
 

@@ -107,6 +107,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
     assert found["scores"]["colours"]["documents"] == 2 and "acc_norm" in result.out
 
 
+@pytest.mark.slow  # the harness looks at all its tasks
 def test_missing_data_sets_are_told_of(workdir, tmp_path):
     result = run_eval(workdir, "--suite=lm", "--tasks=piqa", f"--data={tmp_path}")
     assert result.code == 2

@@ -132,6 +132,7 @@ def test_it_is_lowered_under_vmap():
     assert kernels_in(hopper.lowered(run, arguments["x"])) == 1
 
 
+@pytest.mark.slow
 def test_documents_are_lowered_under_shard_map():
     spec = jax.sharding.PartitionSpec("x")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=hopper.H200)

@@ -268,7 +268,7 @@ def test_defaults_and_dtypes():
         assert relative_error(output, expected[0]) < 2**-8 and relative_error(state, expected[1]) < 1e-5
 
 
-@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("implementation", [pytest.param("associative_scan", marks=pytest.mark.slow), "xla"])
 def test_transformations(implementation):
     """vmap over a new axis, jax.checkpoint, and shard_map over batch and heads change nothing."""
     case = Case(70, "fixed", "weak")

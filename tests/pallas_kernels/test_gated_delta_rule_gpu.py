@@ -105,7 +105,7 @@ def arguments_of(axes, K=128, V=128, dtype=jnp.bfloat16):
     return {name: jnp.asarray(x, dtype if name in "qkv" else jnp.float32) for name, x in arguments.items()}
 
 
-@pytest.mark.parametrize("axes", ["none", "head", "channel"])
+@pytest.mark.parametrize("axes", ["none", *(pytest.param(axes, marks=pytest.mark.slow) for axes in ("head", "channel"))])
 def test_chosen_where_it_is_lowered_for_hopper(axes):
     def loss(arguments):
         output, state = gated_delta_rule(**arguments)

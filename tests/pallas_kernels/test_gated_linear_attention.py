@@ -260,7 +260,7 @@ def test_a_sequence_in_two_parts_and_token_by_token(axes):
         assert max(tree_errors((jnp.stack(tokens, axis=1), state), whole).values()) < 1e-13
 
 
-@pytest.mark.parametrize("implementation, axes", [("xla", "channel"), ("associative_scan", "head")])
+@pytest.mark.parametrize("implementation, axes", [("xla", "channel"), pytest.param("associative_scan", "head", marks=pytest.mark.slow)])
 def test_under_transformations(implementation, axes):
     case = CASE._replace(axes=axes)
     segment_ids = documents(4, case)

@@ -84,7 +84,7 @@ def test_chosen_where_it_is_lowered_for_hopper(name, kernels):
     assert hopper.lowered(jax.value_and_grad(loss), arguments).count("@mosaic_gpu_v2") == kernels
 
 
-@pytest.mark.parametrize("axes", ["head", "channel"])
+@pytest.mark.parametrize("axes", ["head", pytest.param("channel", marks=pytest.mark.slow)])
 def test_inside_shard_map_vmap_and_checkpoint(axes):
     case = Case(64, axes, B=2, H=1, HV=2, K=64, V=64)
     arguments = {name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for name, x in example(0, case).items()}

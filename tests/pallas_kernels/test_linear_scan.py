@@ -151,7 +151,7 @@ def test_a_sequence_in_two_parts_and_token_by_token(implementation):
         assert max(tree_errors((jnp.stack(tokens, axis=1), state), whole).values()) < 1e-14
 
 
-@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("implementation", [pytest.param("pallas", marks=pytest.mark.slow), *(name for name in OTHERS if name != "pallas")])
 def test_under_transformations(implementation):
     segment_ids = jnp.asarray(ROWS)
     arguments = example(4, *ROWS.shape, 3, ROWS, np.float32)
