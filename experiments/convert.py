@@ -7,7 +7,8 @@
 There and back is bit for bit. Tokenizer files come along, in WORKDIR/huggingface. What the parameters of a run of ours go on to:
 
     python -m experiments.convert --from_run=runs/gla_r6-tiny --workdir=runs/longer    # its newest checkpoint, or --step=N, as step 0
-    python -m experiments.train --workdir=runs/longer --config.data.window=1024        # any data, steps and optimiser; the same model
+    python -m experiments.train --workdir=runs/longer --config.data.window=1024        # any data, steps and optimiser; the same model,
+        --config.model.attention.rope_theta=100000                                     # but for its full attention's positions and window
 """
 
 import contextlib
@@ -89,7 +90,8 @@ def begin_with_another() -> int:
     run, step = convert.from_run(source, workdir, checkpoint.STEP.value)
     print(
         f"{workdir}: {costs.parameters(run.model):,} parameters of {source}, step {step}, at step 0. "
-        f"To go on from there: python -m experiments.train --workdir={workdir}, with any --config but another model"
+        f"To go on from there: python -m experiments.train --workdir={workdir}, "
+        "with any --config but another model (its full attention may have another rope_theta or window)"
     )
     return 0
 

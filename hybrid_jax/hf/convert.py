@@ -143,7 +143,9 @@ def to_hf(workdir: epath.Path, folder: Path, step: int | None = None, dtype: str
         raise ConfigError(f"{folder} has files already: give an empty or a new folder")
     carried = workdir / "huggingface"
     came = carried.is_dir()
-    described = _read_json(carried / "config.json") if came else options.fla_options(run.model) | _tokens(run)
+    described = (
+        options.with_positions(_read_json(carried / "config.json"), run.model) if came else options.fla_options(run.model) | _tokens(run)
+    )
     slots = names.slots(run.model, described)
     before = _read_json(carried / "dtypes.json") if came else {}
     dtypes = {name: tensors.DTYPES[dtype or before.get(name, "float32")] for name in slots}

@@ -148,6 +148,7 @@ ATTENTION = {  # of a hybrid's full-attention layers: option -> (field, default)
     "window_size": ("window", None),
     "rope_theta": ("rope_theta", 10000.0),
 }
+POSITIONS = ("window_size", "rope_theta")  # of full attention, a hybrid's or the Transformer's: what a run of given parameters may change
 RENAMED = {  # by fla since
     "rms_norm_eps": "norm_eps",
     "num_attention_heads": "num_heads",
@@ -304,3 +305,22 @@ def fla_options(model: ModelConfig) -> dict[str, Any]:
             options["attn"] = {"layers": full} | {option: getattr(model.attention, field) for option, (field, _) in ATTENTION.items()}
             options["attn"]["num_kv_heads"] = model.attention.kv_heads or model.attention.heads
     return {"architectures": [f"{kind.prefix}ForCausalLM"], "model_type": name, "fuse_norm": True} | options
+
+
+def with_positions(options: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """The options that a model came with, with the positions and the window that its full attention now has.
+
+    Raises ConfigError where it has no positions, which fla's always has.
+    """
+    now = fla_options(model)
+
+    def renewed(old: Mapping[str, Any], new: Mapping[str, Any], known: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+        return {**old, **{name: new[name] for name in POSITIONS if old.get(name, known[name][1]) != new[name]}}
+
+    if isinstance(model.mixer, config.Attention):
+        return renewed(options, now, family(options).fields)
+    attn = options.get("attn")
+    if not attn:
+        return dict(options)
+    full = [renewed(one, now["attn"], ATTENTION) for one in ([attn] if isinstance(attn, Mapping) else attn)]
+    return {**options, "attn": full[0] if isinstance(attn, Mapping) else full}

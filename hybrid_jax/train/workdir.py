@@ -26,8 +26,10 @@ from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig, from_dic
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.storage import files, in_bucket, one_line, write_whole
 
-# What of its model makes no difference to parameters that a run is given at its start, and starts from.
+# What of its model makes no difference to which parameters a run is given at its start, and starts from: how it computes, how its own
+# would have begun, and, for a longer context, the positions and the window of full attention ("mixer": of a Transformer).
 GIVEN = ("model.dtype", "model.remat", "model.init_std", "model.residual_init")
+GIVEN += ("model.attention.rope_theta", "model.attention.window", "model.mixer.rope_theta", "model.mixer.window")
 # What may change between two starts of one run: how it is watched, kept and spread over devices, not what it computes.
 FREE = ("train.microbatch", "train.log_every", "train.bad_steps", "model.remat", "evaluation", "checkpoint", "mesh", "log", "platform")
 

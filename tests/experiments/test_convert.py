@@ -101,7 +101,7 @@ def test_a_run_is_not_overwritten(workdir):
 
 
 def test_a_run_begins_with_the_parameters_of_another(tmp_path):
-    """Of a model that fla has not, averaged by its optimiser; trained on with another window, optimiser and number of steps."""
+    """Of a model that fla has not, averaged by its optimiser; trained on with other windows, optimiser and number of steps."""
     config = small_run(
         model={"mixer": {"name": "gla", "heads": 2}, "attention": {"heads": 2, "rope_theta": None}, "layers": 2, "ratio": 2},
         optimizer={"name": "schedule_free"},
@@ -122,7 +122,7 @@ def test_a_run_begins_with_the_parameters_of_another(tmp_path):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     (_, theirs), (_, ours) = load_params(tmp_path / "one", config, mesh, 3), load_params(tmp_path / "two", config, mesh)
     assert_same(theirs, ours)
-    given = ("--config.data.window=24", "--config.optimizer.name=adamw", "--config.train.steps=7")
+    given = ("--config.data.window=24", "--config.optimizer.name=adamw", "--config.train.steps=7", "--config.model.attention.window=8")
     changed = cli.load_run(list(given), workdir=str(tmp_path / "two")).config
     claim(tmp_path / "two", changed)  # what the training command begins with
     with pytest.raises(ConfigError, match="model.layers: 2 -> 4"):

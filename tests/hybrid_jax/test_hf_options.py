@@ -1,10 +1,12 @@
 """Each option of fla's configurations is honoured, of no effect, or refused by its name."""
 
+import dataclasses
+
 import pytest
 
 from hybrid_jax import config
 from hybrid_jax.config import ConfigError, ModelConfig
-from hybrid_jax.hf.options import fla_options, model_config, modern
+from hybrid_jax.hf.options import fla_options, model_config, modern, with_positions
 from tests.hybrid_jax import hf_folders
 from tests.hybrid_jax.hf_folders import ATTN
 
@@ -118,3 +120,23 @@ def test_what_fla_has_not_is_not_written(field, value):
         with pytest.raises(ConfigError, match="model.mixer.rope_theta=None cannot be written for fla"):
             fla_options(ModelConfig(layers=2, width=32, ratio=None, mixer=attention))
     assert fla_options(ModelConfig(layers=4, width=32, ratio=None, mixer=config.GLA(heads=2), attention=attention))["attn"] is None
+
+
+@pytest.mark.parametrize("model_type", ["transformer", "gla"])
+def test_a_longer_context_is_written_into_what_a_model_came_with(model_type):
+    """And nothing else of it is touched."""
+    full = [{"layers": [1], "num_heads": 2}, {"layers": [3], "num_heads": 2, "window_size": None}]
+    came = hf_folders.fla_options(model_type, eos_token_id=7, **({} if model_type == "transformer" else {"attn": full}))
+    model = model_config(came, "float32")
+    assert with_positions(came, model) == came
+    where = "mixer" if model_type == "transformer" else "attention"
+
+    def changed(**fields):
+        return dataclasses.replace(model, **{where: dataclasses.replace(getattr(model, where), **fields)})
+
+    longer = {"rope_theta": 5e5, "window_size": 64}
+    written = with_positions(came, changed(rope_theta=5e5, window=64))
+    assert written == came | (longer if model_type == "transformer" else {"attn": [one | longer for one in full]})
+    assert model_config(written, "float32") == changed(rope_theta=5e5, window=64)
+    with pytest.raises(ConfigError, match="rope_theta=None"):
+        with_positions(came, changed(rope_theta=None))
