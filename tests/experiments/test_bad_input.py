@@ -197,7 +197,7 @@ def test_a_workdir_of_another_run(finished):
     assert (finished / "config.json").read_text() == before
 
 
-def test_a_workdir_that_can_not_be_made(tmp_path):
+def test_a_workdir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     check(run_train(tmp_path / "file" / "run"), 2, "cannot write to", "another --workdir")
 
@@ -302,7 +302,7 @@ def test_a_missing_compiler_is_told_before_jax_is_imported(words):
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR])
-def test_a_path_that_can_not_be_used_is_named(code, capsys):
+def test_a_path_that_cannot_be_used_is_named(code, capsys):
     def action():
         raise OSError(code, os.strerror(code), "runs/there")
 

@@ -205,7 +205,7 @@ def test_metrics_are_copied_every_minute_and_when_it_matters(gcs, monkeypatch):
     assert [(row["step"], row["loss"]) for row in read_rows(workdir / "metrics.jsonl")] == [(1, 1), (2, 1), (3, 30)]
 
 
-def test_metrics_that_can_not_be_written_now_are_written_later(gcs, monkeypatch):
+def test_metrics_that_cannot_be_written_now_are_written_later(gcs, monkeypatch):
     monkeypatch.setattr(module, "COPIED_EVERY", 0.0)
     workdir = run_folder(f"gs://{gcs.new_bucket()}/run")
     metrics = Metrics(workdir, LogConfig(tensorboard=False), "run")
@@ -218,7 +218,7 @@ def test_metrics_that_can_not_be_written_now_are_written_later(gcs, monkeypatch)
     metrics.close()
 
 
-def test_metrics_that_can_not_be_written_end_the_run_with_a_reason(gcs):
+def test_metrics_that_cannot_be_written_end_the_run_with_a_reason(gcs):
     workdir = run_folder(f"gs://{gcs.new_bucket()}/run")
     metrics = Metrics(workdir, LogConfig(tensorboard=False), "run")
     gcs.read_only.add(workdir.parent.name)

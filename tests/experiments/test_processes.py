@@ -127,7 +127,7 @@ def wait_for_step(workdir, step):
 
 
 @pytest.mark.slow
-def test_what_one_process_can_not_read_all_pass_over(alone, tmp_path):
+def test_what_one_process_cannot_read_all_pass_over(alone, tmp_path):
     """Its shards are in files of their own: the others would read theirs."""
     workdir = tmp_path / "run"
     codes, outputs = finish(start(workdir, 2))

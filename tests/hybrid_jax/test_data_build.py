@@ -155,7 +155,7 @@ def test_two_builds_of_different_input_at_once(tmp_path):
     assert others[0]["complete"] and content(tmp_path / "store") == content(tmp_path / "alone")
 
 
-def test_a_folder_that_can_not_be_written_to(tmp_path):
+def test_a_folder_that_cannot_be_written_to(tmp_path):
     write_texts(tmp_path / "in", DOCUMENTS)
     (tmp_path / "file").write_text("text")
     refuses(r"cannot write to .*file/store \(Not a directory\): give another --output", tmp_path / "in", tmp_path / "file" / "store")

@@ -368,7 +368,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     assert read_config(tmp_path) == small_run()
 
 
-def test_a_workdir_that_can_not_be_written(tmp_path):
+def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write to .*another --workdir"):
         claim(tmp_path / "file" / "run", small_run())

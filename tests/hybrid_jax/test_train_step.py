@@ -153,7 +153,7 @@ def test_microbatches_take_every_row_once_and_none_from_another_device():
         ({"batch": 8}, 15, dict(fsdp=4, seq=2), "give a multiple of 2"),
     ],
 )
-def test_what_the_mesh_can_not_hold_is_refused_with_a_way_out(train_config, window, sizes, expected):
+def test_what_the_mesh_cannot_hold_is_refused_with_a_way_out(train_config, window, sizes, expected):
     run = small_run(train=train_config, data={"window": window})
     with pytest.raises(ConfigError, match=expected):
         microbatches(run, make_mesh(MeshConfig(**sizes)))

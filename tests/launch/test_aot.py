@@ -71,7 +71,7 @@ def test_mistakes_are_one_line(arguments, says):
         (("--topology=v5e:2x2", "--config.model.vocabulary=513", "--mesh=tensor=2"), "does not divide the 'vocabulary' axis of size 513"),
     ],
 )
-def test_what_can_not_be_dealt_out_is_one_line(arguments, says):
+def test_what_cannot_be_dealt_out_is_one_line(arguments, says):
     test_mistakes_are_one_line(arguments, says)
 
 
@@ -155,7 +155,7 @@ def test_what_surely_holds_more_is_known():
     assert not one("block", 2).holds_more(one("block", 2)) and not one("block", 4).holds_more(one("none", 2))
 
 
-def test_what_can_not_fit_is_not_compiled(capsys):
+def test_what_cannot_fit_is_not_compiled(capsys):
     config = cli.load_run([f"--config={ROOT}/experiments/configs/gla_r6.py:1b3", "--config.train.batch=16"], "").config
     found, target = candidates.find(config, V5E), V5E
     assert min(one.known_bytes for one in found.likely) > 1.3e9 * 12 / 4  # float32 parameters and two moments over four chips

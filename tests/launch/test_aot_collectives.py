@@ -43,7 +43,7 @@ def test_groups(attributes, expected):
     assert groups(attributes, 4) == expected
 
 
-def test_groups_that_can_not_be_read_are_told():
+def test_groups_that_cannot_be_read_are_told():
     with pytest.raises(ValueError, match="cannot be read: replica_groups=V9"):
         groups("replica_groups=V9", 4)
 

@@ -123,7 +123,7 @@ def test_several_lists_of_flags_are_told_apart():
     assert [bool(said) for said in command_flags.mistakes("experiments.eval", *lines)] == [False, True, False]
 
 
-def test_a_command_that_can_not_be_imported_is_refused_in_a_line():
+def test_a_command_that_cannot_be_imported_is_refused_in_a_line():
     with pytest.raises(ConfigError, match="experiments.nothing cannot be checked, .*No module named 'experiments.nothing'$"):
         command_flags.mistakes("experiments.nothing", ())
 

@@ -125,7 +125,7 @@ def test_google_cloud_does_not_answer_any_more(world):
     assert "is paid for until it is deleted" in result.stderr and "delete it:  python -m launch.tpu_vm delete" in result.stderr
 
 
-def test_an_environment_that_can_not_be_installed(world):
+def test_an_environment_that_cannot_be_installed(world):
     world = world(pip_code=1)
     result = run(world, *RUN, *TRAIN, WORKDIR)
     assert result.returncode == 1 and "could not be installed" in result.stderr and "the machines are deleted" in result.stderr
@@ -163,7 +163,7 @@ def test_what_fails_for_a_moment_ends_no_job(world):
     assert world.verbs().count("create") == 5 and world.verbs().count("delete") == 4
 
 
-def test_machines_that_can_not_be_deleted_are_not_left_without_a_word(world):
+def test_machines_that_cannot_be_deleted_are_not_left_without_a_word(world):
     world = world(failures={"delete": 9})
     result = run(world, *RUN, *TRAIN, WORKDIR)
     assert result.returncode == 1 and "COULD NOT BE DELETED" in result.stderr
