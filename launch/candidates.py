@@ -101,7 +101,7 @@ def _block_inputs(config: RunConfig) -> int:
 
 
 def _guess(config: RunConfig, model_s: float, parameters: int, links: Links) -> float:
-    """Seconds of a step if weights are gathered for each pass and microbatch, and activations summed twice a block and pass.
+    """Seconds of a step if weights are gathered for each pass and microbatch, and gradients and activations summed likewise.
 
     model_s: of the model's own FLOPs at the chips' peak. parameters: how many the model has.
     """
@@ -111,6 +111,6 @@ def _guess(config: RunConfig, model_s: float, parameters: int, links: Links) -> 
     accumulated = config.train.batch // (mesh.data * mesh.fsdp) // config.train.microbatch
     passes = 2 if model.remat == "none" else 3
     sent = (mesh.fsdp > 1) * accumulated * (passes * itemsize + 4) * parameters
-    sent += (mesh.data > 1) * 8 * parameters / mesh.fsdp
+    sent += (mesh.data > 1) * accumulated * 8 * parameters / mesh.fsdp
     sent += (mesh.tensor > 1) * accumulated * passes * 4 * model.layers * _held_tokens(config) * model.width * itemsize
     return max(COMPUTED[model.remat] * model_s, links.devices * sent / (2 * links.link_rate))

@@ -55,6 +55,7 @@ def _340m(run: ConfigDict) -> None:
     run.train.steps = 38147
     # The optimiser's settings are our choice throughout: the study says AdamW and cosine, no more.
     run.optimizer.learning_rate = 1e-3
+    run.evaluation.every = 1000  # our choice
 
 
 def _1b3(run: ConfigDict) -> None:
@@ -64,6 +65,7 @@ def _1b3(run: ConfigDict) -> None:
     run.train.batch = 256
     run.train.steps = 95367
     run.optimizer.learning_rate = 5e-4  # our choice
+    run.evaluation.every = 1000  # our choice
 
 
 def _tiny(run: ConfigDict) -> None:

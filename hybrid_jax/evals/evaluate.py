@@ -12,12 +12,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_jax.config import RunConfig
-from hybrid_jax.data import DataError, mqar, pipeline
+from hybrid_jax.data import mqar, pipeline
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.data.tokenizers import ByteTokenizer
 from hybrid_jax.evals.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from hybrid_jax.loss import Losses, batch_losses
-from hybrid_jax.train.feed import LocalRows
+from hybrid_jax.train.feed import LocalRows, fields
 
 Evaluate = Callable[..., dict[str, Any] | None]
 
@@ -32,7 +32,7 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
         loss_by_position    [T] nats at each place in the window (None where nothing is scored)
         tokens, bytes       how many were scored, and of how much text they are
         mqar_accuracy, mqar_loss    over the answers of held-out recall problems, as many of each of the run's kinds; left out
-                            where they do not fit the window or vocabulary
+                            where it trains on none
     Of a mix each part is evaluated on as many tokens of its own: its numbers are under its name in ``parts``, and those above are their
     means by the parts' shares, tokens and bytes the sums.
     """
@@ -40,6 +40,7 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
     rows = -(-config.evaluation.batch // devices) * devices
     window, packing = config.data.window, config.data.packing
     tasks = _recall_tasks(config, held_out.tokenizer.vocabulary)
+    names = fields(config)  # as in training, so that the operators, and their kernels, are those of training
 
     def about(source: TokenSource) -> dict[str, float]:
         text = source_text(source, scored := min(config.evaluation.tokens, len(source)))
@@ -55,12 +56,15 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
     local = LocalRows(mesh, rows)
 
     def sums(params: nnx.State, batches: Iterator[dict], steps: int, stopped: Callable[[], bool]) -> Losses:
-        parts = []
+        parts, under_way = [], []
         with closing(batches):
             for _, batch in zip(range(steps), batches, strict=False):
-                parts.append(jax.device_get(losses(params, local.to_mesh(batch))))
+                under_way.append(losses(params, local.to_mesh({name: batch[name] for name in names})))
+                parts += jax.device_get(under_way[:-1])  # when the next one is under way, so that the devices never wait for the host
+                under_way = under_way[-1:]
                 if stopped():
                     raise _Stopped
+        parts += jax.device_get(under_way)
         return Losses(*(np.sum([np.asarray(x, np.float64) for x in part], axis=0) for part in zip(*parts, strict=True)))
 
     def task_sums(params: nnx.State, task: mqar.Task, stopped: Callable[[], bool]) -> Losses:
@@ -128,13 +132,10 @@ def source_text(source: TokenSource, tokens: int) -> bytes:
 
 
 def _recall_tasks(config: RunConfig, vocabulary: int) -> list[mqar.Task]:
-    """The recall problems to evaluate on; none where they do not fit and training has none either."""
-    try:
-        tasks = mqar.tasks(config.data.mqar)
-        for task in tasks:
-            task.check(config.data.window, vocabulary)
-    except DataError:
-        if config.data.mqar.share:
-            raise
+    """The recall problems to evaluate on: of the kinds that are trained on. Raises DataError where they do not fit."""
+    if not config.data.mqar.share:
         return []
+    tasks = mqar.tasks(config.data.mqar)
+    for task in tasks:
+        task.check(config.data.window, vocabulary)
     return tasks

@@ -127,9 +127,12 @@ def test_places_where_nothing_is_scored_are_none(model):
     assert [x is None for x in results["loss_by_position"]] == [place >= len(held_out()) for place in range(128)]
 
 
-def test_recall_that_does_not_fit_is_left_out_unless_it_is_trained(model):
-    short = small_run(model={"vocabulary": 300}, data={"window": 16, "mqar": {"length": 64}}, evaluation={"batch": 2})
-    assert "mqar_accuracy" not in evaluate(short, model)
+def test_recall_is_of_runs_that_train_on_it_and_fits(model):
+    never = small_run(model={"vocabulary": 300}, data={"window": 16}, evaluation={"batch": 2})
+    results = evaluate(never, model)  # all of a row is one segment, and there are no masks
+    assert "mqar_accuracy" not in results
+    losses, _, _ = losses_and_hits(model, next(pipeline.evaluation_batches(held_out(), batch=100, window=16)))
+    assert results["loss"] == pytest.approx(losses.mean(), rel=1e-6)
     wide = small_run(model={"vocabulary": 300}, data={"window": 16, "mqar": {"length": 16, "alphabet": 200, "share": 0.5}})
     with pytest.raises(DataError, match="alphabet"):
         evaluate(wide, model)
