@@ -11,12 +11,12 @@ from typing import Any
 from etils import epath
 
 from hybrid_jax import costs
-from hybrid_jax.config import NAMES, Attention, ConfigError, ModelConfig, RunConfig
+from hybrid_jax.config import Attention, ConfigError, ModelConfig, RunConfig
 from hybrid_jax.storage import files
 from hybrid_jax.train.workdir import differences, is_free, read_config, read_evaluations, saved_steps
 
 RATIOS = ("pure", "24:1", "12:1", "6:1", "3:1", "full")  # in order of the share of full attention, as the study's figures have them
-SIZES = {1024: "340M", 2048: "1.3B"}  # by model.width
+SIZES = {(24, 1024): "340M", (24, 2048): "1.3B"}  # by layers and width
 OWN = "evaluation"  # the run's own, beside the suites
 
 
@@ -34,7 +34,7 @@ class Run:
     @property
     def model(self) -> tuple[str, str, str]:
         """(size, family, ratio): what runs of different seeds have in common."""
-        return size(self.config.model), NAMES[type(self.config.model.mixer)], ratio(self.config.model)
+        return size(self.config.model), self.config.model.mixer.name, ratio(self.config.model)
 
     def measured(self, suite: str) -> dict[str, Any]:
         """All that its scores of ``suite`` depend on beside the model, by name."""
@@ -59,7 +59,7 @@ class Score:
 
 def size(model: ModelConfig) -> str:
     """What the study calls it, or the width."""
-    return SIZES.get(model.width, f"width {model.width}")
+    return SIZES.get((model.layers, model.width), f"width {model.width}")
 
 
 def ratio(model: ModelConfig) -> str:

@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from hybrid_jax.config.mixers import MIXERS, NAMES, Mixer
+from hybrid_jax.config.mixers import MIXERS, Mixer
 from hybrid_jax.config.run import RunConfig
 from hybrid_jax.train.workdir import is_free
 
@@ -27,9 +27,9 @@ field is here, with its type and default; the files of `experiments/configs/` se
 (`experiments/configs/recipe.py`). What a run was made with is in `config.json` in its folder; a field that is unknown, of the wrong type or
 impossible beside the others is refused before anything is allocated.
 
-Fields marked * may change when a run goes on from its checkpoints. With another value of any other it would be another run, but for the
-place of the same text (`data.source`), and, as long as the learning rate has not begun to fall (`wsd`, `schedule_free`), for `train.steps`,
-`optimizer.decay_steps` and `optimizer.final_fraction`.
+Fields marked * may change when a run goes on from its checkpoints. All others are fixed once it has one, with two exceptions:
+`data.source` may name another copy of the same text, and `train.steps`, `optimizer.decay_steps` and `optimizer.final_fraction` may change
+until the learning rate begins to fall (`wsd`, `schedule_free`).
 
 D is the model's width, F that inside its MLPs, T the window.
 
@@ -76,7 +76,7 @@ def section(cls: type, path: str, title: str) -> str:
         if hint is Mixer:
             headings = {name: f"`{here}` of `{name}`" for name in MIXERS} | {"attention": f"`{path}.attention`"}
             type_name = ", ".join(_link(f"`{name}`", heading) for name, heading in headings.items())
-            default = f"`{NAMES[field.default_factory]}`"
+            default = f"`{field.default_factory.name}`"
             inner += [section(option, here, headings[name]) for name, option in MIXERS.items() if name != "attention"]
         elif dataclasses.is_dataclass(hint):
             type_name, default = _link("its own fields", f"`{here}`"), ""

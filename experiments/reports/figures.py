@@ -1,10 +1,11 @@
 """The study's figures from any runs: every measure by ratio, RULER by group, and recall against what it costs."""
 
+import zlib
 from pathlib import Path
 
 from experiments.reports import published
 from experiments.reports.collect import RATIOS, Score
-from experiments.reports.tables import BY_RATIO, FAMILIES, Measure, Models
+from experiments.reports.tables import BY_RATIO, Measure, Models, place, title
 from hybrid_jax.figure import INK, REFERENCE, subplots
 
 COLORS = {
@@ -18,6 +19,11 @@ COLORS = {
     "attention": INK,
 }
 MARKERS = dict(zip(RATIOS, "ov^sD*", strict=True))
+
+
+def color(family: str) -> str:
+    """The family's own, in every figure."""
+    return COLORS.get(family) or f"C{zlib.crc32(family.encode()) % 10}"
 
 
 def by_ratio(models: Models, size: str, file: Path) -> Path | None:
@@ -40,20 +46,21 @@ def by_ratio(models: Models, size: str, file: Path) -> Path | None:
 def _ratio_panel(axes, found: dict, scores: dict[tuple[str, str], Score], measure: Measure) -> None:
     ratios = [ratio for ratio in RATIOS if ratio != "full" and any(model[1] == ratio for model in found)]
     scale = 100 if measure.percent else 1
-    for family in FAMILIES:
-        beside = 0.05 * (list(FAMILIES).index(family) - len(FAMILIES) / 2)  # so that error bars do not lie on each other
+    families = sorted({family for family, _ in found}, key=place)
+    for n, family in enumerate(families):
+        beside = 0.05 * (n - len(families) / 2)  # so that error bars do not lie on each other
         points = [(i + beside, scores[family, ratio]) for i, ratio in enumerate(ratios) if (family, ratio) in scores]
         if points:
             places, means = [i for i, _ in points], [scale * score.mean for _, score in points]
             errors = [scale * (score.spread or 0) for _, score in points]
-            style = {"color": COLORS[family], "label": FAMILIES[family], "markersize": 5, "linewidth": 1.8, "capsize": 3}
+            style = {"color": color(family), "label": title(family), "markersize": 5, "linewidth": 1.8, "capsize": 3}
             axes.errorbar(places, means, errors, fmt="o-", **style)
             for i, score in points:
-                axes.plot([i] * len(score.values), [scale * x for x in score.values], ".", color=COLORS[family], alpha=0.35, markersize=9)
+                axes.plot([i] * len(score.values), [scale * x for x in score.values], ".", color=color(family), alpha=0.35, markersize=9)
     if score := scores.get(("attention", "full")):
-        axes.axhline(scale * score.mean, color=COLORS["attention"], linestyle="--", linewidth=1.2, label=FAMILIES["attention"])
+        axes.axhline(scale * score.mean, color=color("attention"), linestyle="--", linewidth=1.2, label=title("attention"))
         spread = scale * (score.spread or 0)
-        axes.axhspan(scale * score.mean - spread, scale * score.mean + spread, color=COLORS["attention"], alpha=0.08, linewidth=0)
+        axes.axhspan(scale * score.mean - spread, scale * score.mean + spread, color=color("attention"), alpha=0.08, linewidth=0)
     axes.set(title=measure.heading, xlabel="linear layers to one of full attention")
     axes.set_xticks(range(len(ratios)), ratios)
     axes.set_xlim(-0.4, len(ratios) - 0.6)
@@ -85,7 +92,7 @@ def _studys_lines(axes, found: dict, measure: Measure, size: str) -> None:
     for family in dict.fromkeys(family for family, _ in found):
         points = [(i, 100 * known[family, r][measure.name]) for i, r in enumerate(ratios) if measure.name in known.get((family, r), {})]
         if points:
-            axes.plot(*zip(*points, strict=True), ":", color=COLORS[family], linewidth=1)
+            axes.plot(*zip(*points, strict=True), ":", color=color(family), linewidth=1)
     axes.annotate("dotted: the study", (0.02, 0.02), xycoords="axes fraction", fontsize=8, color=REFERENCE)
 
 
@@ -118,7 +125,7 @@ def pareto(models: Models, costs: dict, size: str, measure: Measure, context: in
         titles = {"flops": f"FLOPs a token, forward, at {context:,} tokens", "bytes": f"bytes of state and KV cache at {context:,} tokens"}
         for axes, (cost, title) in zip(panels, titles.items(), strict=True):
             for (family, ratio), (score, price) in points.items():
-                style = {"fmt": MARKERS.get(ratio, "x"), "color": COLORS[family], "capsize": 2, "markersize": 7}
+                style = {"fmt": MARKERS.get(ratio, "x"), "color": color(family), "capsize": 2, "markersize": 7}
                 axes.errorbar(price[cost], scale * score.mean, scale * (score.spread or 0), **style)
             front = frontier({model: (price[cost], score.mean) for model, (score, price) in points.items()})
             best = [(points[m][1][cost], scale * points[m][0].mean) for m in front]
@@ -155,8 +162,8 @@ def frontier(points: dict[tuple[str, str], tuple[float, float]]) -> list[tuple[s
 def _legend(points) -> list:
     from matplotlib.lines import Line2D
 
-    families = [f for f in FAMILIES if any(model[0] == f for model in points)]
+    families = sorted({family for family, _ in points}, key=place)
     ratios = [r for r in RATIOS if any(model[1] == r for model in points)]
-    dots = [Line2D([], [], color=COLORS[f], marker="o", ls="", label=FAMILIES[f]) for f in families]
+    dots = [Line2D([], [], color=color(f), marker="o", ls="", label=title(f)) for f in families]
     titles = {ratio: "full attention" if ratio == "full" else ratio for ratio in ratios}
     return dots + [Line2D([], [], color=REFERENCE, marker=MARKERS[r], ls="", label=title) for r, title in titles.items()]

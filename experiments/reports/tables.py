@@ -19,7 +19,7 @@ FAMILIES = {
     "attention": "Transformer",
 }
 
-Model = tuple[str, str, str]  # (size, family, ratio)
+Model = tuple[str, str, str]  # (size, family, ratio); a family of one's own (docs/extending.md) has its mixer's name for a title
 Models = dict[Model, dict[str, Score]]
 
 
@@ -66,9 +66,9 @@ def by_ratio(models: Models, size: str, measure: Measure) -> str:
     """Ratios down, families across, a mean over the families at the right, as the study's Tables 4 and 5. Markdown."""
     known = published.scores("both" if measure.table and "both" in measure.table else size)
     found = {key[1:]: scores[measure.name] for key, scores in models.items() if key[0] == size and measure.name in scores}
-    families = [family for family in FAMILIES if family != "attention" and any(key[0] == family for key in found)]
+    families = sorted({family for family, _ in found} - {"attention"}, key=place)
     ratios = sorted({ratio for _, ratio in found}, key=_order)
-    lines = [["", *(FAMILIES[family] for family in families), "mean"]]
+    lines = [["", *(title(family) for family in families), "mean"]]
     for ratio in ratios:
         if ratio == "full":
             continue
@@ -115,7 +115,18 @@ def unlike(runs: list[Run], suite: str) -> str:
 
 def label(family: str, ratio: str) -> str:
     """Such as "GLA 6:1"; the Transformer has no ratio."""
-    return FAMILIES[family] if ratio == "full" else f"{FAMILIES[family]} {ratio}"
+    return title(family) if ratio == "full" else f"{title(family)} {ratio}"
+
+
+def title(family: str) -> str:
+    """Such as "Gated DeltaNet"."""
+    return FAMILIES.get(family, family)
+
+
+def place(family: str) -> tuple:
+    """Where it stands among others, to sort by: the study's, one's own by name, the Transformer last."""
+    known = list(FAMILIES)
+    return family == "attention", known.index(family) if family in known else len(known), family
 
 
 def to_csv(models: Models, costs: dict[Model, dict[str, float]]) -> str:
@@ -151,7 +162,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def _place(family: str, ratio: str) -> tuple:
-    return list(FAMILIES).index(family), _order(ratio)
+    return place(family), _order(ratio)
 
 
 def _order(ratio: str) -> tuple[int, str]:

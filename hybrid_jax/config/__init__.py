@@ -6,7 +6,7 @@ turns it into a :class:`RunConfig` and refuses, by name, any field that is unkno
 """
 
 from hybrid_jax.config.errors import ConfigError
-from hybrid_jax.config.mixers import GLA, HGRN, HGRN2, KDA, MIXERS, NAMES, Attention, DeltaNet, FeatureMap, GatedDeltaNet, Mixer, RetNet
+from hybrid_jax.config.mixers import GLA, HGRN, HGRN2, KDA, MIXERS, Attention, DeltaNet, FeatureMap, GatedDeltaNet, Mixer, RetNet
 from hybrid_jax.config.model import ModelConfig
 from hybrid_jax.config.plain import from_dict, to_dict
 from hybrid_jax.config.run import (
@@ -43,7 +43,6 @@ __all__ = [
     "KDA",
     "MIXERS",
     "Mixer",
-    "NAMES",
     "RetNet",
     "from_dict",
     "to_dict",

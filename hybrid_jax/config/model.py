@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from hybrid_jax import layout
 from hybrid_jax.config.errors import ConfigError, need
-from hybrid_jax.config.mixers import GLA, NAMES, Attention, Mixer
+from hybrid_jax.config.mixers import GLA, Attention, Mixer
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class ModelConfig:
     ratio_reading: Literal["every", "after"] = "every"  # "every r-th layer", or "r of the mixer, then one"
     attention_layers: tuple[int, ...] = ()  # in place of a ratio
     vocabulary: int = 32000  # token ids, of which a tokenizer may leave some unused
-    mlp_ratio: float = 4.0  # the MLP's hidden width over D, were it of two matrices; it has three, and two thirds of that
+    # Sets the MLP's hidden width, as 2/3 mlp_ratio D: its three matrices are then as large as the two of an MLP without a gate.
+    mlp_ratio: float = 4.0
     mlp_width: int | None = None  # F, the MLP's hidden width; None: 256 * ceil(D * mlp_ratio * 2/3 / 256)
     tied: bool = False  # one matrix for embedding and output
     norm_eps: float = 1e-6  # added to the mean square in RMS norms, but in HGRN2's and in those of queries and keys (1e-5, as in fla)
@@ -32,8 +33,9 @@ class ModelConfig:
     # Of compute; parameters are float32. Products of float32 follow JAX's jax_default_matmul_precision, which on TPUs and GPUs is less than
     # float32's own unless asked for (JAX_DEFAULT_MATMUL_PRECISION=highest).
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # What backward computes again: "none" nothing, "operators" all but the projections' outputs, "block" all of a block; full attention's
-    # output, whose work grows with the square of the window, in no case (but by cuDNN, which does not hand over what it would take).
+    # What the backward pass computes again: "none" nothing; "operators" everything but the projections' outputs, which are kept; "block"
+    # the whole block. The output of full attention, whose work grows with the square of the window, is always kept, but where cuDNN
+    # computes it.
     remat: Literal["none", "operators", "block"] = "block"
 
     def __post_init__(self):
@@ -64,7 +66,7 @@ class ModelConfig:
     def layer_kinds(self) -> tuple[str, ...]:
         """The mixer's name, layer by layer: "attention" at full-attention layers."""
         full = self.attention_layers or layout.attention_layers(self.layers, self.ratio, self.ratio_reading)
-        return layout.layer_kinds(self.layers, full, NAMES[type(self.mixer)])
+        return layout.layer_kinds(self.layers, full, self.mixer.name)
 
     def computing_in(self, dtype: str | None) -> Self:
         """The same model, computing in ``dtype``; None: in its own. Raises ConfigError for one that it cannot compute in."""

@@ -1,20 +1,23 @@
 """Configurations to and from plain values, such as a ConfigDict's or those of a JSON file."""
 
 import dataclasses
+import importlib.metadata
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from hybrid_jax.config.errors import ConfigError, meant, need
-from hybrid_jax.config.mixers import MIXERS, NAMES, Attention, Mixer
+from hybrid_jax.config.mixers import MIXERS, Attention, Mixer
+
+PLUGINS = "hybrid_jax.mixers"  # the group of entry points by which an installed package says what mixers it has
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dict of a configuration; a mixer gains the key ``name``. Inverse of :func:`from_dict`."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     plain = {name: to_dict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
-    return ({"name": NAMES[type(config)]} if type(config) in NAMES else {}) | plain
+    return ({"name": config.name} if isinstance(config, Mixer) else {}) | plain
 
 
 def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
@@ -27,7 +30,8 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
         cls = _choose_mixer(values, path)
     elif cls is Attention:
         values.pop("name", None)
-    fields = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
             hint = meant(name, fields, f"it has {', '.join(fields)}", form="{!r}", most=1)
@@ -38,7 +42,12 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
 def _choose_mixer(values: dict[str, Any], path: str) -> type:
     name = values.pop("name", None)
     if name not in MIXERS:
-        raise ConfigError(f"{path}.name={name!r} is no mixer; choose one of {', '.join(MIXERS)}")
+        for plugin in importlib.metadata.entry_points(group=PLUGINS, name=str(name)):
+            plugin.load()  # the module that derives it from Mixer
+    if name not in MIXERS:
+        raise ConfigError(
+            f"{path}.name={name!r} is no mixer; choose one of {', '.join(MIXERS)}, or install the package that has it (docs/extending.md)"
+        )
     return MIXERS[name]
 
 

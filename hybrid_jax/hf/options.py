@@ -220,7 +220,7 @@ def model_config(options: Mapping[str, Any], dtype: str) -> ModelConfig:
     values["layers"] = options.get("num_hidden_layers", kind.layers)
     ratio = options.get("hidden_ratio", kind.hidden_ratio)
     values["mlp_ratio"] = 4.0 if ratio is None else ratio
-    values["mixer"] = {"name": config.NAMES[kind.mixer], **_mixer(kind, options)}
+    values["mixer"] = {"name": kind.mixer.name, **_mixer(kind, options)}
     attention, layers = _attention(options.get("attn"))
     values |= {"attention": attention, "attention_layers": layers} if layers else {}
     try:
@@ -285,7 +285,11 @@ def fla_options(model: ModelConfig) -> dict[str, Any]:
 
     Raises ConfigError, naming the field, where fla has no such model.
     """
-    name, kind = next((name, kind) for name, kind in FAMILIES.items() if kind.mixer is type(model.mixer))
+    named = {kind.mixer: name for name, kind in FAMILIES.items()}
+    if type(model.mixer) not in named:
+        raise ConfigError(f"model.mixer {model.mixer.name!r} cannot be written for fla, which has no such layer")
+    name = named[type(model.mixer)]
+    kind = FAMILIES[name]
     mixer = to_dict(model.mixer)
     options = {option: getattr(model, field) for option, (field, _) in SHARED.items()} | {"intermediate_size": model.mlp_hidden}
     options |= {option: mixer[field] for option, (field, _) in kind.fields.items()}

@@ -5,7 +5,7 @@ more to know a :class:`Context` and a :class:`Memory` of the tokens before x, it
 trains (no memory), reads a prompt a chunk at a time, and decodes (one token, no segment ids: the operators' steps).
 """
 
-from hybrid_jax.config import NAMES, Mixer, ModelConfig
+from hybrid_jax import config
 from hybrid_jax.mixers.attention import Attention
 from hybrid_jax.mixers.context import Context, Memory
 from hybrid_jax.mixers.delta_net import DeltaNet
@@ -17,21 +17,23 @@ from hybrid_jax.mixers.kda import KDA
 from hybrid_jax.mixers.retnet import RetNet
 from hybrid_jax.mixers.rings import Rings
 
-MIXERS = {
-    "attention": Attention,
-    "hgrn": HGRN,
-    "hgrn2": HGRN2,
-    "retnet": RetNet,
-    "gla": GLA,
-    "delta_net": DeltaNet,
-    "gated_delta_net": GatedDeltaNet,
-    "kda": KDA,
+MIXERS = {  # the module of each configuration's class; one of your own: docs/extending.md
+    config.Attention: Attention,
+    config.HGRN: HGRN,
+    config.HGRN2: HGRN2,
+    config.RetNet: RetNet,
+    config.GLA: GLA,
+    config.DeltaNet: DeltaNet,
+    config.GatedDeltaNet: GatedDeltaNet,
+    config.KDA: KDA,
 }
 
 
-def build(mixer: Mixer, model: ModelConfig, rngs):
-    """The mixer module of a configuration."""
-    return MIXERS[NAMES[type(mixer)]](mixer, model, rngs=rngs)
+def build(mixer: config.Mixer, model: config.ModelConfig, rngs):
+    """The mixer module of a configuration. Raises ConfigError where :data:`MIXERS` has none."""
+    if type(mixer) not in MIXERS:
+        raise config.ConfigError(f"there is no module of mixer {mixer.name!r}: hybrid_jax.mixers.MIXERS[{type(mixer).__name__}] = ...")
+    return MIXERS[type(mixer)](mixer, model, rngs=rngs)
 
 
 __all__ = [

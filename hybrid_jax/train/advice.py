@@ -7,7 +7,7 @@ from collections import Counter
 import jax
 
 from hybrid_jax.amounts import count, duration, quantity
-from hybrid_jax.config import HGRN, HGRN2, NAMES, ConfigError, LogConfig, ModelConfig, RunConfig
+from hybrid_jax.config import HGRN2, ConfigError, LogConfig, ModelConfig, RunConfig
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.data.tokenizers import Tokenizer
 from hybrid_jax.train.throughput import training_flops
@@ -78,9 +78,9 @@ def _heads(model: ModelConfig) -> dict[str, int]:
     counts = {}
     for mixer in dict.fromkeys([model.mixer, model.full_attention] if "attention" in model.layer_kinds else [model.mixer]):
         if isinstance(mixer, HGRN2):
-            counts["hgrn2"] = model.width // mixer.expand_ratio
-        elif not isinstance(mixer, HGRN):  # whose channels are dealt out one by one
-            counts[NAMES[type(mixer)]] = getattr(mixer, "kv_heads", None) or mixer.heads
+            counts[mixer.name] = model.width // mixer.expand_ratio
+        elif hasattr(mixer, "heads"):  # else channels are dealt out one by one
+            counts[mixer.name] = getattr(mixer, "kv_heads", None) or mixer.heads
     return counts
 
 
