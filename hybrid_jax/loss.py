@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from hybrid_jax.sharding import RULES
+from hybrid_jax.sharding import RULES, constrain
 
 BATCH_AXES, TIME_AXIS, VOCABULARY_AXIS = (RULES[axis] for axis in ("batch", "time", "vocabulary"))  # of the mesh, where there is one
 
@@ -92,6 +92,7 @@ def _on_mesh(hidden, kernel, targets, weights, block, gradients):
     vocabulary = VOCABULARY_AXIS if parts > 1 and kernel.shape[1] % parts == 0 else None
     local = partial(_local, block=block, gradients=gradients, token_axes=(*BATCH_AXES, TIME_AXIS), vocabulary_axis=vocabulary)
     gradient_specs = (rows, P(None, vocabulary)) if gradients else None
+    kernel = constrain(kernel.astype(hidden.dtype), "embed", vocabulary and "vocabulary")  # so that devices send it in the compute dtype
     return jax.shard_map(
         local,
         in_specs=(rows, P(None, vocabulary), rows, rows),
@@ -114,8 +115,7 @@ def _local(hidden, kernel, targets, weights, block, gradients, token_axes, vocab
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(x.shape[0], N * C, *x.shape[3:])[:, :T]
 
-    compute_kernel = kernel.astype(hidden.dtype)
-    body = partial(_block, kernel=compute_kernel, gradients=gradients, vocabulary_axis=vocabulary_axis)
+    body = partial(_block, kernel=kernel.astype(hidden.dtype), gradients=gradients, vocabulary_axis=vocabulary_axis)
     carry = jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32) if gradients else None
     (total, d_kernel), blocks = lax.scan(body, carry, jax.tree.map(split, (hidden, targets, weights)))
     losses, correct, d_hidden = jax.tree.map(join, blocks)

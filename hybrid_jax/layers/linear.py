@@ -35,8 +35,9 @@ class Embedding(nnx.Module):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rows(dtype, table, tokens):
-    # Whole rows on every device before the look-up: what is gathered then lies as the tokens do, over the batch.
-    return constrain(table.astype(dtype), "vocabulary", None)[tokens]
+    # Whole rows on every device before the look-up: what is gathered then lies as the tokens do, over the batch. In the compute dtype
+    # as it lies first, so that it is sent in that.
+    return constrain(constrain(table.astype(dtype), "vocabulary", "embed"), "vocabulary", None)[tokens]
 
 
 def _rows_forward(dtype, table, tokens):
