@@ -82,7 +82,9 @@ def test_schedules_at_their_edges():
 
 
 def test_adamw_follows_its_equations_and_decays_no_vector():
-    config = OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0.3, clip_norm=1.0, final_fraction=1.0)
+    # neither optax's defaults nor ours, and an eps of the size of what it is added to
+    moments = {"beta1": 0.8, "beta2": 0.7, "eps": 0.01}
+    config = OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0.3, clip_norm=1.0, final_fraction=1.0, **moments)
     params, gradients = weights(0), [weights(seed) for seed in (1, 2, 3)]
     history, _ = updates(config, gradients, params)
     expected, m, v = arrays(params), dict.fromkeys(arrays(params), 0.0), dict.fromkeys(arrays(params), 0.0)
@@ -91,9 +93,9 @@ def test_adamw_follows_its_equations_and_decays_no_vector():
         norm = np.sqrt(sum((x**2).sum() for x in g.values()))
         for name, w in expected.items():
             clipped = g[name] / max(1.0, norm / config.clip_norm)
-            m[name] = 0.9 * m[name] + 0.1 * clipped
-            v[name] = 0.95 * v[name] + 0.05 * clipped**2
-            step = m[name] / (1 - 0.9**n) / (np.sqrt(v[name] / (1 - 0.95**n)) + config.eps)
+            m[name] = 0.8 * m[name] + 0.2 * clipped
+            v[name] = 0.7 * v[name] + 0.3 * clipped**2
+            step = m[name] / (1 - 0.8**n) / (np.sqrt(v[name] / (1 - 0.7**n)) + 0.01)
             decay = 0.0 if name == "gain" else config.weight_decay
             expected[name] = w - 0.01 * (step + decay * w)
         for name, value in arrays(history[n - 1]).items():
@@ -118,12 +120,13 @@ def test_muon_orthogonalizes_each_stacked_matrix_by_itself_and_nothing_else():
         np.testing.assert_allclose((before[name] - after[name]) / 0.01, first * np.sign(g[name]), atol=1e-2)
 
 
-def test_under_muon_beta1_is_of_adam_alone():
+def test_under_muon_the_betas_are_of_adam_alone():
     options = {"name": "muon", "learning_rate": 0.01, "warmup_steps": 0, "clip_norm": 1e9}
     params, gradients = weights(0), [weights(1), weights(2)]
-    results = [updates(OptimizerConfig(**options, beta1=beta1), gradients, params) for beta1 in (0.9, 0.5)]
-    one, other = (arrays(history[-1]) for history, _ in results)
-    assert {name for name in one if np.array_equal(one[name], other[name])} == {"matrix", "tall"}
+    results = [updates(OptimizerConfig(**options, **betas), gradients, params) for betas in ({}, {"beta1": 0.5}, {"beta2": 0.5})]
+    one, *others = (arrays(history[-1]) for history, _ in results)
+    for other in others:
+        assert {name for name in one if np.array_equal(one[name], other[name])} == {"matrix", "tall"}
     states = jax.tree.leaves(results[0][1], is_leaf=lambda x: isinstance(x, optax.contrib.MuonState))
     (momentum,) = (arrays(state.mu) for state in states if isinstance(state, optax.contrib.MuonState))
     first, second = map(arrays, gradients)
@@ -156,6 +159,28 @@ def test_schedule_free_evaluates_the_average_of_its_iterates():
     for name in z:
         assert relative_error(averaged[name], x[name]) < 1e-5
         assert relative_error(arrays(history[-1])[name], 0.9 * x[name] + 0.1 * z[name]) < 1e-5
+
+
+def test_schedule_free_decays_matrices_alone_and_weighs_its_iterates_by_their_rate():
+    """While it warms up: a first iterate, of a small rate, counts for little in the average (arXiv 2405.15682)."""
+    options = {"learning_rate": 0.01, "warmup_steps": 3, "weight_decay": 0.3, "beta2": 0.7, "eps": 0.1, "clip_norm": 1e9}
+    config = OptimizerConfig(name="schedule_free", **options)
+    params, gradients = weights(0), [weights(seed) for seed in (1, 2, 3)]
+    history, state = updates(config, gradients, params)
+    rates = [0.01 * (n + 1) / 4 for n in range(4)]
+    y, z, x, v = arrays(params), arrays(params), arrays(params), dict.fromkeys(arrays(params), 0.0)
+    for n, gradient in enumerate(gradients):
+        share = rates[n + 1] ** 2 / sum(rate**2 for rate in rates[1 : n + 2])  # optax's weights are a step ahead of its updates
+        for name, g in arrays(gradient).items():
+            v[name] = 0.7 * v[name] + 0.3 * g**2
+            decay = 0.0 if name == "gain" else 0.3 * y[name]
+            z[name] = z[name] - rates[n] * (g / (np.sqrt(v[name] / (1 - 0.7 ** (n + 1))) + 0.1) + decay)
+            x[name] = (1 - share) * x[name] + share * z[name]
+            y[name] = 0.9 * x[name] + 0.1 * z[name]
+    averaged, trained = arrays(evaluation_params(config, history[-1], state)), arrays(history[-1])
+    for name, value in arrays(params).items():  # of the changes, which are small beside the parameters
+        assert relative_error(averaged[name] - value, x[name] - value) < 1e-4, name
+        assert relative_error(trained[name] - value, y[name] - value) < 1e-4, name
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
