@@ -11,6 +11,7 @@ from flax import nnx
 
 from hybrid_jax.config import ConfigError, MeshConfig
 from hybrid_jax.sharding import make_mesh
+from hybrid_jax.train.optimizer import schedule
 from hybrid_jax.train.step import abstract_state, compile_step, make_program, microbatches, split, state_bytes
 from tests.helpers import relative_error, tree_errors
 from tests.hybrid_jax.train_runs import random_batch, small_run
@@ -98,8 +99,22 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(program, bad):
     assert state.step == 3
     state, metrics = program.step(state, random_batch(2, run))
     assert np.isfinite(metrics.loss) and (metrics.skipped, metrics.skipped_in_a_row) == (2, 0)
-    assert rate < metrics.learning_rate < run.optimizer.learning_rate  # the schedule went on by one step, not by three
+    rates = schedule(run.optimizer, run.train.steps)
+    assert (rate, metrics.learning_rate) == (rates(0), rates(1))  # the schedule went on by one step, not by three
     assert not jnp.array_equal(jax.tree.leaves(state.params)[0], jax.tree.leaves(before.params)[0])
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(program):
+    """As in bfloat16, where the backward pass is the first to overflow: here squares of the gradient do."""
+    run = small_run()
+    state = program.init(jax.random.key(0))
+    state.params["output"]["kernel"].set_value(1e25 * state.params["output"]["kernel"].get_value())
+    before = jax.device_get(state)
+    state, metrics = program.step(state, random_batch(0, run))
+    assert np.isfinite(metrics.loss) and not np.isfinite(metrics.grad_norm) and metrics.skipped == 1
+    for name in ("params", "opt_state"):
+        same = jax.tree.map(np.array_equal, jax.device_get(getattr(state, name)), getattr(before, name))
+        assert all(jax.tree.leaves(same)), name
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "schedule_free"])
