@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 
 from hybrid_jax.config import MeshConfig
+from hybrid_jax.data.mqar import Task
+from hybrid_jax.data.pipeline import training_batches
 from hybrid_jax.sharding import batch_sharding, make_mesh
-from hybrid_jax.train.feed import LocalRows
+from hybrid_jax.train.feed import Feed, LocalRows
+from tests.hybrid_jax.data_samples import array_source
+from tests.hybrid_jax.train_runs import small_run
 
 
 @pytest.mark.parametrize(
@@ -38,3 +42,24 @@ def test_of_a_batch_only_the_rows_that_are_held_are_read(monkeypatch):
     assert seen.keys() == {0, 6}
     for found, index in seen.values():
         np.testing.assert_array_equal(found, whole[index])
+
+
+@pytest.mark.parametrize("packing", ["windows", "documents"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_its_batches_are_those_that_the_configuration_says(packing, share):
+    """Every field of it that chooses rows, from the step on that a run goes on from."""
+    recall = {"share": share, "pairs": [1, 2], "length": [4, 8], "alphabet": 5}
+    run = small_run(model={"vocabulary": 257}, data={"packing": packing, "mqar": recall}, train={"seed": 7, "batch": 4})
+    source = array_source([5, 30, 9, 40] * 5)
+    tasks = [Task(1, 4, 5), Task(2, 8, 5)] if share else []
+    options = {"batch": 4, "window": 12, "seed": 7, "packing": packing, "mqar_tasks": tasks, "mqar_share": share}
+    feed = Feed(run, source, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), start_step=3)
+    batches = training_batches(source, **options, start_step=3)
+    names = {"tokens", "targets", "weights"} | ({"segment_ids"} if share or packing == "documents" else set())
+    for _ in range(3):
+        found, expected = next(feed), next(batches)
+        assert found.keys() == names  # without segment ids a row would be one document, and problems see one another
+        for name in names:
+            np.testing.assert_array_equal(found[name], expected[name])
+    feed.close()
+    batches.close()
