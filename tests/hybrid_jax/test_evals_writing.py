@@ -30,6 +30,12 @@ def test_they_are_what_one_device_writes(model):
     assert write(model, prompts, 6, settings=GREEDY, stop=(), batch=1) == [model.tokenizer.decode(tokens) for tokens in written]
 
 
+def test_each_batch_draws_its_own(model):
+    """Of one prompt again and again, in batches of the eight devices: another noise in each."""
+    drawn = write(model, [list(b"a word of 1")] * 16, 6, settings=sampling(2.0, None, None, None), stop=(), batch=1)
+    assert len(set(drawn)) > 8 and drawn[:8] != drawn[8:]
+
+
 @pytest.mark.parametrize("mixer", [config.HGRN(), config.GLA(heads=2, conv_width=4), config.KDA(heads=2, head_width=8)])
 def test_devices_tell_each_other_nothing(mixer):
     """But how far the caches are filled, at most, which the chunks of a prompt are compared with."""

@@ -201,6 +201,19 @@ def test_seeds(model, greedy):
     assert generate(model, PROMPTS, temperature=1.0, top_p=1e-6, min_p=0.5) == greedy
 
 
+def test_every_draw_has_noise_of_its_own(model):
+    """Of a model that finds all tokens alike: the noise of one draw, used again, would draw the same token again."""
+    graph, params = nnx.split(model)
+    params["output"]["kernel"].set_value(jnp.zeros_like(params["output"]["kernel"].get_value()))
+    session, written = Session(nnx.merge(graph, params), 4, seed=3), [[] for _ in PROMPTS]
+    for _ in range(2):
+        session.read(PROMPTS)
+        for row, token in session.write(12, sampling(1.0), stop_tokens=(), texts=False):
+            written[row].append(token)
+    for row in written:
+        assert len(set(row)) > 12 and row[:12] != row[12:]  # of 61 tokens 24 draws give 20 on average; and in turns
+
+
 def test_the_first_token_has_the_models_distribution(model):
     """Frequencies in 200 batches of four rows of one prompt, against the softmax of the forward pass."""
     logits = model(jnp.array([PROMPTS[0]]))[0, -1]
