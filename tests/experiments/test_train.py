@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,6 +19,7 @@ import hybrid_jax.train.report
 from experiments import train
 from hybrid_jax.evals import evaluate
 from hybrid_jax.train.metrics import read_rows
+from hybrid_jax.train.step import make_program
 from hybrid_jax.train.summary import show_again
 from hybrid_jax.train.workdir import read_config, saved_steps
 from tests.experiments.commands import CONFIG, run_train
@@ -101,17 +104,38 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(trained, tmp_path, m
 
 
 def test_a_run_that_crashed_goes_on_from_its_last_checkpoint_to_the_same_bits(trained, tmp_path, monkeypatch):
-    workdir = tmp_path / "run"
+    workdir, batches, evaluating = tmp_path / "run", evaluate.pipeline.evaluation_batches, []
 
     def crash():
         raise KeyError("crash")
 
+    def begin(*given, **options):
+        evaluating.append(1e6)  # seconds, by the clock below: an evaluation is no training
+        return batches(*given, **options)
+
     with monkeypatch.context() as patch, pytest.raises(KeyError):
         stop_at(patch, 6, crash)
+        patch.setattr(evaluate.pipeline, "evaluation_batches", begin)
+        patch.setattr(hybrid_jax.train.report, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + sum(evaluating)))
         run_train(workdir)
-    assert saved_steps(workdir) == [4] and read_rows(workdir / "metrics.jsonl")[-1]["step"] == 6
+    last = read_rows(workdir / "metrics.jsonl")[-1]
+    assert saved_steps(workdir) == [4] and last["step"] == 6
+    assert evaluating and last["tokens_per_second"] > 0.1  # of 128 tokens a step
     assert run_train(workdir).code == 0
     assert curve(workdir) == curve(trained[0])
+
+
+def test_the_first_parameters_are_drawn_from_the_runs_seed(tmp_path, monkeypatch):
+    keys = []
+
+    def init(key):
+        keys.append(key)
+        raise KeyError("enough is known")
+
+    monkeypatch.setattr("hybrid_jax.train.step.make_program", lambda *given: make_program(*given)._replace(init=init))
+    with pytest.raises(KeyError):
+        run_train(tmp_path / "run", "--config.train.seed=7")
+    assert keys == [jax.random.key(7)]
 
 
 def test_an_evaluation_that_a_kill_left_out_is_made_up_for(trained, tmp_path):

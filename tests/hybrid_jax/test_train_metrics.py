@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
+import hybrid_jax.train.report
+from hybrid_jax import costs
 from hybrid_jax.amounts import count, duration, quantity
 from hybrid_jax.config import ConfigError, LogConfig
 from hybrid_jax.data.token_source import ArraySource
@@ -182,6 +184,29 @@ def test_a_report_logs_every_few_steps_and_counts_what_was_skipped(tmp_path, pea
     assert report.speed()["skipped"] == 3
     report.close()
     assert Report(run, tmp_path, "run", 6, skipped=3).speed()["skipped"] == 3  # with no step left to take
+
+
+def test_a_reports_speed_is_of_the_steps_since_it_was_started_and_of_nothing_but_steps(tmp_path, peak, monkeypatch):
+    """Of a run that goes on after step 100: two seconds a step, an evaluation of a thousand among them."""
+    run = small_run(train={"steps": 110, "log_every": 50, "microbatch": 2}, log={"tensorboard": False})
+    clock, left = [0.0], []
+    monkeypatch.setattr(hybrid_jax.train.report, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    report = Report(run, tmp_path, "run", 100)
+    monkeypatch.setattr(report.display, "step", lambda step, row, seconds_left, line: left.append((step, seconds_left, line)))
+    for step in range(101, 111):
+        clock[0] += 2.0
+        report.step(step, step_metrics())
+        if step == 105:
+            clock[0] += 1000.0
+            report.start_clock()
+    speed = report.speed()
+    report.close()
+    assert speed["seconds"] == 1020 and speed["tokens_per_second"] == 96 / 2
+    flops = 3 * 96 * costs.flops_per_token(run.model, 12)  # forward, and twice as much backward, of all tokens of a step
+    assert speed["mfu"] == pytest.approx(flops / 2 / 1e9)
+    assert left == [(step, pytest.approx(2.0 * (110 - step)), step == 110) for step in range(101, 111)]  # the last is logged
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert (row["step"], row["tokens"], row["tokens_per_second"]) == (110, 110 * 96, pytest.approx(48))
 
 
 @pytest.mark.parametrize(
