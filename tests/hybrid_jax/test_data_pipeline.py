@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybrid_jax.config import DataConfig
 from hybrid_jax.data import DataError, mqar, pipeline
 from hybrid_jax.data.build import build_store
 from hybrid_jax.data.mix import Mix
 from hybrid_jax.data.pipeline import evaluation_batches, mqar_evaluation_batches, training_batches
-from hybrid_jax.data.sources import make_sources
+from hybrid_jax.data.sources import make_sources, mixed_sources
+from hybrid_jax.data.store import TokenStore
 from tests.hybrid_jax.data_samples import array_source, documents_of, texts, write_texts
 
 TASK = mqar.Task(pairs=2, length=8, alphabet=10)
@@ -261,6 +263,20 @@ def test_from_a_store(tmp_path):
             same(take(evaluation_batches(split, **options), 400), take(evaluation_batches(memory, **options), 400))
             found = [tokens for _, targets in segments(take(evaluation_batches(split, **options), 400)) for tokens in targets.tolist()]
             assert split.tokenizer.decode(found) == "".join(documents_of(split))
+
+
+def test_stores_are_mixed_by_their_weights(tmp_path):
+    """Both splits of each, in the order in which a configuration names them."""
+    for name, count in ("a", 40), ("b", 60):
+        write_texts(tmp_path / f"{name} in", texts(count))
+        build_store([str(tmp_path / f"{name} in")], tmp_path / name, validation_fraction=0.3)
+    sources = DataConfig(source=f"{tmp_path / 'b'}=1.5, {tmp_path / 'a'}=0.5").sources
+    for split, mix in zip(("train", "validation"), mixed_sources(sources), strict=True):
+        alone = [TokenStore.open(tmp_path / name, split) for name in ("b", "a")]
+        assert [(part.name, share) for part, share in mix.parts] == [(alone[0].name, 0.75), (alone[1].name, 0.25)]
+        assert len(mix) == sum(map(len, alone)) and mix.bytes == sum(part.bytes for part in alone)
+    (train, _), (alone, _) = mixed_sources({str(tmp_path / "a"): 1.0}), make_sources(str(tmp_path / "a"))
+    assert train.fingerprint == alone.fingerprint  # one is itself
 
 
 def test_documents_are_shuffled():
