@@ -96,7 +96,11 @@ def test_more_layouts(mixer, layout):
 
 @pytest.mark.parametrize(
     "mixer",
-    [config.RetNet(), config.GLA(conv_width=4), config.DeltaNet(), config.GatedDeltaNet(), config.HGRN(), config.KDA(4, 8, expand_v=2.0)],
+    [
+        *(config.RetNet(), config.GLA(conv_width=4), config.DeltaNet(), config.GatedDeltaNet(), config.HGRN()),
+        *(config.KDA(4, 8, expand_v=2.0), config.HGRN(expand_ratio=2, conv_width=4), config.HGRN2(conv_width=3)),
+        config.GLA(heads=4, kv_heads=2, expand_k=1.0, conv_width=4),
+    ],
 )
 def test_the_cache_is_of_the_size_that_costs_say(mixer):
     model = config.ModelConfig(mixer=mixer, ratio=6, vocabulary=64, attention=config.Attention(heads=16, kv_heads=4))

@@ -57,3 +57,33 @@ def test_flops_of_a_token():
     assert costs.parameters(model) == weights + 50 * 32
     attention = 4 * 32 * (1 + 2 + 3 + 4) / 4  # each query's keys, over a window of 4
     assert costs.flops_per_token(model, 4) == 2 * weights + 5 * 2 * 8 * 16 + attention
+
+
+DECAY, WRITE, READ, LOOK = 1, 2, 2, 2  # FLOPs of an element of a state: a product, or products that are added up
+
+
+@pytest.mark.parametrize(
+    "mixer, flops",
+    [
+        (config.HGRN(), DECAY + 1),  # what is written is no product of two vectors, and read as it is
+        (config.HGRN2(expand_ratio=8), DECAY + WRITE + READ),
+        (config.RetNet(heads=2), DECAY + WRITE + READ),
+        (config.GLA(heads=2), DECAY + WRITE + READ),
+        (config.DeltaNet(heads=2), LOOK + WRITE + READ),  # without a decay
+        (config.GatedDeltaNet(heads=2, head_width=8), DECAY + LOOK + WRITE + READ),
+        (config.KDA(heads=2, head_width=8), DECAY + LOOK + WRITE + READ),
+    ],
+)
+def test_flops_of_a_recurrence(mixer, flops, monkeypatch):
+    monkeypatch.setattr(costs, "parameters", lambda model: 0)  # what is left is no product with weights
+    model = config.ModelConfig(mixer=mixer, layers=3, width=32, tied=True)
+    assert costs.flops_per_token(model, 100) == 3 * flops * costs.state_elements(model)
+
+
+def test_flops_of_attention_in_a_sliding_window(monkeypatch):
+    """A query sees its window's keys at most: of 1 + 2 + 3 + 4 + 5 of them 1 + 2 + 3 + 3 + 3."""
+    monkeypatch.setattr(costs, "parameters", lambda model: 0)
+    whole, sliding = (config.ModelConfig(mixer=config.Attention(heads=2, window=w), layers=2, width=32) for w in (None, 3))
+    fewer = costs.flops_per_token(whole, 5) - costs.flops_per_token(sliding, 5)
+    assert fewer == pytest.approx(2 * 4 * 32 * (15 - 12) / 5)
+    assert costs.flops_per_token(whole, 3) == costs.flops_per_token(sliding, 3)
