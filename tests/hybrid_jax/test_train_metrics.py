@@ -17,6 +17,7 @@ import hybrid_jax.train.report
 from hybrid_jax import costs
 from hybrid_jax.amounts import count, duration, quantity
 from hybrid_jax.config import ConfigError, LogConfig
+from hybrid_jax.data.mix import Mix
 from hybrid_jax.data.token_source import ArraySource
 from hybrid_jax.data.tokenizers import ByteTokenizer
 from hybrid_jax.train import advice, plot, throughput
@@ -241,6 +242,13 @@ def test_other_devices_are_measured():
     assert 1e8 < rate < 1e15 and "measured" in source
 
 
+def test_a_matmul_is_two_flops_for_each_of_its_products(monkeypatch):
+    """Over the best of five, by a clock that has it take 4, 3, 2, 3 and 4 seconds."""
+    times = iter([0, 4, 10, 13, 20, 22, 30, 33, 40, 44])
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert throughput.matmul_rate(jnp.float32, 8) == 8 * 8 * (8 + 8) / 2
+
+
 SHARED_KEYS = {"model": {"mixer": {"name": "attention", "heads": 2, "kv_heads": 1}}}
 HGRN2_HYBRID = {
     "model": {"mixer": {"name": "hgrn2", "expand_ratio": 8}, "attention": {"heads": 2, "kv_heads": 1}, "layers": 2, "ratio": 2},
@@ -267,6 +275,14 @@ def test_advice_before_time_is_lost(changes, tokens, peak_rate, expected):
     assert len(notes) == len(expected)
     for note, pattern in zip(notes, expected, strict=True):
         assert re.search(pattern, note), note
+
+
+def test_of_a_mix_each_part_is_read_as_often_as_its_share_says():
+    """Of the 1,920 tokens of a run three quarters from 300, five times over, and a quarter from 200, which is not too often."""
+    sizes = {"short": 300, "long": 200}
+    parts = [ArraySource(np.zeros(n, np.uint16), [n], tokenizer=ByteTokenizer(), bytes=n, name=name) for name, n in sizes.items()]
+    (note,) = advice.notes(small_run(), Mix(parts, [3, 1]), 1e12)
+    assert note == "the run of 1.92k tokens reads its 300 tokens of short 5 times over"
 
 
 def test_tokens_of_another_tokenizer_than_the_models_are_told_of():
