@@ -49,6 +49,15 @@ def test_right_is_what_the_model_writes(model, tmp_path, monkeypatch):
     assert few["average"] == 1.0 and few["scores"][str(files[1])]["rows"] == 2
 
 
+def test_the_beginning_stands_before_every_text_and_is_cut_with_it(model, tmp_path, monkeypatch):
+    file, read = write_jsonl(tmp_path / "rows.jsonl", [{"text": text, "value": "v"} for text in TEXTS]), []
+    monkeypatch.setattr(completion, "write", lambda model, prompts, *_, **__: read.append(prompts) or [""] * len(prompts))
+    results = evaluate(model, [file], max_length=48 + 60, beginning=257)
+    short, longer, cut = (list(text.strip().encode()) for text in TEXTS)
+    assert read == [[[257, *short], [257, *longer], cut[-60:]]]
+    assert results["settings"]["beginning"] == 257 and results["scores"][str(file)]["cut"] == 1
+
+
 def test_contains():
     assert contains("It is 3.5 (mg)", "3.5 (MG)") and contains(" K173887.", "k173887")
     assert not contains("It is 345", "3.5") and not contains("", "a")

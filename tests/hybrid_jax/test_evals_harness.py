@@ -208,6 +208,15 @@ def test_the_study(model, tmp_path):
     assert study_average({"arc_easy": {"acc": 1.0}}) is None
 
 
+def test_the_studys_average_is_by_its_own_metrics():
+    """ARC-c, HellaSwag and OpenBookQA by acc_norm, ARC-e, LAMBADA and PIQA by acc, as docs/evaluation.md says."""
+    by_acc_norm = {"arc_challenge": 0.1, "hellaswag": 0.2, "openbookqa": 0.3}
+    by_acc = {"arc_easy": 0.4, "lambada_openai": 0.5, "piqa": 0.6}
+    scores = {task: {"acc": 9.0, "acc_norm": score} for task, score in by_acc_norm.items()}
+    scores |= {task: {"acc": score, "acc_norm": 9.0} for task, score in by_acc.items()}
+    assert study_average(scores) == pytest.approx(2.1 / 6)
+
+
 def test_every_missing_file_is_named_at_once(model, tmp_path):
     write_jsonl(tmp_path / "baber__piqa/data/validation.jsonl", FILES["baber__piqa/data/validation"])
     with pytest.raises(DataError) as error:
