@@ -122,6 +122,10 @@ def test_the_newest_evaluated_step_is_read(tmp_path):
     workdir = write_run(tmp_path, "gla_r6", step=10)
     (workdir / "checkpoints" / "20").mkdir()
     assert collect.read(workdir).step == 10
+    written = json.loads((workdir / "eval-10.json").read_text())
+    (workdir / "eval-20.json").write_text(json.dumps(written | {"step": 20, "loss": 1.25}))
+    assert (collect.read(workdir).step, collect.read(workdir).scores["loss"]) == (20, 1.25)
+    (workdir / "eval-20.json").unlink()
     (workdir / "eval-10.json").unlink()
     with pytest.raises(ConfigError, match="has no evaluation of any of its checkpoints: evaluate it"):
         collect.read(workdir)
@@ -268,11 +272,47 @@ def test_costs_are_the_models_own():
     assert at[8192][1]["bytes"] == 2 * at[4096][1]["bytes"]
     grown = [at[8192][i]["bytes"] - at[4096][i]["bytes"] for i in (0, 1)]
     assert grown[1] == 6 * grown[0]  # every sixth layer keeps keys and values
+    assert at[4096][0]["bytes"] - grown[0] == costs.state_bytes(hybrid) > 0  # the others a state, of one size
+    assert [at[4096][i]["flops"] for i in (0, 1)] == [costs.flops_per_token(model, 4096) for model in (hybrid, transformer)]
+
+
+def test_every_model_is_listed_with_its_own_costs(tmp_path):
+    runs = [collect.read(write_run(tmp_path, name, seed)) for name in ("gla_r6", "hgrn2_pure") for seed in (2, 1)]
+    of_each = {("1.3B", "gla", "6:1"): {"flops": 1.5e9, "bytes": 4321}, ("1.3B", "hgrn2", "pure"): {"flops": 2.5e9, "bytes": 1234}}
+    tokens = f"{10 * 256 * 4096 / 1e6:,.1f} M"
+    assert tables.of_models(runs, of_each, "1.3B", 4096).splitlines()[2:] == [
+        f"| HGRN2 pure | 1, 2 | 10 | {tokens} | 2.5e+09 | 1,234 |",
+        f"| GLA 6:1 | 1, 2 | 10 | {tokens} | 1.5e+09 | 4,321 |",
+    ]
 
 
 def test_the_front_is_what_nothing_cheaper_beats():
     points = {"a": (1, 0.1), "b": (2, 0.1), "c": (3, 0.5), "d": (3, 0.4), "e": (9, 0.6)}
     assert figures.frontier(points) == ["a", "c", "e"]
+
+
+def test_each_cost_has_a_front_of_its_own(tmp_path, monkeypatch):
+    """Of two models the one that takes fewer FLOPs holds more bytes."""
+    fronts = []
+    monkeypatch.setattr(figures, "frontier", lambda points: fronts.append(points) or list(points))
+    models = {("1.3B", "gla", "pure"): {"mqar": Score((0.2, 0.4))}, ("1.3B", "gla", "6:1"): {"mqar": Score((0.5,))}}
+    prices = {("1.3B", "gla", "pure"): {"flops": 1.0, "bytes": 40.0}, ("1.3B", "gla", "6:1"): {"flops": 2.0, "bytes": 30.0}}
+    measure = next(m for m in tables.BY_RATIO if m.name == "mqar")
+    figures.pareto(models, prices, "1.3B", measure, 4096, tmp_path / "picture.png")
+    scores = {("gla", "pure"): pytest.approx(0.3), ("gla", "6:1"): 0.5}
+    assert fronts == [{model: (prices["1.3B", *model][cost], score) for model, score in scores.items()} for cost in ("flops", "bytes")]
+
+
+def test_a_table_with_a_gap_has_no_mean_there_and_the_studys_means_over_both_sizes_beside_it():
+    measure = next(m for m in tables.BY_RATIO if m.name == "lm/average")
+    found = {("hgrn2", "pure"): (0.3,), ("gla", "pure"): (0.35, 0.45), ("gla", "6:1"): (0.5,)}
+    models = {("1.3B", *model): {"lm/average": Score(values)} for model, values in found.items()}
+    assert tables.by_ratio(models, "1.3B", measure).splitlines() == [
+        "|  | HGRN2 | GLA | mean |",
+        "| --- | --- | --- | --- |",
+        "| pure | 30.0 (study: 48.6) | 40.0 ± 7.1 (study: 45.9) | 35.0 |",
+        "| 6:1 |  | 50.0 (study: 47.1) |  |",
+    ]
 
 
 def test_a_table_without_hybrids():
