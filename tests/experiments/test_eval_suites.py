@@ -1,14 +1,16 @@
 """`experiments.eval --suite=...`: every suite on one trained run, what it writes, and what a report makes of it."""
 
+import importlib
+import inspect
 import json
 import re
 
 import pytest
 from absl import flags
 
+from experiments import beginning, report, suites
 from experiments import eval as evaluation
-from experiments import report, suites
-from tests.experiments.commands import run, run_eval, run_train
+from tests.experiments.commands import get_config, run, run_eval, run_train
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,38 @@ def test_completion(workdir, tmp_path):
     result = run_eval(workdir, "--suite=completion", f"--files={tmp_path}/facts.jsonl", "--max_length=80")
     assert result.code == 0, result.err
     assert written(workdir, "completion")["headline"] == {"facts": 0.0, "average": 0.0} and "0.0%" in result.out
+
+
+FLAGS = {
+    "lm": ["--tasks=a,b", "--examples=3", "--data=d", "--include_path=p", "--num_fewshot=2", "--max_length=99", "--download"],
+    "ruler": ["--tasks=a,b", "--lengths=64,32", "--examples=3", "--texts=t"],
+    "completion": ["--files=x,y", "--examples=3", "--max_length=99"],
+    "mqar": ["--pairs=2,3", "--lengths=64,32", "--examples=3"],
+}
+PASSED_ON = {
+    "lm": {
+        **{"tasks": ["a", "b"], "limit": 3, "data": "d", "include_path": "p", "num_fewshot": 2, "max_length": 99, "download": True},
+        **{"beginning": 1, "batch": 5},
+    },
+    "ruler": {"tasks": ["a", "b"], "lengths": [64, 32], "examples": 3, "texts": "t", "beginning": 1, "batch": 5},
+    "completion": {"files": ["x", "y"], "limit": 3, "max_length": 99, "beginning": 1, "batch": 5},
+    "mqar": {"pairs": [2, 3], "lengths": [64, 32], "examples": 3, "alphabet": 8, "batch": 5},
+}
+
+
+@pytest.mark.parametrize("suite", FLAGS)
+def test_every_flag_reaches_its_suite(monkeypatch, suite):
+    module = importlib.import_module("hybrid_jax.evals." + {"lm": "harness", "mqar": "recall"}.get(suite, suite))
+    evaluate = module.evaluate
+    monkeypatch.setattr(module, "evaluate", lambda *given, **named: inspect.signature(evaluate).bind(*given, **named).arguments)
+    flags.FLAGS(["eval", *FLAGS[suite], "--batch=5", *([] if suite == "mqar" else ["--beginning=1"])])
+    try:
+        found = suites.SUITES[suite].evaluate("the model", None, get_config())
+    finally:
+        for of_module in (suites, beginning):  # as `commands.run` does before each
+            for flag in flags.FLAGS.flags_by_module_dict()[of_module.__name__]:
+                flag.unparse()
+    assert found.pop("model") == "the model" and found == PASSED_ON[suite]
 
 
 @pytest.mark.parametrize(

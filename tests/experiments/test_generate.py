@@ -47,6 +47,16 @@ def test_a_trained_run_goes_on_from_a_prompt(finished):
     assert result.out == "def" + hybrid_jax.generate(first, ["def"], max_new_tokens=10)[0] + "\n"
 
 
+def test_every_flag_of_the_draws_and_the_end_is_passed_on(finished, monkeypatch):
+    given = []
+    monkeypatch.setattr(Session, "read", lambda *_, **__: None)
+    monkeypatch.setattr(Session, "write", lambda session, *of, **named: given.append((*of, named)) or iter(()))
+    draws = ("--temperature=0.5", "--top_k=7", "--top_p=0.75", "--min_p=0.125", "--max_new_tokens=9")
+    result = run_generate(f"--workdir={finished}", "--prompt=def", *draws, "--stop=\\n\\n", "--stop=end")
+    assert result == (0, "def\n", "")
+    assert given == [(9, Sampling(0.5, 7, 0.75, 0.125), {"stop": ["\n\n", "end"], "texts": True})]
+
+
 def test_turns_go_on_from_all_there_was(finished, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("def f(x):\\n    return\n\nimport\n"))
     result = run_generate(f"--workdir={finished}", "--interactive", "--max_new_tokens=6", "--beginning=260")
