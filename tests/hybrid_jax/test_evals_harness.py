@@ -19,7 +19,8 @@ from hybrid_jax import config
 from hybrid_jax.data import DataError
 from hybrid_jax.data.tokenizers import ByteTokenizer
 from hybrid_jax.evals import completion
-from hybrid_jax.evals.harness import STUDY, HarnessModel, evaluate, study_average
+from hybrid_jax.evals.harness import STUDY, HarnessModel, _generation, evaluate, study_average
+from hybrid_jax.sampling import Sampling
 from tests.hybrid_jax.eval_models import small_model
 
 MAX_LENGTH = 64
@@ -106,6 +107,15 @@ def test_generation_is_cut_stopped_and_in_order(model):
     mixed = answers(*[options, options | {"until": stop}] * (len(TEXTS) // 2))  # two groups, told apart
     assert mixed == [pair[i % 2] for i, pair in enumerate(zip(found, again, strict=True))]
     assert answers(*[drawn | {"do_sample": False}] * len(TEXTS)) == found
+
+
+def test_a_tasks_options_of_a_generation():
+    """Its filters and temperature where it draws, which it says; else the likeliest text."""
+    draws = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "max_gen_toks": 7, "until": ["x", ""]}
+    found = _generation({"do_sample": True} | draws)
+    assert found == {"max_new_tokens": 7, "settings": Sampling(0.7, 5, 0.9, 0.1), "stop": ["x"]}
+    assert _generation({"do_sample": False} | draws)["settings"] == Sampling()
+    assert _generation({"until": ["\n"]}) == {"max_new_tokens": 256, "settings": Sampling(), "stop": ["\n"]}
 
 
 def test_what_cannot_be_asked(model):
