@@ -65,6 +65,37 @@ def test_there_and_back_bit_for_bit(case, tmp_path):
     assert read_config(tmp_path / "run").model.dtype == ("bfloat16" if dtype is BFLOAT16 else "float32")
 
 
+# fla's tensor of layer 0 -> where it lies in that layer, those that are not called the same there and here.
+OF_LAYER = {
+    "gla": {
+        **{"mlp.gate_proj.weight": "mlp.gate_proj.kernel", "mlp.up_proj.weight": "mlp.up_proj.kernel"},
+        **{"attn.gk_proj.0.weight": "mixer.decay_in.kernel", "attn.gk_proj.1.weight": "mixer.decay_out.kernel"},
+        **{"attn.gk_proj.1.bias": "mixer.decay_out.bias", "attn.g_proj.weight": "mixer.g_proj.kernel"},
+        **{"attn.g_norm_swish_gate.weight": "mixer.g_norm.scale", "attn.k_proj.weight": "mixer.k_proj.kernel"},
+    },
+    "kda": {
+        **{"attn.f_proj.0.weight": "mixer.decay_in.kernel", "attn.f_proj.1.weight": "mixer.decay_out.kernel"},
+        **{"attn.g_proj.0.weight": "mixer.gate_in.kernel", "attn.g_proj.1.weight": "mixer.gate_out.kernel"},
+        **{"attn.g_proj.1.bias": "mixer.gate_out.bias", "attn.o_norm.weight": "mixer.o_norm.scale"},
+        **{"attn.q_conv1d.weight": "mixer.q_conv.weight", "attn.A_log": "mixer.A_log", "attn.b_proj.weight": "mixer.b_proj.kernel"},
+    },
+    "hgrn": {
+        "attn.i_proj.weight": "mixer.i_proj.kernel",
+        "attn.f_proj.weight": "mixer.f_proj.kernel",
+        "attn.g_norm.weight": "mixer.g_norm.scale",
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", OF_LAYER)
+def test_tensors_of_one_shape_are_not_taken_for_one_another(model_type):
+    """There and back they would come to the same; that a model computes what fla's does is shown by tests/parity."""
+    described = options.modern(fla_options(model_type))
+    slots = names.slots(options.model_config(described, "float32"), described)
+    found = {name: ".".join(map(str, slots[f"model.layers.0.{name}"].path[4:])) for name in OF_LAYER[model_type]}
+    assert found == OF_LAYER[model_type]
+
+
 def test_each_tensor_goes_back_in_the_dtype_it_came_in_or_in_the_one_asked_for(tmp_path):
     described = fla_options("gated_deltanet")
     given = random_tensors(described, BFLOAT16)
