@@ -36,6 +36,14 @@ def test_the_file_is_the_model_its_name_says(mixer, ratio, size):
     assert size in ("tiny", "recall") or model.layers == 24
 
 
+@pytest.mark.parametrize("size, tokens, a_step", [("340m", 20e9, 2**19), ("1b3", 100e9, 2**20)])
+def test_the_studys_models_are_trained_on_the_studys_tokens(size, tokens, a_step):
+    for file in FILES:
+        run = load(file.stem, size)
+        assert run.train.batch * run.data.window == a_step
+        assert abs(run.train.steps * a_step - tokens) < a_step / 2, file.stem
+
+
 def slow_but(*endings):
     return [pytest.param(file, id=file.stem, marks=() if file.stem.endswith(endings) else pytest.mark.slow) for file in FILES]
 
