@@ -308,6 +308,25 @@ def test_what_only_says_how_a_run_is_watched_and_placed_may_change(workdir):
     assert read_config(workdir) == changed
 
 
+def test_nothing_that_is_computed_may_change():
+    """Between two starts of one run, whatever may be added to a configuration: groups that watch and place it, and these fields."""
+    groups = ("evaluation.", "checkpoint.", "mesh.", "log.")
+    free = {path for path in workdirs._flat(to_dict(RunConfig())) if workdirs.is_free(path) and not path.startswith(groups)}
+    assert free == {"train.microbatch", "train.log_every", "train.bad_steps", "model.remat", "platform"}
+
+
+def test_what_was_given_at_the_start_is_settled_by_the_first_step(workdir):
+    """Data and optimiser may be chosen for given parameters, which are step 0; not for those that were trained from them."""
+    (workdir / "checkpoints" / "1").rename(workdir / "checkpoints" / "0")
+    changed = small_run(data={"window": 16}, optimizer={"beta2": 0.99})
+    with pytest.raises(ConfigError, match="data.window: 12 -> 16; optimizer.beta2: 0.95 -> 0.99"):
+        claim(workdir, changed)
+    for step in ("2", "3"):
+        shutil.rmtree(workdir / "checkpoints" / step)
+    claim(workdir, changed)
+    assert read_config(workdir) == changed
+
+
 @pytest.mark.parametrize(
     ("optimizer", "steps", "allowed"),
     [
