@@ -50,6 +50,11 @@ def test_reads_across_chunks(built):
         np.testing.assert_array_equal(tokens, everything[start:stop])
 
 
+def test_the_largest_vocabulary_of_two_bytes():
+    """Ids are below it: 65,535 is the last that fits, and one more would be stored as 0."""
+    assert [store.token_dtype(n) for n in (257, 65_536, 65_537)] == [np.uint16, np.uint16, np.uint32]
+
+
 def test_several_shards(tmp_path, monkeypatch):
     """Of tokens and of documents, one of them all zeros, which zarr would leave out."""
     monkeypatch.setattr(store, "CHUNK", 32)
