@@ -118,6 +118,32 @@ def test_part_of_the_text_is_as_much_on_any_mesh_and_its_own_bytes(model, sizes)
     assert results["bits_per_byte"] == pytest.approx(losses[:40].sum() / math.log(2) / results["bytes"], rel=1e-6)
 
 
+def test_a_process_reads_its_own_rows_alone(model, monkeypatch):
+    """Of batches of four the last two: of the text, and of the recall problems."""
+    read = []
+
+    class Rows:
+        numbers = [2, 3]
+
+        def __init__(self, mesh, batch):
+            assert batch == 4
+
+        def to_mesh(self, arrays):
+            read.append(arrays["targets"])
+            return {name: np.concatenate([array, array]) for name, array in arrays.items()}
+
+    monkeypatch.setattr("hybrid_jax.evals.evaluate.LocalRows", Rows)
+    run = run_for()
+    evaluate(dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, batch=4)), model)
+    task = mqar.Task(2, 8, 5)
+    text = pipeline.evaluation_batches(held_out(), batch=4, window=16)
+    recall = pipeline.mqar_evaluation_batches(task, rows=3, batch=4, window=16, vocabulary=257)
+    expected = [batch["targets"][2:] for batches in (text, recall) for batch in batches]
+    assert len(read) == len(expected) > 2
+    for found, rows in zip(read, expected, strict=True):
+        np.testing.assert_array_equal(found, rows)
+
+
 def test_places_where_nothing_is_scored_are_none(model):
     results = evaluate(run_for(tokens=3), model)
     assert results["tokens"] == 3 and [x is None for x in results["loss_by_position"]] == [False] * 3 + [True] * 13

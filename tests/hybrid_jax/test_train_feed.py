@@ -43,6 +43,16 @@ def test_of_a_batch_only_the_rows_that_are_held_are_read(monkeypatch):
     for found, index in seen.values():
         np.testing.assert_array_equal(found, whole[index])
 
+    # and no others are made: neither of training
+    source, options = array_source([30, 40] * 4), {"batch": 8, "window": 12}
+    monkeypatch.setattr(LocalRows, "to_mesh", lambda rows, arrays: seen.update(arrays))
+    feed = Feed(small_run(model={"vocabulary": 257}, train={"seed": 3, "batch": 8, "microbatch": 2}), source, mesh)
+    batches = training_batches(source, seed=3, **options)
+    next(feed)
+    np.testing.assert_array_equal(seen["targets"], next(batches)["targets"][[0, 1, 6, 7]])
+    feed.close()
+    batches.close()
+
 
 @pytest.mark.parametrize("packing", ["windows", "documents"])
 @pytest.mark.parametrize("share", [0.0, 0.5])
