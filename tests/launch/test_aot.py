@@ -7,11 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import cli
+from hybrid_jax import costs
+from hybrid_jax.chips import CHIPS
 from hybrid_jax.config import ConfigError
 from launch import accelerators, ahead, candidates, report, topologies
 from tests.launch.stand_ins import ROOT
@@ -124,6 +128,23 @@ def test_what_a_device_holds_of_the_state_is_dealt_out():
     for fsdp in (2, 16):
         assert exact / fsdp <= held[fsdp]["parameters"] < 1.1 * exact / fsdp  # vectors are whole on each
     assert ahead.devices(target) == 16 and ahead.devices(topologies.find("tpu7x:2x2x1", 2)) == 16
+
+
+def test_the_least_time_of_a_step_and_the_models_share_of_it(monkeypatch):
+    """On four chips: by what is computed there, the model's own FLOPs at least; by what is moved; and MFU by the model's own."""
+    config, chip = tiny(batch=16), CHIPS[V5E.kind]
+    chips = [SimpleNamespace(platform="tpu", coords=(i % 2, i // 2, 0)) for i in range(4)]
+    mesh = SimpleNamespace(size=4, shape={"data": 1, "fsdp": 4, "seq": 1, "tensor": 1}, devices=np.array(chips))
+    text = jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32)).compile().as_text()
+    state = {"parameters": 1000, "optimizer": 2000, "batch": 50}
+    own = 3 * 16 * 256 * costs.flops_per_token(config.model, 256) / 4
+    for computed, least in ((2 * own, 2 * own), (own / 2, own)):  # recomputed, or in a kernel whose FLOPs are not known
+        monkeypatch.setattr(ahead, "flops", lambda *_, computed=computed: computed)
+        row = ahead._work(config, V5E, mesh, text, ahead.QUICK, state)
+        assert row["seconds"] == pytest.approx({"FLOPs": least / chip.flop_per_s, "HBM": 6050 / chip.bytes_per_s})
+        assert (row["flops"], row["model_flops"], row["hbm_bytes"]) == (computed, pytest.approx(own), 6050)  # state is read and written
+        assert row["step_s"] == max(row["seconds"].values())
+        assert row["mfu"] == pytest.approx(own / least)
 
 
 def test_a_sweep_tries_what_can_be_dealt_out():
