@@ -78,12 +78,15 @@ def test_loglikelihood_is_of_the_bytes_that_follow(model, logits, beginning):
         assert greedy == (of_each.argmax(-1).tolist() == scored)
 
 
-def test_rolling_counts_every_byte_once(model, logits):
+@pytest.mark.parametrize("beginning", [None, 257])
+def test_rolling_counts_every_byte_once(model, logits, beginning):
+    """And a beginning, which the harness's own models take for part of the text."""
     texts = ["short", "b" * MAX_LENGTH, "a long text, " * 10, ""]
-    found = ask(HarnessModel(model, **SIZES), "loglikelihood_rolling", *((text,) for text in texts))
+    found = ask(HarnessModel(model, beginning=beginning, **SIZES), "loglikelihood_rolling", *((text,) for text in texts))
+    first, begun = (256, []) if beginning is None else (beginning, [beginning])
     for text, total in zip(texts, found, strict=True):
         expected = 0.0
-        for given, predicted in get_rolling_token_windows(list(text.encode()), 256, MAX_LENGTH, 1):
+        for given, predicted in get_rolling_token_windows([*begun, *text.encode()], first, MAX_LENGTH, 1):
             expected += logits(given)[-len(predicted) :][np.arange(len(predicted)), predicted].sum()
         assert total == pytest.approx(expected, rel=2e-5)
 
