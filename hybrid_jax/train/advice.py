@@ -53,7 +53,7 @@ def notes(config: RunConfig, text: TokenSource, peak: float, carried: Tokenizer 
             "Build the store with python -m experiments.tokenize --tokenizer=WORKDIR/huggingface"
         )
     for part, share in text.parts:
-        if (times := tokens * share / len(part)) > 4:
+        if (times := tokens * (1 - config.data.mqar.share) * share / len(part)) > 4:  # the other rows hold recall problems
             of = "text" if part is text else part.name
             told.append(f"the run of {quantity(tokens)} tokens reads its {quantity(len(part))} tokens of {of} {times:,.0f} times over")
     if config.optimizer.warmup_steps >= config.train.steps:

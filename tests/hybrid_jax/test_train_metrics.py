@@ -261,6 +261,8 @@ HGRN2_HYBRID = {
         ({}, 10**6, 1e12, []),
         ({"model": {"vocabulary": 32000}}, 10**6, 1e12, ["THIS IS NOT THE STUDY'S DATA.*--config.data.source"]),
         ({}, 96, 1e12, ["reads its 96 tokens of text 20 times over"]),
+        # three rows in four hold recall problems and no text
+        ({"data": {"window": 12, "mqar": {"share": 0.75, "length": 12}}}, 96, 1e12, ["reads its 96 tokens of text 5 times over"]),
         ({"optimizer": {"warmup_steps": 20}}, 10**6, 1e12, ["never reaches its peak.*--config.optimizer.warmup_steps"]),
         ({"mesh": {"tensor": 4}}, 10**6, 1e12, ["mesh.tensor=4 does not divide the 2 heads of attention"]),
         ({"mesh": {"tensor": 2}}, 10**6, 1e12, []),
