@@ -7,9 +7,11 @@ import signal
 import subprocess
 import tarfile
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from launch import supervise
 from tests.launch.stand_ins import ROOT, World
 
 TRAIN = ["--", "python", "-m", "experiments.train", "--config=configs/gla_r6.py:tiny"]
@@ -168,6 +170,49 @@ def test_machines_that_cannot_be_deleted_are_not_left_without_a_word(world):
     result = run(world, *RUN, *TRAIN, WORKDIR)
     assert result.returncode == 1 and "COULD NOT BE DELETED" in result.stderr
     assert "python -m launch.tpu_vm delete --name=gla --zone=us-central2-b" in result.stderr
+
+
+# ---------------------------------------------------------------- what the hosts say, where they do not say the same
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Of a job on two hosts whose logs have three lines each time; ``asked``: from which line on, each time."""
+    asked = []
+    monkeypatch.setattr(supervise.hosts, "logs", lambda tpu, first: asked.append(first))
+    monkeypatch.setattr(supervise.shell, "stream", lambda command, line: [line(f"line {n}") for n in range(3)])
+    monkeypatch.setattr(supervise.time, "sleep", lambda seconds: None)
+    plan = supervise.Plan(SimpleNamespace(name="gla"), [], "the command", None, hosts=2)
+    return SimpleNamespace(plan=plan, asked=asked)
+
+
+@pytest.mark.parametrize(
+    ("told", "taken_away", "ended"),
+    [
+        ([["0", "running"], ["running", "0"], ["0", "0"]], False, "done"),  # no sooner than both have ended
+        ([["1", "134"]], True, "lost"),  # the one failed for the want of the other
+        ([["1", "134"], ["1", "134"]], False, "failed"),
+        ([["1", "2"]], False, "failed"),
+        ([["0"], ["0"], ["0", "0"]], False, "done"),  # one did not answer
+        ([[], [], ["0", "0"]], False, "done"),
+        ([["0"]], True, "lost"),
+    ],
+)
+def test_a_job_ends_as_its_hosts_say_together(plan, monkeypatch, capsys, told, taken_away, ended):
+    monkeypatch.setattr(supervise, "host_states", lambda tpu: supervise.HostStates(told.pop(0), {"the command"}))
+    monkeypatch.setattr(supervise, "_taken_away", lambda tpu: taken_away)
+    assert supervise._follow(plan.plan) == ended and not told
+    assert plan.asked == list(range(1, 3 * len(plan.asked), 3))  # no line of the log is shown twice
+    assert capsys.readouterr().out.count("line 0") == len(plan.asked)
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [(["running", "running"], True), (["running", "0"], True), (["running"], False), (["running", "killed"], False), ([], False)],
+)
+def test_a_job_is_under_way_where_every_host_says_so(plan, monkeypatch, states, expected):
+    monkeypatch.setattr(supervise, "host_states", lambda tpu: supervise.HostStates(states, {"the command"} if states else set()))
+    assert supervise._under_way(plan.plan) == expected
 
 
 # ---------------------------------------------------------------- Ctrl-C
