@@ -175,20 +175,6 @@ def test_memory_suite(tmp_path):
     assert temporary["xla"] * 10 < temporary["reference"]
 
 
-def test_seconds_are_those_of_one_call(monkeypatch):
-    """Of a call that takes three milliseconds: seven of them are a batch, and twenty batches what they are repeated for."""
-    clock, called = [0.0], []
-
-    def call():
-        clock[0] += 0.003
-        called.append(clock[0])
-
-    monkeypatch.setattr(batches, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    found = batches.batches(call, lambda result: None, seconds=0.41)
-    assert found == pytest.approx([0.003] * 20) and len(called) == 2 + 7 * 20
-    assert batches.summary([1.0, 2.0, 3.0, 4.0, 9.0]) == {"median_s": 3.0, "quartiles_s": [2.0, 4.0], "repetitions": 5}
-
-
 def test_decode_suite(tmp_path, monkeypatch):
     """By a clock that goes on by a second whenever it is looked at."""
     monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
