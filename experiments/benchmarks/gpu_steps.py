@@ -138,7 +138,7 @@ def measure(case: Case, until: float) -> dict:
             row = process.call(fla_peer.time_step, *asked, seconds=seconds)
     row |= {"tokens": TOKENS, "flops": training_flops(config)} | summary(row.pop("seconds"))
     flop_per_s = row["flops"] / row["median_s"]
-    return row | {"tokens_per_s": TOKENS / row["median_s"], "flop_per_s": flop_per_s, "mfu": flop_per_s / peak_flops()[0]}
+    return row | {"tokens_per_s": TOKENS / row["median_s"], "flop_per_s": flop_per_s, "mfu": flop_per_s / peak_flops(devices=1)[0]}
 
 
 def suite(wanted: Callable[[Case], bool], until: float, make_room: Callable[[], None]) -> Suite:

@@ -12,14 +12,17 @@ from hybrid_jax.config import RunConfig
 from pallas_kernels.platforms import GENERATIONS
 
 
-def peak_flops() -> tuple[float, str]:
-    """FLOP/s of all devices together, and where the number is from: the data sheet, or else a matmul timed here."""
-    device = jax.devices()[0]
+def peak_flops(devices: int | None = None) -> tuple[float, str]:
+    """FLOP/s of so many ``devices`` together (None: of all), and where the number is from: the data sheet, or else a matmul timed here.
+
+    Of a CPU, whose devices are virtual ones of one machine, that of all machines.
+    """
+    device, count = jax.devices()[0], devices or jax.device_count()
     if name := listed(device.device_kind):
-        return CHIPS[name].flop_per_s * jax.device_count(), f"{name} data sheet"
-    if device.platform == "cpu":  # virtual CPU devices share one machine
+        return CHIPS[name].flop_per_s * count, f"{name} data sheet"
+    if device.platform == "cpu":
         return matmul_rate(jnp.float32, 1024) * jax.process_count(), "its measured float32 matmul rate"
-    return matmul_rate(jnp.bfloat16, 8192) * jax.device_count(), "its measured bfloat16 matmul rate"
+    return matmul_rate(jnp.bfloat16, 8192) * count, "its measured bfloat16 matmul rate"
 
 
 def listed(kind: str) -> str | None:

@@ -224,7 +224,7 @@ def test_a_reports_speed_is_of_the_steps_since_it_was_started_and_of_nothing_but
 def test_known_chips_have_their_data_sheets_rate(monkeypatch, kind, rate):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind, platform="tpu")])
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert throughput.peak_flops()[0] == 4 * rate
+    assert throughput.peak_flops()[0] == 4 * rate == 4 * throughput.peak_flops(devices=1)[0]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +235,7 @@ def test_what_is_only_called_like_a_known_chip_is_measured(monkeypatch, kind):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     monkeypatch.setattr(throughput, "matmul_rate", lambda dtype, size: 1e9)
     assert throughput.peak_flops() == (4e9, "its measured bfloat16 matmul rate")
+    assert throughput.peak_flops(devices=1)[0] == 1e9
 
 
 def test_other_devices_are_measured():
