@@ -118,6 +118,7 @@ def test_a_tasks_options_of_a_generation():
     found = _generation({"do_sample": True} | draws)
     assert found == {"max_new_tokens": 7, "settings": Sampling(0.7, 5, 0.9, 0.1), "stop": ["x"]}
     assert _generation({"do_sample": False} | draws)["settings"] == Sampling()
+    assert _generation({"do_sample": True, "until": []})["settings"] == Sampling(1.0)
     assert _generation({"until": ["\n"]}) == {"max_new_tokens": 256, "settings": Sampling(), "stop": ["\n"]}
 
 
