@@ -13,7 +13,7 @@ from experiments import cli, report
 from experiments.configs import recipe
 from experiments.reports import collect, figures, published, tables
 from experiments.reports.collect import Score
-from hybrid_jax import figure, mixers
+from hybrid_jax import costs, figure, mixers
 from hybrid_jax.config import MIXERS, ConfigError, DataConfig, to_dict
 from tests.experiments.commands import run
 
