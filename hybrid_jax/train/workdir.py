@@ -6,6 +6,7 @@ WORKDIR/checkpoints/STEP/    Orbax
 WORKDIR/metrics.jsonl        a line for each logged step and each evaluation; tensorboard/ holds the same
 WORKDIR/eval-STEP.json       an evaluation in full; eval-STEP-N-tokens.json one of another number of tokens, that was asked for
 WORKDIR/summary.json, summary.png
+WORKDIR/wandb_id             of the run at Weights & Biases, where it is logged there
 WORKDIR/compiled/            programs, for the next start on such devices
 WORKDIR/lock                 held by the process that trains there
 """
@@ -210,8 +211,9 @@ def read_evaluations(workdir: epath.Path, step: int | None = None) -> dict[int, 
 
 
 def finished(workdir: epath.Path, steps: int) -> bool:
-    """Whether the run in ``workdir`` has come to its end and said so."""
-    return saved_steps(workdir)[-1:] == [steps] and (workdir / "summary.json").exists()
+    """Whether the run in ``workdir`` has come to its end, ``steps``, and said so."""
+    file = workdir / "summary.json"  # which says of which end: the same run may have had fewer steps before
+    return saved_steps(workdir)[-1:] == [steps] and file.exists() and json.loads(file.read_text())["step"] == steps
 
 
 def check_room(workdir: epath.Path, config: CheckpointConfig, steps: int, one: int) -> None:

@@ -152,6 +152,25 @@ def test_an_evaluation_that_a_kill_left_out_is_made_up_for(trained, tmp_path):
     assert json.loads((workdir / "summary.json").read_text())["tokens_per_second"] == pytest.approx(last["tokens_per_second"])
 
 
+@pytest.mark.slow
+def test_a_run_given_more_steps_is_not_finished_by_its_old_summary(tmp_path, monkeypatch):
+    """Killed between its last checkpoint and the evaluation of that."""
+    workdir, options = tmp_path / "run", ["--config.optimizer.name=schedule_free", "--config.evaluation.every=None"]
+    shorter, longer = ([*options, f"--config.train.steps={steps}"] for steps in (4, 6))
+    assert run_train(workdir, *shorter).code == 0
+
+    def kill(*_):
+        raise KeyError("kill")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(hybrid_jax.train.report.Report, "evaluation", kill)
+        run_train(workdir, *longer)
+    assert saved_steps(workdir)[-1] == 6
+    assert run_train(workdir, *longer).code == 0
+    summary, evaluation = (json.loads((workdir / name).read_text()) for name in ("summary.json", "eval-6.json"))
+    assert summary["step"] == 6 and summary["evaluation"]["loss"] == evaluation["loss"]
+
+
 @pytest.mark.parametrize("step, saved_every", [pytest.param(4, 4, marks=pytest.mark.slow), (4, 8), (8, 4)])
 def test_a_signal_ends_an_evaluation_which_is_made_up_for(trained, tmp_path, monkeypatch, step, saved_every):
     """An evaluation may take longer than a machine that is taken away leaves."""

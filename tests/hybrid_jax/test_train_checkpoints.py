@@ -23,7 +23,7 @@ from hybrid_jax.train import workdir as workdirs
 from hybrid_jax.train.checkpoints import Checkpoints, load_params
 from hybrid_jax.train.optimizer import evaluation_params
 from hybrid_jax.train.step import abstract_state, state_bytes
-from hybrid_jax.train.workdir import RunError, check_room, check_text, claim, differences, read_config, saved_steps
+from hybrid_jax.train.workdir import RunError, check_room, check_text, claim, differences, finished, read_config, saved_steps
 from tests.hybrid_jax.train_runs import small_run
 
 
@@ -347,6 +347,14 @@ def test_more_steps_are_the_same_run_where_the_learning_rate_so_far_is(workdir, 
         with pytest.raises(ConfigError, match=f"train.steps: 20 -> {steps}"):
             claim(workdir, changed)
     assert read_config(workdir).train.steps == (steps if allowed else 20)
+
+
+def test_a_run_is_finished_by_the_summary_of_its_last_step_alone(workdir):
+    assert not finished(workdir, 3)
+    for step in (2, 3):  # first that of before it was given more steps
+        (workdir / "summary.json").write_text(json.dumps({"step": step}))
+        assert finished(workdir, 3) == (step == 3)
+    assert not finished(workdir, 4)
 
 
 def test_a_workdir_without_a_checkpoint_holds_nothing_yet(tmp_path):
