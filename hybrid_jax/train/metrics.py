@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+import secrets
 import tempfile
 import time
 import warnings
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from hybrid_jax.config import LogConfig
-from hybrid_jax.storage import in_bucket, one_line
+from hybrid_jax.config import RunConfig, to_dict
+from hybrid_jax.storage import in_bucket, one_line, write_whole
 from hybrid_jax.train.workdir import RunError
 
 COPIED_EVERY = 60.0  # seconds, to a bucket
@@ -27,7 +27,7 @@ class Metrics:
     A bucket's files cannot grow: there the files grow in a temporary folder and are copied whole, every minute and by :meth:`flush`.
     """
 
-    def __init__(self, workdir: epath.Path, config: LogConfig, name: str, start_step: int = 0):
+    def __init__(self, workdir: epath.Path, config: RunConfig, name: str, start_step: int = 0):
         """Goes on after ``start_step``: rows of steps after it, written by a run that was then killed, are dropped."""
         self._workdir, self._copied, self._more = workdir, time.monotonic(), True
         self._temporary = tempfile.TemporaryDirectory(prefix="metrics-") if in_bucket(workdir) else None
@@ -35,10 +35,10 @@ class Metrics:
         self._growing: list[str] = []
         self._closers: list[Callable[[], None]] = []
         self._sinks: list[Sink] = [self._json_lines("metrics.jsonl", start_step)]
-        if config.tensorboard:
+        if config.log.tensorboard:
             self._sinks.append(self._tensorboard(f"tensorboard/events.out.tfevents.{time.time_ns()}", start_step))
-        if config.wandb_project is not None:
-            self._sinks.append(self._wandb(config.wandb_project, name))
+        if config.log.wandb_project is not None:
+            self._sinks.append(self._wandb(config, name))
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Write the row of ``step``; numbers that are not finite are written as None, which JSON has. Warns where a bucket takes none."""
@@ -84,7 +84,7 @@ class Metrics:
         self._growing.append(name)
         self._closers.append(out.close)
         # Each line at once: whoever follows the file sees whole ones.
-        return lambda step, row: print(json.dumps({"step": step, **row}), file=out, flush=True)
+        return lambda step, row: print(json.dumps({"step": step, "time": round(time.time(), 3), **row}), file=out, flush=True)
 
     def _tensorboard(self, name: str, start_step: int) -> Sink:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -109,12 +109,14 @@ class Metrics:
         add(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))  # drops what older files have from here on
         return write
 
-    def _wandb(self, project: str, name: str) -> Sink:
+    def _wandb(self, config: RunConfig, name: str) -> Sink:
         import wandb
 
-        place = str(self._workdir).removeprefix("gs://") if self._temporary else os.path.realpath(self._workdir)
-        identity = place.strip("/").replace("/", "-")  # so that a run that continues is the same one there
-        run = wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(self._folder))
+        file = self._workdir / "wandb_id"  # so that a run that continues is the same one there, and no other is
+        if not file.exists():
+            write_whole(file, secrets.token_hex(8) + "\n")
+        options = {"project": config.log.wandb_project, "name": name, "config": to_dict(config)}
+        run = wandb.init(**options, id=file.read_text().strip(), resume="allow", dir=str(self._folder))
         self._closers.append(run.finish)
         return lambda step, row: run.log(dict(_scalars(row)), step=step)
 

@@ -21,7 +21,7 @@ class Report:
     def __init__(self, config: RunConfig, workdir: epath.Path, name: str, step: int, skipped: int = 0):
         self.config, self.workdir = config, workdir
         self.display = Display(config.train.steps, step)
-        self.metrics = Metrics(workdir, config.log, name, step) if jax.process_index() == 0 else None
+        self.metrics = Metrics(workdir, config, name, step) if jax.process_index() == 0 else None
         self.tokens = config.train.batch * config.data.window  # a step
         self.flops = training_flops(config)
         self.peak, self.peak_source = peak_flops()

@@ -14,7 +14,6 @@ import safetensors.numpy
 
 import hybrid_jax
 from experiments import cli, report
-from hybrid_jax.config import LogConfig
 from hybrid_jax.storage import run_folder
 from hybrid_jax.train import metrics as module
 from hybrid_jax.train.metrics import Metrics, read_rows
@@ -26,8 +25,10 @@ from tests.experiments.test_generate import run_generate
 from tests.experiments.test_train import curve, stop_at
 from tests.fake_gcs import serve
 from tests.hybrid_jax import hf_folders
+from tests.hybrid_jax.train_runs import small_run
 
 ROOT = Path(__file__).parents[2]
+QUIET = small_run(log={"tensorboard": False})
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def test_metrics_are_copied_every_minute_and_when_it_matters(gcs, monkeypatch):
     def steps():
         return [row["step"] for row in read_rows(workdir / "metrics.jsonl")]
 
-    metrics = Metrics(workdir, LogConfig(tensorboard=False), "run")
+    metrics = Metrics(workdir, QUIET, "run")
     metrics.write(1, {"loss": 1.0})
     assert steps() == []
     monkeypatch.setattr(module, "COPIED_EVERY", 0.0)
@@ -199,7 +200,7 @@ def test_metrics_are_copied_every_minute_and_when_it_matters(gcs, monkeypatch):
     metrics.close()
     assert steps() == [1, 2, 3, 4]
 
-    metrics = Metrics(workdir, LogConfig(tensorboard=False), "run", start_step=2)  # goes on from step 2
+    metrics = Metrics(workdir, QUIET, "run", start_step=2)  # goes on from step 2
     metrics.write(3, {"loss": 30.0})
     metrics.close()
     assert [(row["step"], row["loss"]) for row in read_rows(workdir / "metrics.jsonl")] == [(1, 1), (2, 1), (3, 30)]
@@ -208,7 +209,7 @@ def test_metrics_are_copied_every_minute_and_when_it_matters(gcs, monkeypatch):
 def test_metrics_that_cannot_be_written_now_are_written_later(gcs, monkeypatch):
     monkeypatch.setattr(module, "COPIED_EVERY", 0.0)
     workdir = run_folder(f"gs://{gcs.new_bucket()}/run")
-    metrics = Metrics(workdir, LogConfig(tensorboard=False), "run")
+    metrics = Metrics(workdir, QUIET, "run")
     gcs.read_only.add(workdir.parent.name)
     with pytest.warns(UserWarning, match=f"metrics wait to be written to {workdir} .*Forbidden"):
         metrics.write(1, {"loss": 1.0})
@@ -220,7 +221,7 @@ def test_metrics_that_cannot_be_written_now_are_written_later(gcs, monkeypatch):
 
 def test_metrics_that_cannot_be_written_end_the_run_with_a_reason(gcs):
     workdir = run_folder(f"gs://{gcs.new_bucket()}/run")
-    metrics = Metrics(workdir, LogConfig(tensorboard=False), "run")
+    metrics = Metrics(workdir, QUIET, "run")
     gcs.read_only.add(workdir.parent.name)
     with pytest.raises(RunError, match=f"metrics could not be written to {workdir} .*Forbidden.* goes on from the last checkpoint"):
         metrics.close()

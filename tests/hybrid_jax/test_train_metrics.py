@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 import sys
 import time
@@ -16,7 +17,7 @@ from matplotlib import pyplot
 import hybrid_jax.train.report
 from hybrid_jax import costs
 from hybrid_jax.amounts import count, duration, quantity
-from hybrid_jax.config import ConfigError, LogConfig
+from hybrid_jax.config import ConfigError, LogConfig, to_dict
 from hybrid_jax.data.mix import Mix
 from hybrid_jax.data.token_source import ArraySource
 from hybrid_jax.data.tokenizers import ByteTokenizer
@@ -28,14 +29,16 @@ from hybrid_jax.train.step import StepMetrics
 from hybrid_jax.train.workdir import RunError
 from tests.hybrid_jax.train_runs import small_run
 
-QUIET = LogConfig(tensorboard=False)
+QUIET = small_run(log={"tensorboard": False})
 
 
 def test_rows_are_written_as_json_lines(tmp_path):
-    metrics = Metrics(tmp_path, QUIET, "run")
+    metrics, before = Metrics(tmp_path, QUIET, "run"), time.time()
     metrics.write(1, {"loss": 2.5, "loss_by_position": {"0": 3.0}})
     metrics.write(2, {"loss": float("nan"), "loss_by_position": {"0": float("inf")}})
-    assert read_rows(tmp_path / "metrics.jsonl") == [  # readable at once, by whoever follows the file
+    rows = read_rows(tmp_path / "metrics.jsonl")  # readable at once, by whoever follows the file
+    assert all(before - 1 < row.pop("time") < time.time() + 1 for row in rows)
+    assert rows == [
         {"step": 1, "loss": 2.5, "loss_by_position": {"0": 3.0}},
         {"step": 2, "loss": None, "loss_by_position": {"0": None}},
     ]
@@ -58,7 +61,7 @@ def test_a_run_that_goes_on_drops_the_rows_after_its_checkpoint(tmp_path):
 def test_tensorboard_gets_every_scalar(tmp_path):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    metrics = Metrics(tmp_path, LogConfig(), "run", start_step=2)
+    metrics = Metrics(tmp_path, small_run(), "run", start_step=2)
     metrics.write(3, {"loss": 2.5, "grad_norm": float("nan"), "evaluation": {"loss": 2.0, "tokens": 64}})
     metrics.close()
     (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
@@ -75,15 +78,19 @@ def test_tensorboard_gets_every_scalar(tmp_path):
 
 
 def test_wandb_gets_every_scalar_and_the_same_run_again(tmp_path, monkeypatch):
-    started, logged = [], []
+    started, logged, config = [], [], small_run(log={"tensorboard": False, "wandb_project": "hybrid"})
     run = SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda: logged.append("finished"))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: started.append(options) or run))
     for step in (1, 2):
-        metrics = Metrics(tmp_path, LogConfig(tensorboard=False, wandb_project="hybrid"), "run", step - 1)
+        metrics = Metrics(tmp_path, config, "run", step - 1)
         metrics.write(step, {"loss": 1.0, "evaluation": {"loss": 2.0}})
         metrics.close()
     assert logged == [(1, {"loss": 1.0, "evaluation/loss": 2.0}), "finished", (2, {"loss": 1.0, "evaluation/loss": 2.0}), "finished"]
-    assert started[0] == started[1] and started[0]["resume"] == "allow"
+    assert started[0] == started[1] and started[0]["resume"] == "allow" and started[0]["config"] == to_dict(config)
+    shutil.rmtree(tmp_path)  # what is made in its place is another run
+    tmp_path.mkdir()
+    Metrics(tmp_path, config, "run").close()
+    assert len({options["id"] for options in started}) == 2
 
 
 def test_wandb_that_is_not_installed_is_told_of(monkeypatch):
