@@ -12,12 +12,15 @@ PACKAGES = ("pallas_kernels", "hybrid_jax", "experiments", "launch")
 def revision(root: Path = ROOT) -> str:
     """The commit of the checkout at ``root``; where more than results has changed "COMMIT+SOURCES", a hash of what the packages hold now,
     and outside of a checkout "+SOURCES": two states of the code never have one name.
+
+    Packages that another project's checkout has in it, as in its .venv, are outside of theirs: git tracks this file in a checkout of it.
     """
 
     def git(*arguments):
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
 
-    if shutil.which("git") is None or (head := git("rev-parse", "HEAD")).returncode:
+    tracked = shutil.which("git") is not None and git("ls-files", "--error-unmatch", "experiments/revision.py").returncode == 0
+    if not tracked or (head := git("rev-parse", "HEAD")).returncode:
         return f"+{_sources(root)}"
     changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)experiments/results").stdout
     return head.stdout.strip() + (f"+{_sources(root)}" if changed else "")

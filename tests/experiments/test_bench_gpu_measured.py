@@ -149,6 +149,8 @@ def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path, capsys):
 def test_each_state_of_the_code_is_measured(tmp_path, monkeypatch):
     """An edit after an edit, neither committed, is another revision; results are no edit."""
     kernel, output = tmp_path / "pallas_kernels/scan.py", tmp_path / "experiments/results/gpu.jsonl"
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/revision.py").write_text("")
     git = ["git", "-C", tmp_path, "-c", "user.name=A", "-c", "user.email=a@b.c"]
 
     def write(path, text):
@@ -159,7 +161,7 @@ def test_each_state_of_the_code_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     outside = [write(kernel, "1"), write(kernel, "2"), write(kernel, "1")]
     assert outside[0] == outside[2] != outside[1] and all(name.startswith("+") and len(name) == 13 for name in outside)
-    for words in (["init", "-q"], ["add", "pallas_kernels"], ["commit", "-q", "-m", "first"]):
+    for words in (["init", "-q"], ["add", "pallas_kernels", "experiments"], ["commit", "-q", "-m", "first"]):
         subprocess.run([*git, *words], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert write(output, "") == head
@@ -174,6 +176,18 @@ def test_each_state_of_the_code_is_measured(tmp_path, monkeypatch):
     assert (measured(), measured()) == (1, 0)
     write(kernel, "4")
     assert (measured(), measured()) == (1, 0)
+
+
+def test_code_in_the_folder_of_another_project_has_not_its_revision(tmp_path):
+    """As installed in a .venv there, whether or not git ignores it."""
+    git = ["git", "-C", tmp_path, "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    (tmp_path / "site-packages/experiments").mkdir(parents=True)
+    (tmp_path / "site-packages/experiments/revision.py").write_text("")
+    (tmp_path / "theirs.txt").write_text("")
+    for words in (["init", "-q"], ["add", "theirs.txt"], ["commit", "-q", "-m", "theirs"]):
+        subprocess.run([*git, *words], check=True)
+    name = revision(tmp_path / "site-packages")
+    assert name.startswith("+") and len(name) == 13
 
 
 def test_a_step_of_ours(monkeypatch):
