@@ -35,6 +35,7 @@ def main(run: cli.Run) -> int:
     from hybrid_jax.train.report import Report
     from hybrid_jax.train.signals import Stop
     from hybrid_jax.train.step import TrainState, compile_step, make_program, state_bytes
+    from hybrid_jax.train.trace import Trace
     from hybrid_jax.train.workdir import check_room, claim, evaluation_file, finished, keep_programs
 
     config, workdir, steps = run.config, folder.of(run.name), run.config.train.steps
@@ -59,9 +60,9 @@ def main(run: cli.Run) -> int:
     claim(workdir, config, text)
     if finished(workdir, steps):
         return summary.show_again(workdir, config)
-    check_room(workdir, config.checkpoint, steps, state_bytes(program.state))
+    check_room(workdir, config, state_bytes(program.state))
 
-    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints, Stop(STOPPING) as stop:
+    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint, for_good=config.open_steps) as checkpoints, Stop(STOPPING) as stop:
         # ---- The state: the newest checkpoint, parameters that were given, or fresh ones.
         state, warnings = checkpoints.restore(program.state)
         if state is None:
@@ -71,7 +72,8 @@ def main(run: cli.Run) -> int:
         first = step = int(state.step)
 
         report = Report(config, workdir, run.name, first, int(state.skipped))
-        with closing(report), closing(Feed(config, text, mesh, first)) as batches:
+        trace = Trace(workdir, config.log.profile_steps, report.say)
+        with closing(report), closing(Feed(config, text, mesh, first)) as batches, trace:
             report.say(f"{run.name}: step {first} of {steps}, on {mesh.size} x {jax.devices()[0].device_kind}, in {workdir}")
             for note in (*warnings, *advice.notes(config, text, report.peak, carried)):
                 report.say(f"note: {note}")
@@ -103,9 +105,9 @@ def main(run: cli.Run) -> int:
             report.start_clock()
             unreported = []
             for step in range(first + 1, steps + 1):
-                state, metrics = train_step(state, next(batches))
+                state, metrics = trace.step(step, train_step, state, batches)
                 stopping = stop.asked()
-                saving = stopping or every(config.checkpoint.every, step)
+                saving = stopping or every(config.checkpoint.every, step) or step == config.open_steps
                 evaluating = every(config.evaluation.every, step)
                 unreported.append((step, metrics))
                 while len(unreported) > (0 if saving or evaluating else 1):

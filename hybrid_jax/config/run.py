@@ -146,7 +146,9 @@ class EvaluationConfig:
 class CheckpointConfig:
     """What a run goes on from."""
 
-    every: int = 1000  # steps between two checkpoints; the last step is always saved
+    # Steps between two checkpoints. The last step is always saved, and so is, for good, the last one before the fall of a "wsd" schedule:
+    # from there a longer run can go on.
+    every: int = 1000
     keep: int = 3  # how many checkpoints, the newest, are kept
     keep_every: int | None = None  # those of steps that are a multiple of it are kept too, for good; None: only the newest
 
@@ -178,7 +180,14 @@ class LogConfig:
     """Where metrics go beside the run's metrics.jsonl."""
 
     tensorboard: bool = True  # TensorBoard files in the run's folder
+    profile_steps: tuple[int, ...] = ()  # the first and the last of the steps that are traced, into the run's profile/; (): none
     wandb_project: str | None = None  # project at Weights & Biases; None: not logged there
+
+    def __post_init__(self):
+        need(
+            not self.profile_steps or len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1],
+            f"log.profile_steps={self.profile_steps} must be the first and the last step that is traced, such as (10, 12)",
+        )
 
 
 @dataclass(frozen=True)
@@ -200,6 +209,11 @@ class RunConfig:
         need(
             decay is None or warmup + decay < steps,
             f"optimizer.warmup_steps={warmup} and optimizer.decay_steps={decay} together must be fewer than train.steps={steps}",
+        )
+
+        need(
+            max(self.log.profile_steps, default=0) <= steps,
+            f"log.profile_steps={self.log.profile_steps} must not be beyond train.steps={steps}",
         )
 
     @property

@@ -28,10 +28,12 @@ PAUSE = 5.0  # seconds between them
 class Checkpoints:
     """The checkpoints in WORKDIR/checkpoints, by step. Close it, or use it as a context: the last save ends there."""
 
-    def __init__(self, workdir: epath.Path, config: CheckpointConfig | None = None, reading: ocp.Context | None = None):
+    def __init__(
+        self, workdir: epath.Path, config: CheckpointConfig | None = None, *, for_good: int = 0, reading: ocp.Context | None = None
+    ):
         """``config`` says which are kept, for a run that saves; without it nothing in the folder is changed.
 
-        reading: Orbax's settings to read with.
+        for_good: a step whose checkpoint is kept too. reading: Orbax's settings to read with.
         """
         self.folder = (workdir if in_bucket(workdir) else workdir.absolute()) / "checkpoints"
         self._reading = _alone(reading)
@@ -39,6 +41,8 @@ class Checkpoints:
         kept = [policies.LatestN(config.keep)] if config else [policies.PreserveAll()]
         if config and config.keep_every:
             kept.append(policies.EveryNSteps(config.keep_every))
+        if for_good:
+            kept.append(policies.CustomSteps([for_good]))
         self._orbax = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=policies.AnyPreservationPolicy(kept),

@@ -17,7 +17,7 @@ from hybrid_jax.amounts import count, duration, gigabytes, quantity
 from hybrid_jax.config import RunConfig
 from hybrid_jax.storage import write_whole
 from hybrid_jax.train.plot import plot_run
-from hybrid_jax.train.workdir import evaluation_file
+from hybrid_jax.train.workdir import evaluation_file, saved_steps
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -81,7 +81,25 @@ def show(summary: dict[str, Any], workdir: epath.Path, config: RunConfig) -> Non
     prompt = "def " if config.data.source == "stdlib" else "The"
     print(f"to let it write:       python -m experiments.generate --workdir={workdir} --prompt='{prompt}' --temperature=0.8 --top_p=0.95")
     print(f"to evaluate it again:  python -m experiments.eval --workdir={workdir}")
-    print("to train longer:       the same command with more --config.train.steps and another --workdir")
+    print(f"to train longer:       {_longer(workdir, config)}")
+    if (workdir / "profile").exists():
+        print(f"to look at its trace:  xprof --logdir={workdir / 'profile'} (pip install xprof; TensorBoard then shows it too)")
+
+
+def _longer(workdir: epath.Path, config: RunConfig) -> str:
+    """How a run that has ended is trained for more steps: from where its learning rate was the same as in a longer one."""
+    opened = config.open_steps
+    if opened == config.train.steps:
+        return "the same command with more --config.train.steps"
+    if opened and opened in saved_steps(workdir):
+        return (
+            f"copy config.json, text.sha256 and checkpoints/{opened}, from before the learning rate's fall, to a new folder, NEW; "
+            "then the same command with --workdir=NEW and more --config.train.steps"
+        )
+    return (
+        f"python -m experiments.convert --from_run={workdir} --workdir=NEW, then the same command with --workdir=NEW: "
+        "a new run, that begins with this one's parameters"
+    )
 
 
 def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ WORKDIR/checkpoints/STEP/    Orbax
 WORKDIR/metrics.jsonl        a line for each logged step and each evaluation; tensorboard/ holds the same
 WORKDIR/eval-STEP.json       an evaluation in full; eval-STEP-N-tokens.json one of another number of tokens, that was asked for
 WORKDIR/summary.json, summary.png
+WORKDIR/profile/             traces of the steps that were asked for
 WORKDIR/wandb_id             of the run at Weights & Biases, where it is logged there
 WORKDIR/compiled/            programs, for the next start on such devices
 WORKDIR/lock                 held by the process that trains there
@@ -23,7 +24,7 @@ import fsspec
 from etils import epath
 
 from hybrid_jax.amounts import gigabytes
-from hybrid_jax.config import CheckpointConfig, ConfigError, RunConfig, from_dict, to_dict
+from hybrid_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from hybrid_jax.data.token_source import TokenSource
 from hybrid_jax.storage import files, in_bucket, one_line, write_whole
 
@@ -216,19 +217,22 @@ def finished(workdir: epath.Path, steps: int) -> bool:
     return saved_steps(workdir)[-1:] == [steps] and file.exists() and json.loads(file.read_text())["step"] == steps
 
 
-def check_room(workdir: epath.Path, config: CheckpointConfig, steps: int, one: int) -> None:
-    """Raise ConfigError where the disk cannot hold the checkpoints still to come in a run of ``steps`` steps, of ``one`` bytes each.
+def check_room(workdir: epath.Path, config: RunConfig, one: int) -> None:
+    """Raise ConfigError where the disk cannot hold the checkpoints still to come in a run, of ``one`` bytes each.
 
     One more than are kept: a new one is whole before an old one goes. A bucket has no end.
     """
     if in_bucket(workdir):
         return
-    older = max(0, steps - config.keep * config.every) // config.keep_every if config.keep_every else 0  # and kept for good
-    need = max(1, config.keep + 1 + older - len(saved_steps(workdir))) * one
+    settings, opened = config.checkpoint, config.open_steps
+    before = max(0, config.train.steps - settings.keep * settings.every)  # the newest are of later steps than this one
+    older = before // settings.keep_every if settings.keep_every else 0  # and kept for good
+    older += 0 < opened <= before and not (settings.keep_every and opened % settings.keep_every == 0)
+    need = max(1, settings.keep + 1 + older - len(saved_steps(workdir))) * one
     free = shutil.disk_usage(workdir).free
     if need > free:
         raise ConfigError(
             f"{workdir} has {gigabytes(free)} free, and the run's checkpoints need {gigabytes(need)} ({gigabytes(one)} each): "
-            f"make room, give a --workdir on another disk, or keep fewer (--config.checkpoint.keep, now {config.keep}, "
-            f"and .keep_every, now {config.keep_every})"
+            f"make room, give a --workdir on another disk, or keep fewer (--config.checkpoint.keep, now {settings.keep}, "
+            f"and .keep_every, now {settings.keep_every})"
         )

@@ -56,6 +56,9 @@ COMMAND_LINE = {
     "head count that does not divide": ([TINY, "--config.model.mixer.heads=3"], ["gla heads=3 must divide width"]),
     "attention heads that do not divide": ([TINY, "--config.model.attention.heads=3"], ["attention heads=3 must divide model.width=128"]),
     "width that does not divide": ([TINY, "--config.model.width=130"], ["heads=2|heads=4", "must divide", "130"]),
+    "one step to trace": ([TINY, "--config.log.profile_steps=5"], [r"log.profile_steps=\(5,\) must be the first and the last step"]),
+    "no step to trace": ([TINY, "--config.log.profile_steps=(5,4)"], [r"log.profile_steps=\(5, 4\) must be the first and the last step"]),
+    "a trace beyond the end": ([TINY, "--config.log.profile_steps=(5,900)"], [r"profile_steps=\(5, 900\) must not be beyond train.steps="]),
     "no steps": ([TINY, "--config.train.steps=0"], ["train.steps=0 must be at least 1"]),
     "negative rate": ([TINY, "--config.optimizer.learning_rate=-1"], ["learning_rate=-1.0 must be positive"]),
 }

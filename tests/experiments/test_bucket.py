@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -17,6 +18,7 @@ from experiments import cli, report
 from hybrid_jax.storage import run_folder
 from hybrid_jax.train import metrics as module
 from hybrid_jax.train.metrics import Metrics, read_rows
+from hybrid_jax.train.trace import Trace
 from hybrid_jax.train.workdir import RunError, saved_steps
 from tests.experiments import test_processes
 from tests.experiments.commands import CONFIG, run, run_eval, run_train
@@ -225,6 +227,13 @@ def test_metrics_that_cannot_be_written_end_the_run_with_a_reason(gcs):
     gcs.read_only.add(workdir.parent.name)
     with pytest.raises(RunError, match=f"metrics could not be written to {workdir} .*Forbidden.* goes on from the last checkpoint"):
         metrics.close()
+
+
+def test_a_trace_comes_to_the_bucket(gcs):
+    workdir = run_folder(f"gs://{gcs.new_bucket()}/run")
+    with Trace(workdir, (1, 1), print) as trace:
+        assert trace.step(1, lambda state, batch: state + batch, 1, iter([2])) == 3
+    assert any(name.endswith(".xplane.pb") for name in fsspec.filesystem("gcs").find(str(workdir / "profile")))
 
 
 # ---------------------------------------------------------------- conversion

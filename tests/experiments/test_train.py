@@ -21,8 +21,12 @@ from hybrid_jax.evals import evaluate
 from hybrid_jax.train.metrics import read_rows
 from hybrid_jax.train.step import make_program
 from hybrid_jax.train.summary import show_again
+from hybrid_jax.train.trace import Trace
 from hybrid_jax.train.workdir import read_config, saved_steps
 from tests.experiments.commands import CONFIG, run_train
+
+FALLING = ["--config.optimizer.schedule=wsd", "--config.optimizer.decay_steps=3"]
+FALLING += ["--config.checkpoint.keep=1", "--config.evaluation.every=None"]
 
 
 def curve(workdir):
@@ -69,6 +73,67 @@ def test_a_run_says_what_it_does_and_what_comes_next(trained):
     layers = "layers: 1 attention (attention: xla)"
     for said in ("step 0 of 8", "compiled in", "holds", layers, "step 8/8", "bits per byte", "after 8 steps", evaluate, "--prompt='def '"):
         assert said in result.out, said
+
+
+@pytest.fixture(scope="module")
+def falling(tmp_path_factory):
+    """A run whose learning rate falls over its last steps, and two of whose steps are traced: (workdir, what it printed)."""
+    workdir = tmp_path_factory.mktemp("falling") / "run"
+    result = run_train(workdir, *FALLING, "--config.log.profile_steps=(2,3)")
+    assert result.code == 0, result
+    return workdir, result.out
+
+
+def test_the_last_step_before_the_fall_is_kept_for_good(falling):
+    workdir, printed = falling
+    assert saved_steps(workdir) == [5, 8]
+    assert "copy config.json, text.sha256 and checkpoints/5, " in printed
+
+
+def test_steps_are_traced(falling):
+    workdir, printed = falling
+    (file,) = (workdir / "profile").rglob("*.xplane.pb")
+    traced = file.read_bytes()
+    assert f"steps 2 to 3 are traced in {workdir / 'profile'}" in printed and f"xprof --logdir={workdir / 'profile'}" in printed
+    assert b"train" in traced and b"jit_step" in traced
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_goes_on_from_before_its_fall(falling, tmp_path):
+    """By the copy that it says, to the bits of one that was that long from the first."""
+    (tmp_path / "longer" / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "text.sha256"):
+        shutil.copy(falling[0] / name, tmp_path / "longer")
+    shutil.copytree(falling[0] / "checkpoints" / "5", tmp_path / "longer" / "checkpoints" / "5")
+    for name in ("longer", "at once"):
+        assert run_train(tmp_path / name, *FALLING, "--config.train.steps=10").code == 0
+    whole = curve(tmp_path / "at once")
+    assert curve(tmp_path / "longer") == [row for row in whole if row["step"] > 5] and whole[-1]["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "schedule_free"}, "to train longer:       the same command with more --config.train.steps\n"),
+        ({"schedule": "linear"}, "--from_run={workdir} --workdir=NEW, then the same command with --workdir=NEW: a new run"),
+        ({"schedule": "wsd", "decay_steps": 2}, "--from_run={workdir} --workdir=NEW"),  # of before such steps were kept
+    ],
+)
+def test_how_to_train_longer_depends_on_the_learning_rate(trained, capsys, changes, said):
+    config = read_config(trained[0])
+    show_again(trained[0], dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **changes)))
+    assert said.format(workdir=trained[0]) in capsys.readouterr().out
+
+
+def test_a_trace_ends_with_the_run_however_that_ends(tmp_path):
+    for _ in range(2):  # while one is under way another cannot begin
+        with pytest.raises(KeyError), Trace(tmp_path, (1, 5), print) as trace:
+            trace.step(1, fail, None, iter([0]))
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) >= 1
+
+
+def fail(*_):
+    raise KeyError("a step that fails")
 
 
 def test_only_a_model_of_python_is_to_go_on_from_python(trained, capsys):

@@ -128,6 +128,13 @@ def test_every_so_many_steps_one_is_kept_for_good(workdir, shapes):
     assert saved_steps(workdir) == [2, 4, 6, 7]
 
 
+def test_one_step_is_kept_for_good(workdir, shapes):
+    with Checkpoints(workdir, CheckpointConfig(keep=1), for_good=2) as checkpoints:
+        checkpoints.save(random_state(shapes, 4, 4))
+        checkpoints.wait()
+    assert saved_steps(workdir) == [2, 4]
+
+
 def test_an_empty_folder_has_nothing_to_restore(tmp_path, shapes):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         assert checkpoints.restore(shapes) == (None, [])
@@ -436,17 +443,20 @@ def test_text_may_be_moved(workdir, tmp_path):
 def test_a_disk_too_small_for_the_run_is_refused_before_it_starts(workdir, shapes, monkeypatch):
     usage = namedtuple("usage", "total used free")
     size = state_bytes(shapes)
-    often = CheckpointConfig(keep=3, keep_every=2000)  # beside the newest three those of steps 2, 4 and 6 thousand
-    cases = [(4 * size, 0, True), (4 * size - 1, 0, False), (size, 3, True), (size - 1, 3, False)]
-    cases = [(CheckpointConfig(keep=3), *case) for case in cases] + [(often, 7 * size, 0, True), (often, 7 * size - 1, 0, False)]
-    for config, free, saved, fits in cases:
+    few, often = {"keep": 3}, {"keep": 3, "keep_every": 2000}  # beside the newest three those of steps 2, 4 and 6 thousand
+    falling = {"schedule": "wsd", "decay_steps": 4000}  # beside them that of step 5000
+    evenly = {"schedule": "wsd", "decay_steps": 3000}  # which is one of those anyway
+    cases = [(few, {}, 4, 0), (few, {}, 1, 3), (often, {}, 7, 0), (few, falling, 5, 0), (often, falling, 8, 0), (often, evenly, 7, 0)]
+    cases = [(*case, need * size - less, saved, not less) for *case, need, saved in cases for less in (0, 1)]
+    for checkpoint, optimizer, free, saved, fits in cases:
+        config = small_run(checkpoint=checkpoint, optimizer=optimizer, train={"steps": 9000})
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(10**12, 0, free))
         folder = workdir if saved else workdir.parent
         if fits:
-            check_room(folder, config, 9000, size)
+            check_room(folder, config, size)
         else:
             with pytest.raises(ConfigError, match="make room.*--config.checkpoint.keep"):
-                check_room(folder, config, 9000, size)
+                check_room(folder, config, size)
 
 
 def test_the_config_of_an_older_version_takes_todays_defaults(tmp_path):
