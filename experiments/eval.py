@@ -68,19 +68,16 @@ def evaluate_as_training_does(workdir: epath.Path, config: RunConfig, written: b
     from hybrid_jax.evals.evaluate import make_evaluate
     from hybrid_jax.hf.convert import carried_tokenizer
     from hybrid_jax.model import abstract
-    from hybrid_jax.sharding import make_mesh
     from hybrid_jax.train import summary
     from hybrid_jax.train.checkpoints import load_params
     from hybrid_jax.train.plot import plot_run
 
-    try:
-        mesh = make_mesh(config.mesh)
-    except ConfigError:  # it was trained on other devices than there are here
-        mesh = make_mesh(MeshConfig())
+    graph, params = abstract(config.model)
+    mesh = mesh_for(config.mesh, params)
     _, held_out = mixed_sources(config.data.sources, carried_tokenizer(workdir))
     with jax.set_mesh(mesh):
         step, params = load_params(workdir, config, mesh, checkpoint.STEP.value)
-        results = make_evaluate(config, abstract(config.model)[0], mesh, held_out)(params)
+        results = make_evaluate(config, graph, mesh, held_out)(params)
     if jax.process_index():
         return
     file = evaluation_file(workdir, step, results["tokens"] if TOKENS.value else None)
@@ -89,6 +86,20 @@ def evaluate_as_training_does(workdir: epath.Path, config: RunConfig, written: b
     summary.show_evaluation(f"{workdir.name}, step {step:,}", results)
     if written:
         print(f"written to {file}, drawn in {plot_run(workdir)}")
+
+
+def mesh_for(config: MeshConfig, params):
+    """The run's own mesh where there are such devices; else ``params`` dealt over all there are, or whole on each if they do not divide."""
+    from hybrid_jax.sharding import make_mesh, param_shardings
+
+    for sizes in (config, MeshConfig()):
+        try:
+            mesh = make_mesh(sizes)
+            param_shardings(mesh, params)
+        except ConfigError:
+            continue
+        return mesh
+    return make_mesh(MeshConfig(data=-1, fsdp=1))
 
 
 def evaluate_by_suite(workdir: epath.Path, config: RunConfig, name: str, asked: list[str], settings: suites.Results) -> None:

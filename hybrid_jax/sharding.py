@@ -179,9 +179,10 @@ def param_shardings(mesh: Mesh, params: nnx.State) -> Any:
     def sharding(path, array, axes) -> NamedSharding:
         for size, axis in zip(array.shape, axes, strict=True):
             if RULES[axis] and size % mesh.shape[RULES[axis]]:
+                whole = ", or --config.mesh.data=-1 --config.mesh.fsdp=1: each device then has all of it" if axis == "embed" else ""
                 raise ConfigError(
                     f"mesh {RULES[axis]}={mesh.shape[RULES[axis]]} does not divide the {axis!r} axis of size {size} of "
-                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')}; choose a size that does"
+                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')}; choose a size that does{whole}"
                 )
         return NamedSharding(mesh, spec(*axes))
 

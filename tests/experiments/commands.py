@@ -58,8 +58,8 @@ def run_train(workdir, *arguments: str, devices: int | None = 1) -> Result:
     return run(train.main, CONFIG, f"--workdir={workdir}", *arguments, devices=devices)
 
 
-def run_eval(workdir, *arguments: str) -> Result:
-    return run(evaluation.main, f"--workdir={workdir}", *arguments)
+def run_eval(workdir, *arguments: str, devices: int | None = 1) -> Result:
+    return run(evaluation.main, f"--workdir={workdir}", *arguments, devices=devices)
 
 
 class Captured:

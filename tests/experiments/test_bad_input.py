@@ -137,6 +137,10 @@ MACHINE = {
         ["data.window=33 .* mesh.seq=2 equal parts", "multiple of 2"],
     ),
     "mesh of another machine": (["--config.mesh.fsdp=3"], ["does not fit 8 devices", "must multiply to 8"]),
+    "width on the mesh": (
+        ["--config.mesh.fsdp=8", "--config.model.width=36", "--config.train.batch=8", "--config.train.microbatch=1"],
+        ["fsdp=8 does not divide the 'embed' axis of size 36", "--config.mesh.data=-1 --config.mesh.fsdp=1"],
+    ),
     "two open axes": (["--config.mesh.data=-1"], ["only one axis can be -1"]),
     "parameters on the mesh": (["--config.mesh.tensor=8", "--config.model.mlp_width=20"], ["tensor=8 does not divide", "20"]),
     "weights and biases missing": (["--config.train.batch=8", "--config.log.wandb_project=x"], ["Biases is not installed", "pip install"]),

@@ -3,11 +3,16 @@
 import json
 import shutil
 
+import jax
 import pytest
 
 import hybrid_jax
+from experiments.eval import mesh_for
+from hybrid_jax.config import MeshConfig
+from hybrid_jax.model import abstract
 from hybrid_jax.train.metrics import read_rows
 from tests.experiments.commands import run_eval, run_train
+from tests.hybrid_jax.train_runs import small_run
 
 
 @pytest.fixture
@@ -18,6 +23,20 @@ def workdir(finished, tmp_path):
 
 def evaluations(workdir):
     return {row["step"]: row["evaluation"] for row in read_rows(workdir / "metrics.jsonl") if "evaluation" in row}
+
+
+def test_the_mesh_of_an_evaluation(monkeypatch):
+    """The run's own mesh; else parameters over all devices, or whole on each where they do not divide."""
+    params, devices = abstract(small_run().model)[1], jax.devices()
+    for config, count, shape in (
+        (MeshConfig(data=2), 4, (2, 2)),
+        (MeshConfig(data=2, fsdp=1), 4, (1, 4)),
+        (MeshConfig(data=2, fsdp=1), 3, (3, 1)),
+        (MeshConfig(), 3, (3, 1)),
+    ):
+        monkeypatch.setattr(jax, "devices", lambda count=count: devices[:count])
+        found = mesh_for(config, params).shape
+        assert (found["data"], found["fsdp"]) == shape and found["seq"] == found["tensor"] == 1
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "schedule_free"])
@@ -58,12 +77,13 @@ def test_a_broken_newest_checkpoint_is_told_of_and_passed_over(workdir):
     assert result.code == 0 and "step 4" in result.out
 
 
-def test_what_was_trained_on_other_devices(workdir):
-    """Of which there were twice as many: the same tokens, and all but rounding the same numbers."""
+@pytest.mark.parametrize("devices", [1, 3])
+def test_what_was_trained_on_other_devices(workdir, devices):
+    """On two, and there is one, or three, which do not divide the width: the same tokens, and all but rounding the same numbers."""
     config = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps(config | {"mesh": config["mesh"] | {"data": 2, "fsdp": 1}}))
     written = json.loads((workdir / "eval-8.json").read_text())
-    result = run_eval(workdir)
+    result = run_eval(workdir, devices=devices)
     assert result.code == 0, result.err
     found = json.loads((workdir / "eval-8.json").read_text())
     assert found["tokens"] == written["tokens"] and found["loss"] == pytest.approx(written["loss"], rel=1e-6)
