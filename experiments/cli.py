@@ -5,6 +5,7 @@ ConfigDict of its fields. Any field can be overridden: ``--config.train.steps=10
 JAX is started, and what is wrong is said in one line on stderr, with exit code 2.
 """
 
+import contextlib
 import errno
 import importlib.util
 import inspect
@@ -17,7 +18,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -162,8 +163,9 @@ def parse(argv: list[str], doc: str, config_help: str | None = None) -> list[str
 
     config_help: what ``--help`` says of them; None: the command takes none. Raises ConfigError for what is wrong with a flag.
     """
-    config = [arg for arg in argv[1:] if re.match("--?config([.=]|$)", arg)]
-    others = [arg for arg in argv[1:] if arg not in config]
+    arguments = joined(argv[1:])
+    config = [arg for arg in arguments if re.match("--?config([.=]|$)", arg)]
+    others = [arg for arg in arguments if arg not in config]
     known = _known_flags(config_help)
     if "--help" in others or "-h" in others:
         print(doc, known.get_help("  ", include_special_flags=False), sep="\n", flush=True)
@@ -178,6 +180,16 @@ def parse(argv: list[str], doc: str, config_help: str | None = None) -> list[str
         instead = "; the configuration is read from the run's folder" if "workdir" in known else ""
         raise ConfigError(f"this command takes no {config[0].split('=')[0]}{instead}")
     return config
+
+
+def joined(arguments: list[str]) -> list[str]:
+    """``arguments`` with ``--config PATH`` and ``--config.FIELD VALUE`` as the one word, with =, that they are elsewhere."""
+    words, left = [], list(arguments)
+    while left:
+        word = left.pop(0)
+        takes_next = re.fullmatch(r"--?config(\.[^=]+)?", word) and left and not left[0].startswith("--")
+        words.append(f"{word}={left.pop(0)}" if takes_next else word)
+    return words
 
 
 def _known_flags(config_help: str | None) -> flags.FlagValues:
@@ -236,7 +248,8 @@ def find_config(path: str) -> Path:
 def _get_config(file: Path, size: str) -> tuple[ConfigDict, str]:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _told_of(file):
+        spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{file} has no function get_config(size) that returns a RunConfig or a ConfigDict")
     parameters = list(inspect.signature(module.get_config).parameters.values())
@@ -246,12 +259,27 @@ def _get_config(file: Path, size: str) -> tuple[ConfigDict, str]:
         if parameters[0].default is inspect.Parameter.empty:
             raise ConfigError(f"{file} needs a size: --config={file.name}:SIZE")
         size = parameters[0].default
-    config = module.get_config(size) if parameters else module.get_config()
+    with _told_of(file):
+        config = module.get_config(size) if parameters else module.get_config()
     if isinstance(config, RunConfig):
         config = ConfigDict(to_dict(config))
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"get_config of {file} returns a {type(config).__name__}, needs a hybrid_jax.config.RunConfig or a ConfigDict")
     return config, size
+
+
+@contextlib.contextmanager
+def _told_of(file: Path) -> Iterator[None]:
+    """Raise ConfigError, with its line, for what goes wrong in a configuration file that is run here."""
+    try:
+        yield
+    except ConfigError:  # which says what is wrong with a field
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(file) else lines[-1] if lines else "?"
+        said = error.msg if isinstance(error, SyntaxError) else error
+        raise ConfigError(f"{file}, line {line}: {type(error).__name__}: {said}") from error
 
 
 def _override(config: ConfigDict, arguments: list[str]) -> ConfigDict:

@@ -60,7 +60,7 @@ def check(command: list[str], tasks: int | None = None) -> Job:
         raise ConfigError(
             f"give the command to start after --, such as -- python -m experiments.train --config=configs/gla_r6.py (got {got})"
         )
-    job = Job(command[2].removeprefix("experiments."), tuple(command[3:]))
+    job = Job(command[2].removeprefix("experiments."), tuple(cli.joined(command[3:])))
     known = sorted(file.stem for file in cli.PACKAGE.glob("*.py") if "__main__" in file.read_text())
     if job.name not in known:
         close = difflib.get_close_matches(job.name, known, n=1)

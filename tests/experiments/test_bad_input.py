@@ -64,6 +64,34 @@ COMMAND_LINE = {
 }
 
 
+CONFIG_FILES = {
+    "an exception": ("import math\n\n\ndef get_config():\n    return math.sqrt(-1)\n", ["mine.py, line 5: ValueError: .*"]),
+    "in what it calls": ("import json\n\njson.loads('{')\n", ["mine.py, line 3: JSONDecodeError: Expecting property name"]),
+    "a missing module": ("import no_such_module\n", ["mine.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"]),
+    "not Python": ("x = 1\ndef get_config(:\n    pass\n", ["mine.py, line 2: SyntaxError: invalid syntax"]),
+    "a wrong field": (
+        "from hybrid_jax.config import RunConfig, TrainConfig\n\n\ndef get_config():\n    return RunConfig(train=TrainConfig(steps=0))\n",
+        ["^error: train.steps=0 must be at least 1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_FILES)
+def test_a_configuration_file_that_fails(case, tmp_path):
+    text, patterns = CONFIG_FILES[case]
+    (tmp_path / "mine.py").write_text(text)
+    check(run(train.main, f"--config={tmp_path / 'mine.py'}"), 2, *patterns)
+
+
+def test_values_of_the_configuration_after_a_space():
+    words = ["train", "--config", "configs/gla_r6.py:tiny", "--config.train.steps", "7", "--config.mesh.fsdp", "-1"]
+    given = cli.parse(words, "", cli.CONFIG_HELP)
+    assert given == [TINY, "--config.train.steps=7", "--config.mesh.fsdp=-1"]
+    run = cli.load_run(given)
+    assert (run.name, run.config.train.steps) == ("gla_r6-tiny", 7)
+    assert cli.joined(["--config", "--config.train.steps"]) == ["--config", "--config.train.steps"]  # have none
+
+
 @pytest.mark.parametrize("case", COMMAND_LINE)
 def test_command_line(case, tmp_path, monkeypatch):
     arguments, patterns = COMMAND_LINE[case]

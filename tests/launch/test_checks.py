@@ -114,6 +114,8 @@ def test_flags_that_are_right_are_taken():
     checked = job.check(["python", "-m", "experiments.eval", "--workdir=gs://bucket/gla", "--suite=held_out", "--lengths=256,1024"])
     assert checked.value("workdir") == "gs://bucket/gla" and checked.value("step") is None
     job.check(["python", "-m", "experiments.tokenize", "--input=gs://bucket/*.parquet", "--shard={task}/{tasks}"], tasks=64)
+    spaced = job.check(["python", "-m", "experiments.describe", "--config", "configs/gla_r6.py", "--config.train.steps", "50"])
+    assert spaced.value("config") == "configs/gla_r6.py" and spaced.arguments[1] == "--config.train.steps=50"
     job.check(["python", "-m", "experiments.sweep", "--config.train.steps=50", "--eval=--suite=ruler --lengths=1024"])
 
 
