@@ -13,11 +13,14 @@ class Children:
     """While entered, SIGTERM, Ctrl-C and the end of the terminal do not end this process but are passed on, as SIGTERM, to its child.
 
     A trainer saves then and stops (hybrid_jax/train/signals.py), which takes longer than Python would wait for it.
+
+    environment: of the children, where this process's own does not say otherwise.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-    def __init__(self):
+    def __init__(self, environment: dict[str, str] | None = None):
+        self._environment = environment or {}
         self.stopped: str | None = None  # the signal that came; nothing is started any more then
         self._child: subprocess.Popen | None = None
 
@@ -42,6 +45,7 @@ class Children:
             return False
         argv = [sys.executable, "-m", f"experiments.{command}", *arguments]
         options = {"stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "start_new_session": True}  # a Ctrl-C reaches it once
+        options["env"] = self._environment | os.environ
         with log.open("a") as out, subprocess.Popen(argv, stdout=out, **options) as self._child:
             if self.stopped:  # while it was being started
                 self._child.terminate()

@@ -21,6 +21,7 @@ which files it takes.
 
 import dataclasses
 import json
+import os
 
 from absl import flags
 from etils import epath
@@ -29,7 +30,7 @@ from experiments import checkpoint, cli, folder, processes, suites
 from experiments.dtype import DTYPE
 from hybrid_jax.config import ConfigError, MeshConfig, RunConfig
 from hybrid_jax.storage import run_folder, write_whole
-from hybrid_jax.train.workdir import evaluation_file, read_config, write_evaluation
+from hybrid_jax.train.workdir import evaluation_file, keep_programs, read_config, write_evaluation
 
 SUITE = flags.DEFINE_enum("suite", None, sorted(suites.SUITES), "What to measure in place of the run's own evaluation.")
 TOKENS = flags.DEFINE_integer(
@@ -51,6 +52,8 @@ def main() -> int:
     dtype = DTYPE.value if DTYPE.value != config.model.dtype else None  # another than the run's own
     config = dataclasses.replace(config, model=config.model.computing_in(dtype))
     processes.connect()
+    if os.access(workdir, os.W_OK):  # which a bucket is not asked for
+        keep_programs(workdir)
     if SUITE.value is None:
         evaluate_as_training_does(workdir, config, written=dtype is None)
     else:

@@ -10,6 +10,7 @@ tokenizer, give one (--tokenizer) or prompt with token ids (--prompt_tokens=17,4
 tokenizer's end of a document, at a --stop string, or after --max_new_tokens; Ctrl-C ends it sooner.
 """
 
+import os
 import sys
 
 from absl import flags
@@ -19,6 +20,7 @@ from experiments.beginning import BEGINNING
 from experiments.dtype import DTYPE
 from hybrid_jax.config import ConfigError
 from hybrid_jax.storage import run_folder
+from hybrid_jax.train.workdir import keep_programs
 
 PROMPT = flags.DEFINE_string("prompt", None, "The text to go on from.")
 PROMPT_TOKENS = flags.DEFINE_list("prompt_tokens", None, "Token ids to go on from, such as 17,4,99; token ids are printed.")
@@ -51,8 +53,11 @@ def main() -> int:
     import hybrid_jax
     from hybrid_jax.data.tokenizers import load_tokenizer
     from hybrid_jax.generation import Session
+    from hybrid_jax.hf import convert
     from hybrid_jax.sampling import sampling
 
+    if os.access(workdir, os.W_OK) and not convert.is_folder(workdir):  # a run on a file system, and one's own
+        keep_programs(workdir)
     try:
         settings = sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
         model = hybrid_jax.load(workdir, checkpoint.STEP.value, DTYPE.value)

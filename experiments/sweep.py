@@ -7,7 +7,8 @@
     python -m experiments.sweep --size=tiny --eval='--suite=held_out --lengths=256,1024' --eval='--suite=ruler --lengths=1024'
     python -m experiments.sweep --size=tiny --rows=experiments/results/tiny.jsonl
 
-Every run has its own folder, SWEEP/NAME-SIZE (with --seeds NAME-SIZE-sSEED), and log. With each --eval every trained run is evaluated as
+Every run has its own folder, SWEEP/NAME-SIZE (with --seeds NAME-SIZE-sSEED), and log; what they compile is kept in SWEEP/compiled, for all
+of them: seeds of a model compile it once. With each --eval every trained run is evaluated as
 `python -m experiments.eval` does with these flags. Once all is done SWEEP/report/report.md has tables and figures, as `python -m
 experiments.report --runs='SWEEP/*'` makes them. Ctrl-C and SIGTERM save the run under way and stop. Run the same command again to
 continue: what was done is not repeated. Exit code 1 where anything failed or was stopped; the table names it and its log.
@@ -182,7 +183,8 @@ def main(overrides: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: dict[str, Outcome] = {}
     columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Children() as children, Progress(*columns, console=Console(highlight=False)) as progress:
+    programs = {"JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").absolute())}
+    with Children(programs) as children, Progress(*columns, console=Console(highlight=False)) as progress:
         task = progress.add_task("", total=len(jobs))
         for job in jobs:
             outcomes[job.name] = do(job, folder, overrides, asked, children, lambda what: progress.update(task, description=what))

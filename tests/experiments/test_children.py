@@ -30,6 +30,16 @@ def commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def test_what_of_the_environment_is_not_settled_is_told(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    (tmp_path / "experiments/tells.py").write_text("import os; print(os.environ['GIVEN'], 'PATH' in os.environ)")
+    with Children({"GIVEN": "by the command"}) as children:
+        assert children.run("tells", log=log)
+        monkeypatch.setenv("GIVEN", "by a person")
+        assert children.run("tells", log=log)
+    assert log.read_text() == "by the command True\nby a person True\n"
+
+
 def test_what_is_printed_is_added_to_the_log(tmp_path):
     log = tmp_path / "log"
     with Children() as children:

@@ -64,6 +64,12 @@ def test_more_tokens_can_be_asked_for(workdir):
     assert own["tokens"] == evaluations(workdir)[8]["tokens"] == 512 and own["loss"] == evaluations(workdir)[8]["loss"]
 
 
+def test_programs_are_kept_in_the_run(workdir, monkeypatch):
+    kept = []
+    monkeypatch.setattr("experiments.eval.keep_programs", kept.append)
+    assert run_eval(workdir, "--tokens=64").code == 0 and kept == [workdir]
+
+
 def test_a_model_loads_from_the_workdir(workdir):
     model = hybrid_jax.load(workdir, step=4)
     assert model.config.vocabulary == 264

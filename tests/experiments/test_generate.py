@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -55,6 +56,16 @@ def test_every_flag_of_the_draws_and_the_end_is_passed_on(finished, monkeypatch)
     result = run_generate(f"--workdir={finished}", "--prompt=def", *draws, "--stop=\\n\\n", "--stop=end")
     assert result == (0, "def\n", "")
     assert given == [(9, Sampling(0.5, 7, 0.75, 0.125), {"stop": ["\n\n", "end"], "texts": True})]
+
+
+def test_programs_are_kept_in_a_run_alone(finished, theirs, monkeypatch):
+    kept = []
+    monkeypatch.setattr(generate, "keep_programs", kept.append)
+    for folder in (finished, theirs):
+        assert run_generate(f"--workdir={folder}", "--prompt_tokens=1", "--max_new_tokens=1").code == 0
+    assert kept == [finished]
+    monkeypatch.setattr(os, "access", lambda folder, mode: (folder, mode) != (finished, os.W_OK))  # which root has anyway
+    assert run_generate(f"--workdir={finished}", "--prompt_tokens=1", "--max_new_tokens=1").code == 0 and kept == [finished]
 
 
 def test_turns_go_on_from_all_there_was(finished, monkeypatch):

@@ -24,6 +24,7 @@ def started(tmp_path, monkeypatch):
     begun = []
 
     def run(children, command, *arguments, log):
+        assert children._environment["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "runs/compiled")
         given = {name: value for name, _, value in (argument.removeprefix("--").partition("=") for argument in arguments)}
         workdir = sweep.Path(given.pop("workdir"))
         begun.append((command, workdir.name, dict(given)))
