@@ -6,21 +6,27 @@
 
 Run the same command again to continue a run that was stopped or killed. SIGTERM or Ctrl-C saves and stops between two
 steps; a second one stops at once. Exit code 0: done; 1: the run cannot go on; 2: a mistake in what was asked for; 130:
-stopped by Ctrl-C; 143: by SIGTERM, or as another of its processes was lost.
+stopped by Ctrl-C; 143: by SIGTERM, as another of its processes was lost, or, of several processes, by either signal to one
+of them. Of a GPU's memory it takes 95 %, unless XLA_CLIENT_MEM_FRACTION says otherwise.
 
 This file is the order in which things happen; what they are is in hybrid_jax/train.
 """
 
+import os
 import time
 from contextlib import closing
 
 from experiments import cli, folder, processes
 from experiments.revision import revision
+from hybrid_jax.chips import GPU_SHARE
 
 STOPPING = "saving and stopping after this step; a second signal stops at once, and loses what no checkpoint has"
 
 
 def main(run: cli.Run) -> int:
+    if not os.environ.keys() & {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"}:  # two names of one thing
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
+
     import jax  # this, and all that needs it, once the command line is known to be right
 
     from hybrid_jax.amounts import gigabytes
@@ -125,7 +131,8 @@ def main(run: cli.Run) -> int:
 
     # ---- What it came to, and what comes next.
     if step < steps or not evaluated:
-        print(f"{stop.name}: stopped after step {step} of {steps}, which is saved. To continue: {run.command}", flush=True)
+        if jax.process_index() == 0:  # which speaks for all
+            print(f"{stop.name}: stopped after step {step} of {steps}, which is saved. To continue: {run.command}", flush=True)
         return stop.exit_code
     return summary.finish(run.name, config, workdir, report.speed(), code)
 

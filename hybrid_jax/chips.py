@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 GIB = 2**30
+GPU_SHARE = 0.95  # of a GPU's memory, which training takes unless the environment says otherwise; JAX by itself: 0.75
 
 
 class Chip(NamedTuple):

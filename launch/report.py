@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hybrid_jax.amounts import count
+from hybrid_jax.chips import GPU_SHARE
 from hybrid_jax.config import RunConfig
 from hybrid_jax.train import advice
 from launch import ahead
@@ -15,7 +16,6 @@ from launch.candidates import Candidate, Found
 from launch.topologies import Hosts, Target
 
 NEAR = 0.1  # of a device's HBM: closer to its end, the least effort's memory does not say whether a run fits
-PREALLOCATED = 0.75  # of a GPU's memory, which JAX keeps to unless it is told otherwise
 
 
 class Case(NamedTuple):
@@ -92,8 +92,8 @@ def _verdict(row: dict, target: Target) -> str:
     used, fits = row["held_bytes"] / ahead.capacity(target), "it fits"
     if row["effort"] == ahead.QUICK and used > 1 - NEAR:
         fits += ", but only just: make sure with --effort=full"
-    if isinstance(target, Hosts) and used > PREALLOCATED:
-        fits += f" with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment (JAX takes {PREALLOCATED:.0%} of a GPU's memory by itself)"
+    if isinstance(target, Hosts) and used > GPU_SHARE:
+        fits += f", but only with more than the {GPU_SHARE:.0%} of a GPU's memory that training takes unless XLA_CLIENT_MEM_FRACTION is set"
     return f"{fits}; a step takes {milliseconds(row['step_s'])} ms at least, the model {row['mfu']:.0%} of the chips' FLOP/s at most"
 
 

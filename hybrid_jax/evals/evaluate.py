@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -42,12 +42,13 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
     tasks = _recall_tasks(config, held_out.tokenizer.vocabulary)
     names = fields(config)  # as in training, so that the operators, and their kernels, are those of training
 
-    def about(source: TokenSource) -> dict[str, float]:
+    def about(source: TokenSource) -> tuple[dict[str, int], Callable[[], dict[str, float]]]:
         text = source_text(source, scored := min(config.evaluation.tokens, len(source)))
-        baselines = {"xz_bits_per_byte": xz_bits_per_byte(text), "unigram_bits_per_byte": unigram_bits_per_byte(text)}
-        return {"tokens": scored, "bytes": len(text), **baselines}
+        # Not before there is something to hold against them: xz takes seconds.
+        baselines = cache(lambda: {"xz_bits_per_byte": xz_bits_per_byte(text), "unigram_bits_per_byte": unigram_bits_per_byte(text)})
+        return {"tokens": scored, "bytes": len(text)}, baselines
 
-    texts = [(source, share, about(source)) for source, share in held_out.parts]
+    texts = [(source, share, *about(source)) for source, share in held_out.parts]
 
     @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # every process can read them
     def losses(params: nnx.State, batch: dict) -> Losses:
@@ -74,7 +75,7 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
         )
         return sums(params, batches, -(-problem_rows // rows), stopped)
 
-    def of_text(params: nnx.State, source: TokenSource, about: dict[str, float], stopped: Callable[[], bool]) -> dict[str, Any]:
+    def of_text(params: nnx.State, source: TokenSource, about: dict, baselines: Callable, stopped: Callable[[], bool]) -> dict[str, Any]:
         options = {"batch": rows, "window": window, "packing": packing, "tokens": about["tokens"], "local": local.numbers}
         batches = pipeline.evaluation_batches(source, **options)
         found = sums(params, batches, -(-about["tokens"] // (rows * window)), stopped)
@@ -84,12 +85,13 @@ def make_evaluate(config: RunConfig, graph: nnx.GraphDef, mesh: Mesh, held_out: 
             "loss": float(found.total / found.weight),
             "bits_per_byte": float(found.total / math.log(2) / about["bytes"]),
             **about,
+            **baselines(),
             "loss_by_position": [float(x) if math.isfinite(x) else None for x in by_position],
         }
 
     def measure(params: nnx.State, stopped: Callable[[], bool]) -> dict[str, Any]:
-        found = {source.name: of_text(params, source, about, stopped) for source, _, about in texts}
-        results = _mean(found, [share for _, share, _ in texts]) if len(texts) > 1 else found[held_out.name]
+        found = {source.name: of_text(params, source, *known, stopped) for source, _, *known in texts}
+        results = _mean(found, [share for _, share, *_ in texts]) if len(texts) > 1 else found[held_out.name]
         if tasks:
             recall = jax.tree.map(lambda *parts: sum(parts), *(task_sums(params, task, stopped) for task in tasks))
             results |= {"mqar_accuracy": float(recall.correct / recall.weight), "mqar_loss": float(recall.total / recall.weight)}

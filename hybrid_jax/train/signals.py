@@ -11,7 +11,7 @@ class Stop:
     """While entered, the first signal is only noted, to be acted on between two steps; a second one ends the process at once.
 
     Where several processes train together, JAX's own preemption service watches for SIGTERM instead, so that all of them
-    stop at the same step; Ctrl-C in one of them is taken for that, and a second Ctrl-C ends it at once.
+    stop at the same step; Ctrl-C in one of them is taken for that, so that all end with its exit code, and a second one ends it at once.
 
     notice: what is said on stderr when a signal comes, as the step under way may take a while.
     """

@@ -67,6 +67,18 @@ def test_a_run_leaves_behind_all_that_is_promised(trained):
     assert list((workdir / "tensorboard").glob("events*"))
 
 
+@pytest.mark.parametrize("given", [None, "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_training_takes_most_of_a_gpus_memory_unless_told_otherwise(trained, monkeypatch, given):
+    """Under one of the two names that JAX knows: it refuses both."""
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "0.5")
+        if name != given:
+            monkeypatch.delenv(name)
+    run_train(trained[0])  # which has ended
+    found = {name: value for name, value in os.environ.items() if name.endswith("CLIENT_MEM_FRACTION")}
+    assert found == ({given: "0.5"} if given else {"XLA_CLIENT_MEM_FRACTION": "0.95"})
+
+
 def test_a_run_says_what_it_does_and_what_comes_next(trained):
     workdir, result = trained
     evaluate = f"experiments.eval --workdir={workdir}"

@@ -83,6 +83,18 @@ def test_the_numbers_are_those_of_the_logits(model, packing, sizes):
     assert results["mqar_loss"] == pytest.approx(losses.mean(), rel=1e-6)
 
 
+def test_text_is_compressed_once_and_not_before_it_is_evaluated(model, monkeypatch):
+    """A start of a run that has ended, or has long to go, does not wait for it."""
+    compressed = []
+    monkeypatch.setattr("hybrid_jax.evals.evaluate.xz_bits_per_byte", lambda text: compressed.append(len(text)) or 1.0)
+    graph, params = nnx.split(model)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        evaluate = make_evaluate(run_for(), graph, mesh, held_out())
+        assert not compressed
+        assert evaluate(params) == evaluate(params) and compressed == [sum(map(len, DOCUMENTS))]
+
+
 def test_each_part_of_a_mix_is_evaluated_and_their_mean_by_shares(model):
     parts = [held_out(), array_source([30, 11], seed=1)]
     parts[1].name = "another"
