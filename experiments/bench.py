@@ -11,7 +11,8 @@
     python -m experiments.bench --target=tpu:v6e --suite=step --configs=gla_r6:1b3   # whole training steps: kernels, memory
 
 Each row is one implementation at one named shape of `pallas_kernels/<operator>/shapes.py`, forward alone or forward and
-backward. It is printed, and appended as a line of JSON to --output with the device, versions and git revision it came from.
+backward. It is printed, and appended as a line of JSON to --output with the device, versions and git revision it came from; rows to be
+kept with the code go to one of its own files, as with --output=experiments/results/cpu.jsonl.
 FLOPs are the chunked algorithm's own matmuls, three times the forward's with the backward pass; `matmul_share` is the row's
 FLOP/s over that of a plain matmul, measured right before and after it. An implementation that does not give the reference's
 outputs and gradients is not measured: its row holds the errors, and the exit status is 1.
@@ -65,7 +66,7 @@ _CONFIGS = flags.DEFINE_list("configs", [], "Of --suite=decode, gpu and step: mo
 _CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048", "8192"], "Of --suite=decode: tokens read before those that are timed.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Of --suite=decode: texts written side by side.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "JSON lines file that rows are appended to; by default one of experiments/results, by platform or target."
+    "output", None, "JSON lines file that rows are appended to; results/NAME.jsonl, by platform or target, if not given."
 )
 
 
@@ -84,7 +85,7 @@ def main() -> int:
             raise ConfigError(str(error)) from None
         if _SUITE.value in ("operators", "memory") and results == "cpu" and not _IMPLEMENTATIONS.value:
             selected = [case for case in selected if case.implementation != "pallas"]  # interpreted there: their time says nothing
-        output = Path(_OUTPUT.value or cli.PACKAGE / "results" / f"{results}.jsonl")
+        output = Path(_OUTPUT.value or f"results/{results}.jsonl")
         # Operators' float32 rows are float32 throughout: TPUs and GPUs would multiply with fewer bits by default.
         exact = _DTYPE.value == "float32" and _SUITE.value not in ("decode", "gpu")
         stack.enter_context(jax.default_matmul_precision("highest" if exact else "default"))

@@ -45,7 +45,7 @@ EFFORT = flags.DEFINE_enum(
 )
 SWEEP = flags.DEFINE_bool("sweep", False, "Try meshes, remat policies and microbatches, and rank those that fit.")
 COMPILES = flags.DEFINE_integer("compiles", 12, "How many steps --sweep compiles at most.", lower_bound=1)
-OUTPUT = flags.DEFINE_string("output", None, "JSON lines file that rows are appended to; experiments/results/aot.jsonl by default.")
+OUTPUT = flags.DEFINE_string("output", None, "JSON lines file that rows are appended to; results/aot.jsonl if not given.")
 
 flags.FLAGS["workdir"].help = "A run, its folder or gs://BUCKET/FOLDER, whose configuration is taken where there is no --config."
 
@@ -66,7 +66,7 @@ def main(run: cli.Run) -> int:
     from launch import ahead, candidates, report
 
     effort = ahead.QUICK if EFFORT.value == "quick" and not on_gpus else 0.0
-    output = Path(OUTPUT.value or cli.PACKAGE / "results" / "aot.jsonl")
+    output = Path(OUTPUT.value or "results/aot.jsonl")
     if SWEEP.value:
         found = candidates.find(config, target)
         report.announce(found, target, COMPILES.value)

@@ -199,18 +199,17 @@ def test_unknown_models_and_contexts(configs, contexts, message):
         decode.select(configs, contexts, 1)
 
 
-def command(*arguments):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+def command(*arguments, folder=ROOT):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "experiments.bench", *arguments]
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_command_line(tmp_path):
-    output = tmp_path / "cpu.jsonl"
-    done = command("--suite=memory", "--operators=causal_conv", "--implementations=xla", "--shapes=tiny", f"--output={output}")
+    done = command("--suite=memory", "--operators=causal_conv", "--implementations=xla", "--shapes=tiny", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"1 row, 0 failures among them, appended to {output}"
-    assert len(output.read_text().splitlines()) == 1
+    assert done.stdout.splitlines()[-1] == "1 row, 0 failures among them, appended to results/cpu.jsonl"
+    assert len((tmp_path / "results/cpu.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
