@@ -38,9 +38,9 @@ def rows(model: ModelConfig, context: int) -> list[tuple[str, str]]:
         ("layers", layer_map(model)),
         ("full-attention layers", "all" if len(full) == model.layers else ", ".join(map(str, full)) or "none"),
         ("width, MLP, vocabulary", f"{model.width}, {model.mlp_hidden}, {model.vocabulary}{' (tied)' if model.tied else ''}"),
-        ("recurrent state a sequence", f"{costs.state_bytes(model):,} bytes at any length"),
-        (f"KV cache a sequence of {context:,}", f"{costs.cache_bytes(model, context):,} bytes"),
-        (f"FLOPs a token, {context:,} in all", f"{forward:.4g} forward, {3 * forward:.4g} training"),
+        ("recurrent state per sequence", f"{costs.state_bytes(model):,} bytes at any length"),
+        (f"KV cache per sequence of {context:,} tokens", f"{costs.cache_bytes(model, context):,} bytes"),
+        (f"FLOPs per token (sequence of {context:,})", f"{forward:.4g} forward, {3 * forward:.4g} training"),
     ]
 
 

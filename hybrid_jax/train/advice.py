@@ -49,8 +49,8 @@ def notes(config: RunConfig, text: TokenSource, peak: float, carried: Tokenizer 
         )
     if carried is not None and carried.fingerprint != text.tokenizer.fingerprint:
         told.append(
-            f"THE TOKENS OF {text.name} ARE NOT THOSE OF THE MODEL'S OWN TOKENIZER ({carried.name}), which it will be asked and answer in. "
-            "Build the store with python -m experiments.tokenize --tokenizer=WORKDIR/huggingface"
+            f"{text.name} WAS TOKENIZED WITH A DIFFERENT TOKENIZER THAN THE MODEL'S OWN ({carried.name}), "
+            "which generation and evaluation use. Build the store with python -m experiments.tokenize --tokenizer=WORKDIR/huggingface"
         )
     for part, share in text.parts:
         if (times := tokens * (1 - config.data.mqar.share) * share / len(part)) > 4:  # the other rows hold recall problems

@@ -96,7 +96,7 @@ def test_describe_says_what_the_model_is():
     assert said["parameters"] == f"{costs.parameters(run.config.model):,}"
     assert said["layers"] == "4 x (5 gla + 1 attention)"
     assert said["full-attention layers"] == "5, 11, 17, 23"
-    assert said["KV cache a sequence of 4,096"] == "134,217,728 bytes"
+    assert said["KV cache per sequence of 4,096 tokens"] == "134,217,728 bytes"
     for name, full in (("gla_pure", "none"), ("transformer", "all")):
         assert dict(describe.rows(load(name, "340m").model, 4096))["full-attention layers"] == full
 
