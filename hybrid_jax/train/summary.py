@@ -92,8 +92,10 @@ def _longer(workdir: epath.Path, config: RunConfig) -> str:
     if opened == config.train.steps:
         return "the same command with more --config.train.steps"
     if opened and opened in saved_steps(workdir):
+        parts = ("config.json", "text.sha256", "huggingface", f"checkpoints/{opened}")
+        copied = ", ".join(part for part in parts if (workdir / part).exists())
         return (
-            f"copy config.json, text.sha256 and checkpoints/{opened}, from before the learning rate's fall, to a new folder, NEW; "
+            f"copy {copied} (of before the learning rate's fall) to the same places in a new folder, NEW; "
             "then the same command with --workdir=NEW and more --config.train.steps"
         )
     return (

@@ -99,7 +99,7 @@ def falling(tmp_path_factory):
 def test_the_last_step_before_the_fall_is_kept_for_good(falling):
     workdir, printed = falling
     assert saved_steps(workdir) == [5, 8]
-    assert "copy config.json, text.sha256 and checkpoints/5, " in printed
+    assert "copy config.json, text.sha256, checkpoints/5 (of before" in printed
 
 
 def test_steps_are_traced(falling):
