@@ -146,8 +146,8 @@ class EvaluationConfig:
 class CheckpointConfig:
     """What a run goes on from."""
 
-    # Steps between two checkpoints. The last step is always saved, and so is, for good, the last one before the fall of a "wsd" schedule:
-    # from there a longer run can go on.
+    # Steps between two checkpoints. The last step is always saved; so is, for good, the last one before the learning rate of "wsd" falls,
+    # from which a longer run can go on.
     every: int = 1000
     keep: int = 3  # how many checkpoints, the newest, are kept
     keep_every: int | None = None  # those of steps that are a multiple of it are kept too, for good; None: only the newest

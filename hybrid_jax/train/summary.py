@@ -83,7 +83,7 @@ def show(summary: dict[str, Any], workdir: epath.Path, config: RunConfig) -> Non
     print(f"to evaluate it again:  python -m experiments.eval --workdir={workdir}")
     print(f"to train longer:       {_longer(workdir, config)}")
     if (workdir / "profile").exists():
-        print(f"to look at its trace:  xprof --logdir={workdir / 'profile'} (pip install xprof; TensorBoard then shows it too)")
+        print(f"to look at its trace:  tensorboard --logdir={workdir}, under Profile (pip install tensorboard xprof)")
 
 
 def _longer(workdir: epath.Path, config: RunConfig) -> str:

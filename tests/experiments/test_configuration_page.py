@@ -21,7 +21,7 @@ def test_every_field_says_what_it_is(cls):
 
 
 def test_a_comment_stands_above_its_field_or_behind_it():
-    assert page.comments(CheckpointConfig)["every"] == "steps between two checkpoints; the last step is always saved"
+    assert page.comments(CheckpointConfig)["keep"] == "how many checkpoints, the newest, are kept"
     assert page.comments(DataConfig)["packing"].startswith('"windows": documents end to end')
     assert page.comments(run.ModelConfig)["ratio"].endswith("list of 0-based layers. None: every layer is `mixer`")
 

@@ -106,7 +106,7 @@ def test_steps_are_traced(falling):
     workdir, printed = falling
     (file,) = (workdir / "profile").rglob("*.xplane.pb")
     traced = file.read_bytes()
-    assert f"steps 2 to 3 are traced in {workdir / 'profile'}" in printed and f"xprof --logdir={workdir / 'profile'}" in printed
+    assert f"steps 2 to 3 are traced in {workdir / 'profile'}" in printed and f"tensorboard --logdir={workdir}, under Profile" in printed
     assert b"train" in traced and b"jit_step" in traced
 
 
