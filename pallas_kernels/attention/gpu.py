@@ -36,7 +36,7 @@ def attention(q, k, v, scale, window, segments: Segments | None):
         reach = ranges_of_whole_rows(B, T, window, -T % TILE)
     else:  # what padding holds, nan included, ends here
         reach = ranges(segments, window, -T % TILE)
-        q, k, v = (jnp.where(segments.real[:, :, None, None], a, 0) for a in (q, k, v))
+        q, k, v = (_only_real(a, segments.real) for a in (q, k, v))
     q, k, v = (jnp.pad(a, [(0, 0), (0, -T % TILE), (0, 0), (0, 0)]) for a in (q, k, v))
     return _whole_channels(scale, q, k, v, reach, jnp.arange(q.shape[1] // TILE, dtype=jnp.int32))[:, :T]
 
@@ -46,6 +46,15 @@ def attention_stretch(q, k, v, scale, window, segments: Segments, places):
     _check(q=q, k=k, v=v)
     T = q.shape[1] // len(places)
     return _whole_channels(scale, q, k, v, ranges(segments, window).of_queries(places, T), blocks_at(places, T // TILE))
+
+
+@jax.custom_vjp
+def _only_real(x, real):
+    """x [B,T,H,K] with zeros at padding. What the kernels give it for a gradient has them there already."""
+    return jnp.where(real[:, :, None, None], x, 0)
+
+
+_only_real.defvjp(lambda x, real: (_only_real(x, real), None), lambda _, gradient: (gradient, None))
 
 
 def block_length(T: int) -> int:
@@ -63,7 +72,9 @@ def _check(**arrays):
 
 
 def _whole_channels(scale, q, k, v, reach, places):
-    """:func:`_attend` of heads of any width."""
+    """:func:`_attend` of heads of any width, and any scale."""
+    if scale <= 0:  # the kernels look for a row's largest score before they scale it
+        q, scale = q * jnp.sign(scale).astype(q.dtype), -scale or 1.0
     padded = (jnp.pad(a, [(0, 0), (0, 0), (0, 0), (0, -a.shape[-1] % 64)]) for a in (q, k, v))
     return _attend(scale, *padded, reach, places)[..., : v.shape[-1]]
 
@@ -131,7 +142,7 @@ def _forward(scale, q, k, v, reach, places):
     B, T, H, K = q.shape
     return plan.call(
         gpu_kernels.of_queries,
-        (q, k, v, reach.first, reach.last, reach.key, _blocks_of_keys(plan, reach, places)),
+        (q, k, v, reach.first, reach.count, reach.key, _blocks_of_keys(plan, reach, places)),
         (jax.ShapeDtypeStruct((B, T, H, plan.values), v.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)),
         own=[
             tokens(ROWS, K, WARPGROUPS),
@@ -158,7 +169,7 @@ def _attend_backward(scale, residuals, d_output):
     plan = Plan.of(scale, q, q, k, v, block=TILE if max(K, v.shape[3]) <= 64 else ROWS)  # what fits in registers
     (dq,) = plan.call(
         gpu_kernels.d_queries,
-        (q, k, v, d_output, reach.first, reach.last, reach.key, _blocks_of_keys(plan, reach, places), logsumexp, mean),
+        (q, k, v, d_output, reach.first, reach.count, reach.key, _blocks_of_keys(plan, reach, places), logsumexp, mean),
         (jax.ShapeDtypeStruct(q.shape, q.dtype),),
         own=[
             tokens(ROWS, K, WARPGROUPS),
@@ -173,7 +184,7 @@ def _attend_backward(scale, residuals, d_output):
     plan = Plan.of(scale, k, q, k, v, block=ROWS)
     dk, dv = plan.call(
         gpu_kernels.d_keys,
-        (q, k, v, d_output, reach.first, reach.last, reach.key, _blocks_of_queries(plan, reach, places), logsumexp, mean),
+        (q, k, v, d_output, reach.first, reach.count, reach.key, _blocks_of_queries(plan, reach, places), logsumexp, mean),
         tuple(jax.ShapeDtypeStruct((B, S, H, width), q.dtype) for width in (K, plan.values)),
         own=[tokens(ROWS, K, WARPGROUPS), tokens(ROWS, plan.values, WARPGROUPS), numbers(ROWS, jnp.int32, WARPGROUPS)],
         loads=3,

@@ -8,7 +8,7 @@ of the other side, which a third warpgroup loads ahead of them:
     d_keys        a tile of keys, blocks of queries     dv_j = sum_i p_ij do_i    dk_j = scale * sum_i ds_ij q_i
 
 with p_ij = exp(scale q_i . k_j - logsumexp_i) and ds_ij = p_ij (do_i . v_j - mean_i). Exponentials are powers of two, and so are the
-logsumexps between the kernels. A query i attends to the key j where first_i <= key_j <= last_i (:mod:`.reach`). A tile goes through the
+logsumexps between the kernels. A query i attends to the key j where 0 <= key_j - first_i < count_i (:mod:`.reach`). A tile goes through the
 blocks that ``visits`` [B,tiles,4] has of it (:class:`Visits`): first those in which some of its tokens do not attend, or are not attended
 to, by some of the others, and then, without a look at who attends to whom, those in which all do.
 """
@@ -75,29 +75,31 @@ def numbers(count: int, dtype, stages: int) -> plgpu.SMEM:
     return plgpu.SMEM((stages, count), dtype)
 
 
-def of_queries(plan, q, k, v, first, last, key, visits, output, logsumexp, own, streamed, barriers):
-    """own: q, first, last, output, logsumexp; streamed: k, v, key."""
+def of_queries(plan, q, k, v, first, count, key, visits, output, logsumexp, own, streamed, barriers):
+    """own: q, first, count, output, logsumexp; streamed: k, v, key."""
     b, tile, h, kv_head = _program(plan, heavy_last=True)
     visits = Visits.of_tile(visits, b, tile)
     load = partial(_load_keys, plan, (k, v, key), streamed, b, kv_head, visits)
+    scale = plan.scale * LOG2E
 
     def compute(wg, each_block):
         rows = pl.ds(tile * TILE + wg * ROWS, ROWS)
-        q_smem, first_smem, last_smem, o_smem, lse_smem = (ref.at[wg] for ref in own)
-        _copy((q.at[b, rows, h], first.at[b, rows], last.at[b, rows]), (q_smem, first_smem, last_smem), barriers[2].at[wg])
+        q_smem, first_smem, count_smem, o_smem, lse_smem = (ref.at[wg] for ref in own)
+        _copy((q.at[b, rows, h], first.at[b, rows], count.at[b, rows]), (q_smem, first_smem, count_smem), barriers[2].at[wg])
         plgpu.barrier_wait(barriers[2].at[wg])
-        reach = _row(first_smem), _row(last_smem)
+        first_of, count_of = _row(first_smem), _row(count_smem)
 
         def block(slot, carry, whole):
             m, total, acc = carry
             k_smem, v_smem, key_smem = (ref.at[slot] for ref in streamed)
-            scores = _product(q_smem, k_smem.T) * (plan.scale * LOG2E)
+            scores = _product(q_smem, k_smem.T)
             if not whole:
-                scores = jnp.where(_attends(reach, _column(key_smem), plan.block), scores, MASKED)
-            m_next = jnp.maximum(m, scores.max(axis=1))
+                attends = _attends(_across(first_of, scores), _across(count_of, scores), _along(_column(key_smem), scores))
+                scores = jnp.where(attends, scores, MASKED)
+            m_next = jnp.maximum(m, scores.max(axis=1))  # of scores without their scale, which with a difference is one instruction
             # While nothing is attended to, less than nothing is subtracted, so that what is masked weighs nothing.
-            weights = jnp.exp2(scores - _across(jnp.maximum(m_next, MASKED / 2), scores))
-            decay = jnp.exp2(m - m_next)
+            weights = jnp.exp2(scores * scale - _across(jnp.maximum(m_next, MASKED / 2) * scale, scores))
+            decay = jnp.exp2((m - m_next) * scale)
             total = decay * total + weights.sum(axis=1)
             acc = _across(decay, acc) * acc + _product(weights.astype(jnp.bfloat16), v_smem)
             return m_next, total, acc
@@ -106,8 +108,8 @@ def of_queries(plan, q, k, v, first, last, key, visits, output, logsumexp, own, 
         m, total, acc = each_block(block, carry=start)
         nothing = total == 0  # what padding attends to
         total = jnp.where(nothing, 1.0, total)
-        o_smem[...] = (acc / _across(total, acc)).astype(o_smem.dtype)
-        lse_smem[...] = jnp.where(nothing, 0.0, m + jnp.log2(total))
+        o_smem[...] = (acc * _across(1 / total, acc)).astype(o_smem.dtype)
+        lse_smem[...] = jnp.where(nothing, 0.0, m * scale + jnp.log2(total))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(o_smem, output.at[b, rows, h])
         plgpu.copy_smem_to_gmem(lse_smem, logsumexp.at[b, h, rows])
@@ -116,8 +118,8 @@ def of_queries(plan, q, k, v, first, last, key, visits, output, logsumexp, own, 
     _stream(visits, load, compute, barriers)
 
 
-def d_queries(plan, q, k, v, d_output, first, last, key, visits, logsumexp, mean, dq, own, streamed, barriers):
-    """own: q, d_output, first, last, logsumexp, mean; streamed: k, v, key."""
+def d_queries(plan, q, k, v, d_output, first, count, key, visits, logsumexp, mean, dq, own, streamed, barriers):
+    """own: q, d_output, first, count, logsumexp, mean; streamed: k, v, key."""
     b, tile, h, kv_head = _program(plan, heavy_last=True)
     visits = Visits.of_tile(visits, b, tile)
     load = partial(_load_keys, plan, (k, v, key), streamed, b, kv_head, visits)
@@ -125,17 +127,18 @@ def d_queries(plan, q, k, v, d_output, first, last, key, visits, logsumexp, mean
     def compute(wg, each_block):
         rows = pl.ds(tile * TILE + wg * ROWS, ROWS)
         q_smem, do_smem, *numbers_smem = (ref.at[wg] for ref in own)
-        sources = _of_queries((q, d_output, first, last, logsumexp, mean), b, rows, h)
+        sources = _of_queries((q, d_output, first, count, logsumexp, mean), b, rows, h)
         _copy(sources, (q_smem, do_smem, *numbers_smem), barriers[2].at[wg])
         plgpu.barrier_wait(barriers[2].at[wg])
-        *reach, lse, delta = (_row(ref) for ref in numbers_smem)
+        first_of, count_of, lse, delta = (_row(ref) for ref in numbers_smem)
 
         def block(acc, slot, whole):
             k_smem, v_smem, key_smem = (ref.at[slot] for ref in streamed)
-            scores = _product(q_smem, k_smem.T) * (plan.scale * LOG2E)
+            scores = _product(q_smem, k_smem.T)
+            weights = jnp.exp2(scores * (plan.scale * LOG2E) - _across(lse, scores))
             if not whole:
-                scores = jnp.where(_attends(reach, _column(key_smem), plan.block), scores, MASKED)
-            weights = jnp.exp2(scores - _across(lse, scores))
+                attends = _attends(_across(first_of, scores), _across(count_of, scores), _along(_column(key_smem), scores))
+                weights = jnp.where(attends, weights, 0)
             d_weights = _product(do_smem, v_smem.T)
             d_scores = weights * (d_weights - _across(delta, scores))
             plgpu.wgmma(acc, d_scores.astype(jnp.bfloat16), k_smem)
@@ -150,14 +153,14 @@ def d_queries(plan, q, k, v, d_output, first, last, key, visits, logsumexp, mean
     _stream(visits, load, compute, barriers)
 
 
-def d_keys(plan, q, k, v, d_output, first, last, key, visits, logsumexp, mean, dk, dv, own, streamed, barriers):
-    """own: k, v, key; streamed: q, d_output, first, last, logsumexp, mean. For one head of queries."""
+def d_keys(plan, q, k, v, d_output, first, count, key, visits, logsumexp, mean, dk, dv, own, streamed, barriers):
+    """own: k, v, key; streamed: q, d_output, first, count, logsumexp, mean. For one head of queries."""
     b, tile, h, kv_head = _program(plan, heavy_last=False)
     visits = Visits.of_tile(visits, b, tile)
 
     def load(step, slot, loaded):
         at = pl.ds(visits.block(step) * plan.block, plan.block)
-        _copy(_of_queries((q, d_output, first, last, logsumexp, mean), b, at, h), (ref.at[slot] for ref in streamed), loaded)
+        _copy(_of_queries((q, d_output, first, count, logsumexp, mean), b, at, h), (ref.at[slot] for ref in streamed), loaded)
 
     def compute(wg, each_block):
         rows = pl.ds(tile * TILE + wg * ROWS, ROWS)
@@ -167,13 +170,12 @@ def d_keys(plan, q, k, v, d_output, first, last, key, visits, logsumexp, mean, d
         keys = _row(key_smem)
 
         def block(acc_k, acc_v, slot, whole):
-            q_smem, do_smem, first_smem, last_smem, lse_smem, mean_smem = (ref.at[slot] for ref in streamed)
-            scores = _product(k_smem, q_smem.T) * (plan.scale * LOG2E)
+            q_smem, do_smem, first_smem, count_smem, lse_smem, mean_smem = (ref.at[slot] for ref in streamed)
+            scores = _product(k_smem, q_smem.T)
+            weights = jnp.exp2(scores * (plan.scale * LOG2E) - _along(_column(lse_smem), scores))
             if not whole:
-                key_at = _across(keys, scores)
-                allowed = (_along(_column(first_smem), scores) <= key_at) & (key_at <= _along(_column(last_smem), scores))
-                scores = jnp.where(allowed, scores, MASKED)
-            weights = jnp.exp2(scores - _along(_column(lse_smem), scores))
+                first_of, count_of = (_along(_column(ref), scores) for ref in (first_smem, count_smem))
+                weights = jnp.where(_attends(first_of, count_of, _across(keys, scores)), weights, 0)
             plgpu.wgmma(acc_v, weights.astype(jnp.bfloat16), do_smem)
             d_weights = _product(v_smem, do_smem.T)
             d_scores = weights * (d_weights - _along(_column(mean_smem), scores))
@@ -247,9 +249,9 @@ def _load_keys(plan, arrays, streamed, b, head, visits, step, slot, loaded):
 
 
 def _of_queries(arrays, b, rows, h):
-    """What the gradients ask of queries: of q and d_output [B,T,H,...], first and last [B,T], logsumexp and mean [B,H,T]."""
-    q, d_output, first, last, logsumexp, mean = arrays
-    return q.at[b, rows, h], d_output.at[b, rows, h], first.at[b, rows], last.at[b, rows], logsumexp.at[b, h, rows], mean.at[b, h, rows]
+    """What the gradients ask of queries: of q and d_output [B,T,H,...], first and count [B,T], logsumexp and mean [B,H,T]."""
+    q, d_output, first, count, logsumexp, mean = arrays
+    return q.at[b, rows, h], d_output.at[b, rows, h], first.at[b, rows], count.at[b, rows], logsumexp.at[b, h, rows], mean.at[b, h, rows]
 
 
 def _copy(sources, targets, arrived):
@@ -257,11 +259,9 @@ def _copy(sources, targets, arrived):
         plgpu.copy_gmem_to_smem(source, target, arrived)
 
 
-def _attends(reach, key, block):
-    first, last = reach
-    shape = (ROWS, block)
-    key = lax.broadcast_in_dim(key, shape, [1])
-    return (lax.broadcast_in_dim(first, shape, [0]) <= key) & (key <= lax.broadcast_in_dim(last, shape, [0]))
+def _attends(first, count, key):
+    """Of pairs of tokens; one comparison, without a sign, in which all before the first are far behind the last."""
+    return (key - first).astype(jnp.uint32) < count.astype(jnp.uint32)
 
 
 def _product(a, b):

@@ -22,6 +22,11 @@ class Ranges(NamedTuple):
     last: jax.Array
     key: jax.Array
 
+    @property
+    def count(self) -> jax.Array:
+        """Of keys that a query attends to, none where it is padding."""
+        return jnp.maximum(self.last - self.first + 1, 0)
+
     def of_queries(self, places: jax.Array, T: int) -> "Ranges":
         """Those of the queries of the stretches of T tokens at ``places``, and of all keys."""
         return self._replace(first=stretches(self.first, places, T), last=stretches(self.last, places, T))

@@ -77,6 +77,12 @@ def test_rows_of_one_document_on_a_machine_without_cudnn():
     check(example(2, 1, 384, 3, 3, 64, 64))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale):
+    check(example(9, 1, 40, 1, 1, 64, 64), segment_ids=IDS[:, 40:80], scale=scale)
+
+
 def test_a_row_of_padding_is_zero_and_gives_no_gradients():
     arguments = {name: jnp.full_like(x, jnp.nan) for name, x in example(3, 1, 16, 1, 1, 16, 16).items()}
     with hopper.kernels():
