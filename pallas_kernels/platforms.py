@@ -27,6 +27,7 @@ GENERATIONS = {
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
 }
+HOPPER = r"NVIDIA G?H\d"  # H100, H200, GH200
 
 
 def generation() -> str | None:
@@ -36,7 +37,7 @@ def generation() -> str | None:
     without a mesh, the local device. Both are part of what ``jax.jit`` caches by.
     """
     kind = _device().device_kind
-    return "hopper" if re.match(r"NVIDIA G?H\d", kind) else GENERATIONS.get(kind)
+    return "hopper" if re.match(HOPPER, kind) else GENERATIONS.get(kind)
 
 
 def platform() -> str:
@@ -52,6 +53,13 @@ def kernels(tpu: ModuleType, gpu: ModuleType) -> ModuleType:
 def cores() -> int:
     """TensorCores of the device a program is traced for, which share the parallel axes of a kernel's grid."""
     return {"v4": 2, "v5p": 2}.get(generation(), 1)
+
+
+def multiprocessors() -> int:
+    """Of the Hopper GPU that a program is traced for; of one that is not there, those of an H100 or H200 (SXM)."""
+    device = _device()
+    found = getattr(device, "core_count", None) or getattr(device, "num_cores", None)  # an abstract mesh's
+    return found if found and re.match(HOPPER, device.device_kind) else 132
 
 
 def is_partitioned() -> bool:

@@ -1,10 +1,12 @@
 """Attention on Hopper GPUs: cuDNN's where a row is one document, and else kernels that know documents, padding and windows.
 
 The kernels (:mod:`.gpu_kernels`) are FlashAttention in the form of Shah et al. 2024 without its overlap of softmax and products: two
-warpgroups compute, one loads. Blocks that no query of a tile reaches are not visited, so that packed documents cost what they are.
+warpgroups compute, one loads. Blocks that no query of a tile reaches are not visited, so that packed documents cost what they are, and
+tiles are dealt out over the multiprocessors by what they cost (:mod:`.gpu_schedule`).
 Rows are padded to whole tiles and heads to multiples of 64 channels, with zeros.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -13,11 +15,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import kept, platforms
-from pallas_kernels.attention import gpu_kernels
-from pallas_kernels.attention.gpu_kernels import ROWS, STAGES, TILE, WARPGROUPS, Visits, numbers, tokens
+from pallas_kernels.attention import gpu_kernels, gpu_schedule
+from pallas_kernels.attention.gpu_kernels import ROWS, STAGES, WARPGROUPS, numbers, tokens
+from pallas_kernels.attention.gpu_schedule import TILE
 from pallas_kernels.attention.reach import Ranges, blocks_at, ranges, ranges_of_whole_rows
 from pallas_kernels.segments import Segments
 
+SHARED_BYTES = 231 * 1024 - 4096  # that a program's scratch may have, barriers and what lies between its parts aside
 LARGEST_HEAD = 128  # channels: with more, a tile of keys and its gradients does not fit in registers
 
 
@@ -92,39 +96,45 @@ def _by_cudnn(q, k, v, scale, window, implementation="cudnn"):
 
 
 class Plan(NamedTuple):
-    """Of one kernel. scale; tiles: of TILE tokens; block: tokens of the other side at a time; group: H / HK; keys, values: K and V."""
+    """Of one kernel. block: tokens of the other side at a time; group: H / HK; keys, values: K and V."""
 
     scale: float
-    tiles: int
     block: int
     group: int
     keys: int
     values: int
 
     @classmethod
-    def of(cls, scale, own, q, k, v, block: int) -> "Plan":
-        """own: q or k, of whose tokens a program has a tile."""
-        return cls(scale, own.shape[1] // TILE, block, q.shape[2] // k.shape[2], k.shape[3], v.shape[3])
+    def of(cls, scale, q, k, v, block: int) -> "Plan":
+        return cls(scale, block, q.shape[2] // k.shape[2], k.shape[3], v.shape[3])
 
-    def call(self, body, operands, results, *, own, loads, streamed):
-        """own, streamed: the scratch of the tile, of which the first ``loads`` are loaded, and of the blocks that go by."""
+    def call(self, body, operands, results, *, own, streamed, made=()):
+        """operands: with "items" :func:`.dealt`; own: a function of how many, the scratch of so many half tiles that are loaded; made:
+        that of those stored; streamed: that of the blocks that go by.
+        """
+        items = operands["items"]
+        rest = [*made, *streamed]
+        halves = next(n for n in (2 * WARPGROUPS, WARPGROUPS) if _bytes([*own(n), *rest]) <= SHARED_BYTES)
         barriers = (
             plgpu.Barrier(num_arrivals=len(streamed), num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=loads, num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=len(own(halves)), num_barriers=halves),
         )
-        B, _, H, _ = operands[0].shape
         return platforms.gpu_call(
             partial(body, self),
             name=f"attention_{body.__name__}",
             out_type=results,
-            grid=(B, H, self.tiles),
-            grid_names=("batch", "head", "tile"),
+            grid=(items.shape[0],),
+            grid_names=("program",),
             num_threads=WARPGROUPS + 1,
             thread_name="wg",
-            scratch_types=[own, streamed, barriers],
+            scratch_types=[scratch for scratch in (own(halves), list(made), streamed, barriers) if scratch],
             compiler_params=plgpu.CompilerParams(approx_math=True),
-        )(*operands)
+        )(*operands.values())
+
+
+def _bytes(scratch):
+    return sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in scratch)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -138,19 +148,14 @@ def _attend(scale, q, k, v, reach: Ranges, places):
 
 def _forward(scale, q, k, v, reach, places):
     """(output [B,T,H,V], the logsumexp [B,H,T] of base-2 logarithms)."""
-    plan = Plan.of(scale, q, q, k, v, block=TILE)
+    plan = Plan.of(scale, q, k, v, block=TILE)
     B, T, H, K = q.shape
     return plan.call(
         gpu_kernels.of_queries,
-        (q, k, v, reach.first, reach.count, reach.key, _blocks_of_keys(plan, reach, places)),
+        {"q": q, "k": k, "v": v} | _reached(reach) | {"items": _dealt(gpu_schedule.blocks_of_keys(plan.block, reach, places), H)},
         (jax.ShapeDtypeStruct((B, T, H, plan.values), v.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)),
-        own=[
-            tokens(ROWS, K, WARPGROUPS),
-            *[numbers(ROWS, jnp.int32, WARPGROUPS)] * 2,
-            tokens(ROWS, plan.values, WARPGROUPS),
-            numbers(ROWS, jnp.float32, WARPGROUPS),
-        ],
-        loads=3,
+        own=lambda n: [tokens(ROWS, K, n), *[numbers(ROWS, jnp.int32, n)] * 2],
+        made=[tokens(ROWS, plan.values, WARPGROUPS), numbers(ROWS, jnp.float32, WARPGROUPS)],
         streamed=_keys_and_values(plan),
     )
 
@@ -166,34 +171,28 @@ def _attend_backward(scale, residuals, d_output):
     B, S, H, K = *k.shape[:2], *q.shape[2:]
     mean = jnp.einsum("bthv,bthv->bht", output, d_output, preferred_element_type=jnp.float32)
 
-    plan = Plan.of(scale, q, q, k, v, block=TILE if max(K, v.shape[3]) <= 64 else ROWS)  # what fits in registers
-    (dq,) = plan.call(
+    def call(body, plan, visits, results, **scratch):
+        operands = {"q": q, "k": k, "v": v, "d_output": d_output} | _reached(reach)
+        return plan.call(body, operands | {"items": _dealt(visits, H), "logsumexp": logsumexp, "mean": mean}, results, **scratch)
+
+    plan = Plan.of(scale, q, k, v, block=TILE if max(K, v.shape[3]) <= 64 else ROWS)  # what fits in registers
+    (dq,) = call(
         gpu_kernels.d_queries,
-        (q, k, v, d_output, reach.first, reach.count, reach.key, _blocks_of_keys(plan, reach, places), logsumexp, mean),
+        plan,
+        gpu_schedule.blocks_of_keys(plan.block, reach, places),
         (jax.ShapeDtypeStruct(q.shape, q.dtype),),
-        own=[
-            tokens(ROWS, K, WARPGROUPS),
-            tokens(ROWS, plan.values, WARPGROUPS),
-            *[numbers(ROWS, jnp.int32, WARPGROUPS)] * 2,
-            *[numbers(ROWS, jnp.float32, WARPGROUPS)] * 2,
-        ],
-        loads=6,
+        own=lambda n: _queries(plan, n),
         streamed=_keys_and_values(plan),
     )
 
-    plan = Plan.of(scale, k, q, k, v, block=ROWS)
-    dk, dv = plan.call(
+    plan = Plan.of(scale, q, k, v, block=ROWS)
+    dk, dv = call(
         gpu_kernels.d_keys,
-        (q, k, v, d_output, reach.first, reach.count, reach.key, _blocks_of_queries(plan, reach, places), logsumexp, mean),
+        plan,
+        gpu_schedule.blocks_of_queries(plan.block, reach, places),
         tuple(jax.ShapeDtypeStruct((B, S, H, width), q.dtype) for width in (K, plan.values)),
-        own=[tokens(ROWS, K, WARPGROUPS), tokens(ROWS, plan.values, WARPGROUPS), numbers(ROWS, jnp.int32, WARPGROUPS)],
-        loads=3,
-        streamed=[
-            tokens(ROWS, K, STAGES),
-            tokens(ROWS, plan.values, STAGES),
-            *[numbers(ROWS, jnp.int32, STAGES)] * 2,
-            *[numbers(ROWS, jnp.float32, STAGES)] * 2,
-        ],
+        own=lambda n: [tokens(ROWS, K, n), tokens(ROWS, plan.values, n), numbers(ROWS, jnp.int32, n)],
+        streamed=_queries(plan, STAGES),
     )
     return dq, _of_shared_heads(dk, plan.group), _of_shared_heads(dv, plan.group), None, None
 
@@ -201,48 +200,22 @@ def _attend_backward(scale, residuals, d_output):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _reached(reach: Ranges):
+    return {"first": reach.first, "count": reach.count, "key": reach.key}
+
+
+def _dealt(visits, heads):
+    return gpu_schedule.dealt(visits, heads, platforms.multiprocessors())
+
+
 def _keys_and_values(plan):
     return [tokens(plan.block, plan.keys, STAGES), tokens(plan.block, plan.values, STAGES), numbers(plan.block, jnp.int32, STAGES)]
 
 
-def _blocks_of_keys(plan, reach: Ranges, places):
-    """For each tile of queries, [B,tiles,4] (:class:`Visits`), from the first block of keys whose last one the first query reaches to the
-    tile's own.
-    """
-    unreached = reach.rank[:, None, plan.block - 1 :: plan.block] < reach.first[:, ::TILE, None]
-    begin = jnp.sum(unreached, axis=2, dtype=jnp.int32)
-    end = (places + 1) * (TILE // plan.block)
-    first, last = _cut(reach.first, TILE).max(2), _cut(reach.last, TILE).min(2)
-    keys = _cut(reach.key, plan.block)
-    whole = (first[:, :, None] <= keys.min(2)[:, None]) & (keys.max(2)[:, None] <= last[:, :, None])
-    return _visits(jnp.minimum(begin, end), jnp.broadcast_to(end, begin.shape), whole)
-
-
-def _blocks_of_queries(plan, reach: Ranges, places):
-    """For each tile of keys, [B,tiles,4] (:class:`Visits`), from the first block of queries not before it to the last whose first reaches
-    its last key.
-    """
-    reaching = reach.first[:, None, :: plan.block] <= reach.rank[:, TILE - 1 :: TILE, None]
-    end = jnp.sum(reaching, axis=2, dtype=jnp.int32)
-    begin = jnp.sum(places < jnp.arange(plan.tiles)[:, None], axis=1, dtype=jnp.int32) * (TILE // plan.block)
-    first, last = _cut(reach.first, plan.block).max(2), _cut(reach.last, plan.block).min(2)
-    keys = _cut(reach.key, TILE)
-    whole = (first[:, None] <= keys.min(2)[:, :, None]) & (keys.max(2)[:, :, None] <= last[:, None])
-    return _visits(jnp.minimum(begin, end), end, whole)
-
-
-def _cut(x, length):
-    """[B,T] -> [B,T/length,length]."""
-    return x.reshape(len(x), -1, length)
-
-
-def _visits(begin, end, whole):
-    """[B,tiles,4] of begin and end [B,tiles] and of which blocks are whole [B,tiles,blocks]: the first run of these."""
-    at = jnp.arange(whole.shape[2], dtype=jnp.int32)
-    whole &= (begin[:, :, None] <= at) & (at < end[:, :, None])
-    first = jnp.min(jnp.where(whole, at, end[:, :, None]), axis=2)
-    past = jnp.min(jnp.where(~whole & (at >= first[:, :, None]), at, end[:, :, None]), axis=2)
-    return jnp.stack(Visits(begin, first, past, end), axis=2)
+def _queries(plan, n):
+    """So many times ROWS of q, d_output, first, count, logsumexp and mean."""
+    of_each = *[numbers(ROWS, jnp.int32, n)] * 2, *[numbers(ROWS, jnp.float32, n)] * 2
+    return [tokens(ROWS, plan.keys, n), tokens(ROWS, plan.values, n), *of_each]
 
 
 def _of_shared_heads(x, group):

@@ -1,68 +1,36 @@
 """The bodies of attention's Mosaic GPU kernels, for Hopper: the output, the gradient of q, and those of k and v.
 
-A program has a tile of TILE tokens of one head, half of it for each of two compute warpgroups, and goes through blocks of the tokens
-of the other side, which a third warpgroup loads ahead of them:
+A program has a tile of TILE tokens of one head at a time, half of it for each of two compute warpgroups, and goes through blocks of the
+tokens of the other side, which a third warpgroup loads ahead of them, those of the program's next tile behind those of this one:
 
     of_queries    a tile of queries, blocks of keys     m, l, acc as in FlashAttention
     d_queries     a tile of queries, blocks of keys     dq_i = scale * sum_j ds_ij k_j
     d_keys        a tile of keys, blocks of queries     dv_j = sum_i p_ij do_i    dk_j = scale * sum_i ds_ij q_i
 
 with p_ij = exp(scale q_i . k_j - logsumexp_i) and ds_ij = p_ij (do_i . v_j - mean_i). Exponentials are powers of two, and so are the
-logsumexps between the kernels. A query i attends to the key j where 0 <= key_j - first_i < count_i (:mod:`.reach`). A tile goes through the
-blocks that ``visits`` [B,tiles,4] has of it (:class:`Visits`): first those in which some of its tokens do not attend, or are not attended
-to, by some of the others, and then, without a look at who attends to whom, those in which all do.
+logsumexps between the kernels. A query i attends to the key j where 0 <= key_j - first_i < count_i (:mod:`.reach`). Of a tile's blocks
+(:mod:`.gpu_schedule`, ``items``) those come first in which some of its tokens do not attend, or are not attended to, by some of the
+others, and then, without a look at who attends to whom, those in which all do.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.attention.gpu_schedule import BEHIND, TILE, Item
 from pallas_kernels.attention.reference import MASKED
 
 WARPGROUPS = 2  # that compute
-ROWS = 64  # of the tile, a warpgroup: what one wgmma has
-TILE = WARPGROUPS * ROWS
+ROWS = TILE // WARPGROUPS  # of the tile, a warpgroup: what one wgmma has
 STAGES = 2  # blocks in shared memory at a time
 LOG2E = math.log2(math.e)
 # Of 64K registers, what two computing warpgroups and one that loads may take.
 COMPUTE_REGISTERS, LOAD_REGISTERS = 232, 40
-
-
-class Visits(NamedTuple):
-    """Blocks from ``begin`` to before ``end``, of those from ``whole`` to before ``whole_end`` all pairs of tokens; [...] int32 each."""
-
-    begin: jax.Array
-    whole: jax.Array
-    whole_end: jax.Array
-    end: jax.Array
-
-    @classmethod
-    def of_tile(cls, ref, b, tile) -> "Visits":
-        return cls(*(ref[b, tile, i] for i in range(4)))
-
-    @property
-    def checked(self):
-        """How many come first, not whole."""
-        return self.whole - self.begin + self.end - self.whole_end
-
-    @property
-    def steps(self):
-        return self.end - self.begin
-
-    def block(self, step):
-        """The ``step``-th block gone through."""
-        before = self.whole - self.begin
-        checked = self.begin + step + jnp.where(step < before, 0, self.whole_end - self.whole)
-        return jnp.where(step < self.checked, checked, self.whole + step - self.checked)
-
-
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -75,18 +43,17 @@ def numbers(count: int, dtype, stages: int) -> plgpu.SMEM:
     return plgpu.SMEM((stages, count), dtype)
 
 
-def of_queries(plan, q, k, v, first, count, key, visits, output, logsumexp, own, streamed, barriers):
-    """own: q, first, count, output, logsumexp; streamed: k, v, key."""
-    b, tile, h, kv_head = _program(plan, heavy_last=True)
-    visits = Visits.of_tile(visits, b, tile)
-    load = partial(_load_keys, plan, (k, v, key), streamed, b, kv_head, visits)
+def of_queries(plan, q, k, v, first, count, key, items, output, logsumexp, own, made, streamed, barriers):
+    """own: q, first, count; made: output, logsumexp; streamed: k, v, key."""
     scale = plan.scale * LOG2E
 
-    def compute(wg, each_block):
-        rows = pl.ds(tile * TILE + wg * ROWS, ROWS)
-        q_smem, first_smem, count_smem, o_smem, lse_smem = (ref.at[wg] for ref in own)
-        _copy((q.at[b, rows, h], first.at[b, rows], count.at[b, rows]), (q_smem, first_smem, count_smem), barriers[2].at[wg])
-        plgpu.barrier_wait(barriers[2].at[wg])
+    def load_own(item, wg, slots, loaded):
+        rows = _rows(item, wg)
+        _copy((q.at[item.b, rows, item.h], first.at[item.b, rows], count.at[item.b, rows]), slots, loaded)
+
+    def compute(item, wg, slots, each_block):
+        q_smem, first_smem, count_smem = slots
+        o_smem, lse_smem = (ref.at[wg] for ref in made)
         first_of, count_of = _row(first_smem), _row(count_smem)
 
         def block(slot, carry, whole):
@@ -108,28 +75,26 @@ def of_queries(plan, q, k, v, first, count, key, visits, output, logsumexp, own,
         m, total, acc = each_block(block, carry=start)
         nothing = total == 0  # what padding attends to
         total = jnp.where(nothing, 1.0, total)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
         o_smem[...] = (acc * _across(1 / total, acc)).astype(o_smem.dtype)
         lse_smem[...] = jnp.where(nothing, 0.0, m * scale + jnp.log2(total))
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(o_smem, output.at[b, rows, h])
-        plgpu.copy_smem_to_gmem(lse_smem, logsumexp.at[b, h, rows])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        rows = _rows(item, wg)
+        plgpu.copy_smem_to_gmem(o_smem, output.at[item.b, rows, item.h])
+        plgpu.copy_smem_to_gmem(lse_smem, logsumexp.at[item.b, item.h, rows])
 
-    _stream(visits, load, compute, barriers)
+    _go_through(plan, items, own, load_own, partial(_load_keys, plan, (k, v, key), streamed), compute, barriers)
 
 
-def d_queries(plan, q, k, v, d_output, first, count, key, visits, logsumexp, mean, dq, own, streamed, barriers):
+def d_queries(plan, q, k, v, d_output, first, count, key, items, logsumexp, mean, dq, own, streamed, barriers):
     """own: q, d_output, first, count, logsumexp, mean; streamed: k, v, key."""
-    b, tile, h, kv_head = _program(plan, heavy_last=True)
-    visits = Visits.of_tile(visits, b, tile)
-    load = partial(_load_keys, plan, (k, v, key), streamed, b, kv_head, visits)
 
-    def compute(wg, each_block):
-        rows = pl.ds(tile * TILE + wg * ROWS, ROWS)
-        q_smem, do_smem, *numbers_smem = (ref.at[wg] for ref in own)
-        sources = _of_queries((q, d_output, first, count, logsumexp, mean), b, rows, h)
-        _copy(sources, (q_smem, do_smem, *numbers_smem), barriers[2].at[wg])
-        plgpu.barrier_wait(barriers[2].at[wg])
+    def load_own(item, wg, slots, loaded):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of what was made in their place
+        _copy(_of_queries((q, d_output, first, count, logsumexp, mean), item, _rows(item, wg)), slots, loaded)
+
+    def compute(item, wg, slots, each_block):
+        q_smem, do_smem, *numbers_smem = slots
         first_of, count_of, lse, delta = (_row(ref) for ref in numbers_smem)
 
         def block(acc, slot, whole):
@@ -147,26 +112,25 @@ def d_queries(plan, q, k, v, d_output, first, count, key, visits, logsumexp, mea
         (acc,) = _accumulated([plan.keys], partial(each_block, block))
         q_smem[...] = (acc * plan.scale).astype(q_smem.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_smem, dq.at[b, rows, h])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.copy_smem_to_gmem(q_smem, dq.at[item.b, _rows(item, wg), item.h])
 
-    _stream(visits, load, compute, barriers)
+    _go_through(plan, items, own, load_own, partial(_load_keys, plan, (k, v, key), streamed), compute, barriers)
 
 
-def d_keys(plan, q, k, v, d_output, first, count, key, visits, logsumexp, mean, dk, dv, own, streamed, barriers):
+def d_keys(plan, q, k, v, d_output, first, count, key, items, logsumexp, mean, dk, dv, own, streamed, barriers):
     """own: k, v, key; streamed: q, d_output, first, count, logsumexp, mean. For one head of queries."""
-    b, tile, h, kv_head = _program(plan, heavy_last=False)
-    visits = Visits.of_tile(visits, b, tile)
 
-    def load(step, slot, loaded):
-        at = pl.ds(visits.block(step) * plan.block, plan.block)
-        _copy(_of_queries((q, d_output, first, count, logsumexp, mean), b, at, h), (ref.at[slot] for ref in streamed), loaded)
+    def load_own(item, wg, slots, loaded):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of what was made in their place
+        rows, head = _rows(item, wg), _shared_head(plan, item)
+        _copy((k.at[item.b, rows, head], v.at[item.b, rows, head], key.at[item.b, rows]), slots, loaded)
 
-    def compute(wg, each_block):
-        rows = pl.ds(tile * TILE + wg * ROWS, ROWS)
-        k_smem, v_smem, key_smem = (ref.at[wg] for ref in own)
-        _copy((k.at[b, rows, kv_head], v.at[b, rows, kv_head], key.at[b, rows]), (k_smem, v_smem, key_smem), barriers[2].at[wg])
-        plgpu.barrier_wait(barriers[2].at[wg])
+    def load(item, step, slot, loaded):
+        at = pl.ds(item.visits.block(step) * plan.block, plan.block)
+        _copy(_of_queries((q, d_output, first, count, logsumexp, mean), item, at), (ref.at[slot] for ref in streamed), loaded)
+
+    def compute(item, wg, slots, each_block):
+        k_smem, v_smem, key_smem = slots
         keys = _row(key_smem)
 
         def block(acc_k, acc_v, slot, whole):
@@ -185,72 +149,118 @@ def d_keys(plan, q, k, v, d_output, first, count, key, visits, logsumexp, mean, 
         acc_k, acc_v = _accumulated([plan.keys, plan.values], partial(each_block, block))
         k_smem[...], v_smem[...] = (acc_k * plan.scale).astype(k_smem.dtype), acc_v.astype(v_smem.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k_smem, dk.at[b, rows, h])
-        plgpu.copy_smem_to_gmem(v_smem, dv.at[b, rows, h])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        rows = _rows(item, wg)
+        plgpu.copy_smem_to_gmem(k_smem, dk.at[item.b, rows, item.h])
+        plgpu.copy_smem_to_gmem(v_smem, dv.at[item.b, rows, item.h])
 
-    _stream(visits, load, compute, barriers)
-
-
-def _program(plan, heavy_last: bool):
-    """(b, tile, h, the head of keys and values) of this program: tiles with the most blocks begin first."""
-    tile, h = lax.axis_index("tile"), lax.axis_index("head")
-    return lax.axis_index("batch"), plan.tiles - 1 - tile if heavy_last else tile, h, lax.div(h, jnp.int32(plan.group))
+    _go_through(plan, items, own, load_own, load, compute, barriers)
 
 
-def _stream(visits: Visits, load: Callable, compute: Callable, barriers) -> None:
-    """Run ``compute(wg, each_block)`` on the computing warpgroups, for which the last one does ``load(step, slot, loaded)`` ahead of them.
+def _rows(item, wg):
+    return pl.ds(item.tile * TILE + wg * ROWS, ROWS)
 
-    each_block(body, carry): carry = body(slot, carry, whole) for each step. barriers: of slots loaded, of slots read, of the tile.
+
+def _shared_head(plan, item):
+    """Of keys and values."""
+    return lax.div(item.h, jnp.int32(plan.group))
+
+
+def _go_through(plan, items, own, load_own: Callable, load: Callable, compute: Callable, barriers) -> None:
+    """A program: ``compute(item, wg, slots, each_block)`` of all its items on the computing warpgroups, for which the last one does
+    ``load(item, step, slot, loaded)`` ahead of them, all items' blocks in a row.
+
+    items: :func:`.gpu_schedule.dealt`; own: a tile's scratch, of which a warpgroup has ``plan.own_slots`` in turn, and fills them by
+    ``load_own(item, wg, slots, loaded)``, with two of them an item ahead. each_block(body, carry): carry = body(slot, carry, whole) for
+    each step. barriers: of blocks loaded, of blocks read, of tiles loaded.
     """
-    loaded, consumed, _ = barriers
-    wg = lax.axis_index("wg")
+    wg, program, rounds = lax.axis_index("wg"), lax.axis_index("program"), items.shape[1] - BEHIND
+    count = rounds - jnp.where(items[program, rounds - 1, 0] < 0, 1, 0)
+
+    def each_item(body):
+        def step(n, entries):
+            here, ahead = entries
+            body(n, here, ahead)
+            return ahead, Item.read(items, program, n + 2)
+
+        lax.fori_loop(0, count, step, (Item.read(items, program, 0), Item.read(items, program, 1)))
 
     @pl.when(wg < WARPGROUPS)
     def _():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        _compute_items(wg, count, each_item, Item.read(items, program, 0), own, load_own, compute, barriers)
+
+    @pl.when(wg == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+        _load_items(each_item, Item.read(items, program, count).before, load, barriers)
+
+
+def _compute_items(wg, count, each_item, first, own, load_own, compute, barriers):
+    loaded, consumed, own_loaded = barriers
+    turns = own[0].shape[0] // WARPGROUPS
+
+    def load(item, n):
+        at = wg * turns + lax.rem(n, jnp.int32(turns))
+        load_own(item, wg, [ref.at[at] for ref in own], own_loaded.at[at])
+
+    def one(n, item, ahead):
+        if turns == 1:
+            load(item, n)
+        else:
+            pl.when(n + 1 < count)(lambda: load(ahead, n + 1))
+        at = wg * turns + lax.rem(n, jnp.int32(turns))
+        plgpu.barrier_wait(own_loaded.at[at])
 
         def each_block(body, *accumulators, carry=None):
             def step(i, carry, whole):
-                slot = lax.rem(i, jnp.int32(STAGES))
+                slot = lax.rem(item.before + i, jnp.int32(STAGES))
                 plgpu.barrier_wait(loaded.at[slot])
                 carry = body(*accumulators, slot, whole) if carry is None else body(slot, carry, whole)
                 plgpu.commit_smem()  # what was read here comes before what TMA, another proxy, writes there next
                 plgpu.barrier_arrive(consumed.at[slot])
                 return carry
 
-            carry = lax.fori_loop(0, visits.checked, partial(step, whole=False), carry)
-            return lax.fori_loop(visits.checked, visits.steps, partial(step, whole=True), carry)
+            carry = lax.fori_loop(0, item.visits.checked, partial(step, whole=False), carry)
+            return lax.fori_loop(item.visits.checked, item.visits.steps, partial(step, whole=True), carry)
 
-        compute(wg, each_block)
+        compute(item, wg, [ref.at[at] for ref in own], each_block)
 
-    @pl.when(wg == WARPGROUPS)
-    def _():
-        plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+    if turns > 1:
+        load(first, jnp.int32(0))
+    each_item(one)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        @pl.loop(0, visits.steps + STAGES)
+
+def _load_items(each_item, blocks, load, barriers):
+    """blocks: those of all items."""
+    loaded, consumed, _ = barriers
+
+    def until_read(at):
+        slot = lax.rem(at, jnp.int32(STAGES))
+        pl.when(at >= STAGES)(lambda: plgpu.barrier_wait(consumed.at[slot]))
+        return slot
+
+    def one(_, item, ahead):
+        @pl.loop(0, item.visits.steps)
         def _(i):
-            slot = lax.rem(i, jnp.int32(STAGES))
+            slot = until_read(item.before + i)
+            load(item, i, slot, loaded.at[slot])
 
-            @pl.when(i >= STAGES)
-            def _():
-                plgpu.barrier_wait(consumed.at[slot])
-
-            @pl.when(i < visits.steps)
-            def _():
-                load(i, slot, loaded.at[slot])
+    each_item(one)
+    for behind in range(STAGES):
+        until_read(blocks + behind)
 
 
-def _load_keys(plan, arrays, streamed, b, head, visits, step, slot, loaded):
-    """The ``step``-th block of keys of ``visits``: of k and v [B,T,HK,...] and key [B,T]."""
-    k, v, key = arrays
-    at = pl.ds(visits.block(step) * plan.block, plan.block)
+def _load_keys(plan, arrays, streamed, item, step, slot, loaded):
+    """The ``step``-th block of keys of an item: of k and v [B,T,HK,...] and key [B,T]."""
+    (k, v, key), b, head = arrays, item.b, _shared_head(plan, item)
+    at = pl.ds(item.visits.block(step) * plan.block, plan.block)
     _copy((k.at[b, at, head], v.at[b, at, head], key.at[b, at]), (ref.at[slot] for ref in streamed), loaded)
 
 
-def _of_queries(arrays, b, rows, h):
+def _of_queries(arrays, item, rows):
     """What the gradients ask of queries: of q and d_output [B,T,H,...], first and count [B,T], logsumexp and mean [B,H,T]."""
-    q, d_output, first, count, logsumexp, mean = arrays
+    (q, d_output, first, count, logsumexp, mean), b, h = arrays, item.b, item.h
     return q.at[b, rows, h], d_output.at[b, rows, h], first.at[b, rows], count.at[b, rows], logsumexp.at[b, h, rows], mean.at[b, h, rows]
 
 

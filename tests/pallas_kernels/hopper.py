@@ -21,7 +21,7 @@ if jax.__version_info__ < (0, 11):
 else:
     from tests.pallas_kernels import interpreter_0_11 as interpreter
 
-H200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=1, platform="cuda")
+H200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
 
 
 @contextlib.contextmanager

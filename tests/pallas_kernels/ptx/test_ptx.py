@@ -31,6 +31,7 @@ def run(tmp_path_factory):
         "causal_conv of documents",
         "attention",
         "attention in a window",
+        "attention of wide heads",
         *(f"{operator} by {axes}{pieces}" for operator in ("gated_linear_attention", "gated_delta_rule")
           for axes in ("head", "channel") for pieces in ("", " in pieces")),
         "gated_linear_attention of medium decays",
@@ -41,8 +42,8 @@ def test_kernels_are_right_and_race_free(run, name):
     run(name)
 
 
-SCAN, LINEAR = "linear_scan", "gated_linear_attention"
-CASES = {SCAN: "linear_scan", LINEAR: "gated_linear_attention by head"}
+SCAN, LINEAR, ATTENTION = "linear_scan", "gated_linear_attention", "attention"
+CASES = {SCAN: "linear_scan", LINEAR: "gated_linear_attention by head", ATTENTION: "attention of wide heads"}
 WAIT = r"\{\s*\.reg \.pred\s+P1;[^}]*\}"
 # A case, its kernel, what is replaced there by what, and what is said of it.
 FAULTS = {
@@ -52,6 +53,8 @@ FAULTS = {
     "a wait for stores removed": (SCAN, "forward", r"cp\S+wait_group\.read\s+\d;", "", "store over what is not known"),
     "no wait at the end": (SCAN, "forward", r"cp\S+wait_group(\.read)?\s+\d;", "", "exit before stores"),
     "an arrival removed": (LINEAR, "walk", r"mbarrier\.arrive\.release[^;]*;", "", "all wait"),
+    "an arrival after a block removed": (ATTENTION, "of_queries", r"mbarrier\.arrive\.release[^;]*;", "", "all wait"),
+    "a wait for what was made removed": (ATTENTION, "d_queries", r"cp\S+wait_group\.read\s+\d;", "", "not known"),
     "barriers removed": (LINEAR, "gradients", r"bar\.sync\s+%r\d+, 128;", "", "not known"),
     "waits for products removed": (LINEAR, "gradients", r"wgmma\.wait_group\S+\s+0;", "", "over what is not known to be read"),
 }
