@@ -176,39 +176,37 @@ def _go_through(plan, items, own, load_own: Callable, load: Callable, compute: C
     wg, program, rounds = lax.axis_index("wg"), lax.axis_index("program"), items.shape[1] - BEHIND
     count = rounds - jnp.where(items[program, rounds - 1, 0] < 0, 1, 0)
 
-    def each_item(body):
-        def step(n, entries):
-            here, ahead = entries
-            body(n, here, ahead)
-            return ahead, Item.read(items, program, n + 2)
-
-        lax.fori_loop(0, count, step, (Item.read(items, program, 0), Item.read(items, program, 1)))
+    item_at = partial(Item.read, items, program)  # four of them are a line of the cache
 
     @pl.when(wg < WARPGROUPS)
     def _():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        _compute_items(wg, count, each_item, Item.read(items, program, 0), own, load_own, compute, barriers)
+        _compute_items(wg, count, item_at, own, load_own, compute, barriers)
 
     @pl.when(wg == WARPGROUPS)
     def _():
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-        _load_items(each_item, Item.read(items, program, count).before, load, barriers)
+        _load_items(count, item_at, load, barriers)
 
 
-def _compute_items(wg, count, each_item, first, own, load_own, compute, barriers):
+def _compute_items(wg, count, item_at, own, load_own, compute, barriers):
     loaded, consumed, own_loaded = barriers
     turns = own[0].shape[0] // WARPGROUPS
 
-    def load(item, n):
+    def load(n):
         at = wg * turns + lax.rem(n, jnp.int32(turns))
-        load_own(item, wg, [ref.at[at] for ref in own], own_loaded.at[at])
+        load_own(item_at(n), wg, [ref.at[at] for ref in own], own_loaded.at[at])
 
-    def one(n, item, ahead):
+    if turns > 1:
+        load(jnp.int32(0))
+
+    @pl.loop(0, count)
+    def _(n):
         if turns == 1:
-            load(item, n)
+            load(n)
         else:
-            pl.when(n + 1 < count)(lambda: load(ahead, n + 1))
-        at = wg * turns + lax.rem(n, jnp.int32(turns))
+            pl.when(n + 1 < count)(lambda: load(n + 1))
+        item, at = item_at(n), wg * turns + lax.rem(n, jnp.int32(turns))
         plgpu.barrier_wait(own_loaded.at[at])
 
         def each_block(body, *accumulators, carry=None):
@@ -225,14 +223,10 @@ def _compute_items(wg, count, each_item, first, own, load_own, compute, barriers
 
         compute(item, wg, [ref.at[at] for ref in own], each_block)
 
-    if turns > 1:
-        load(first, jnp.int32(0))
-    each_item(one)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _load_items(each_item, blocks, load, barriers):
-    """blocks: those of all items."""
+def _load_items(count, item_at, load, barriers):
     loaded, consumed, _ = barriers
 
     def until_read(at):
@@ -240,15 +234,17 @@ def _load_items(each_item, blocks, load, barriers):
         pl.when(at >= STAGES)(lambda: plgpu.barrier_wait(consumed.at[slot]))
         return slot
 
-    def one(_, item, ahead):
+    @pl.loop(0, count)
+    def _(n):
+        item = item_at(n)
+
         @pl.loop(0, item.visits.steps)
         def _(i):
             slot = until_read(item.before + i)
             load(item, i, slot, loaded.at[slot])
 
-    each_item(one)
     for behind in range(STAGES):
-        until_read(blocks + behind)
+        until_read(item_at(count).before + behind)
 
 
 def _load_keys(plan, arrays, streamed, item, step, slot, loaded):

@@ -15,7 +15,7 @@ from pallas_kernels.attention.reach import Ranges
 TILE = 128  # tokens that a program has at a time
 ROUNDS = 4  # of a section
 TURN = 50  # programs that a section begins behind the one before it, for none to have the heaviest tile of each
-BEHIND = 2  # entries behind the last that a program reads ahead of their turn
+BEHIND = 1  # entry behind a program's last, which says how many blocks they have
 
 
 class Visits(NamedTuple):

@@ -43,7 +43,7 @@ def test_kernels_are_right_and_race_free(run, name):
 
 
 SCAN, LINEAR, ATTENTION = "linear_scan", "gated_linear_attention", "attention"
-CASES = {SCAN: "linear_scan", LINEAR: "gated_linear_attention by head", ATTENTION: "attention of wide heads"}
+CASES = {SCAN: "linear_scan", LINEAR: "gated_linear_attention by head", ATTENTION: "attention"}
 WAIT = r"\{\s*\.reg \.pred\s+P1;[^}]*\}"
 # A case, its kernel, what is replaced there by what, and what is said of it.
 FAULTS = {
@@ -54,7 +54,7 @@ FAULTS = {
     "no wait at the end": (SCAN, "forward", r"cp\S+wait_group(\.read)?\s+\d;", "", "exit before stores"),
     "an arrival removed": (LINEAR, "walk", r"mbarrier\.arrive\.release[^;]*;", "", "all wait"),
     "an arrival after a block removed": (ATTENTION, "of_queries", r"mbarrier\.arrive\.release[^;]*;", "", "all wait"),
-    "a wait for what was made removed": (ATTENTION, "d_queries", r"cp\S+wait_group\.read\s+\d;", "", "not known"),
+    "a load over what is still stored": (ATTENTION, "d_queries", r"cp\S+wait_group\.read\s+\d;", "", "over what is not known to be read"),
     "barriers removed": (LINEAR, "gradients", r"bar\.sync\s+%r\d+, 128;", "", "not known"),
     "waits for products removed": (LINEAR, "gradients", r"wgmma\.wait_group\S+\s+0;", "", "over what is not known to be read"),
 }
