@@ -5,12 +5,15 @@ without an accelerator. So without a mesh implementations are chosen inside the 
 know of the chip while it is traced (how large a block may be) comes from the mesh as well.
 """
 
+import math
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import Primitive
@@ -28,6 +31,9 @@ GENERATIONS = {
     "TPU7x": "tpu7x",
 }
 HOPPER = r"NVIDIA G?H\d"  # H100, H200, GH200
+LARGEST_AXIS = 65535  # of a launch on a GPU, but for the first axis, which has 2**31 - 1
+ONE_AXIS = "program"  # of grids with longer ones
+_GRID: ContextVar[dict[str, tuple[int, int]] | None] = ContextVar("grid", default=None)  # (size, stride) of the axes that are one
 
 
 def generation() -> str | None:
@@ -135,17 +141,45 @@ def pallas_call(body: Callable, *, name: str, out_shape: tuple[jax.ShapeDtypeStr
     return kernel(name, run)
 
 
-def gpu_call(body: Callable, *, name: str, out_type: tuple[jax.ShapeDtypeStruct, ...], **keywords) -> Callable:
+def gpu_call(body: Callable, *, name: str, out_type: tuple[jax.ShapeDtypeStruct, ...], grid, grid_names, **keywords) -> Callable:
     """``plgpu.kernel``, a Mosaic GPU kernel, whose results vary over the axes of a mesh as its operands do; keywords as there.
 
-    Inside of it nothing varies but what is read from an operand: a loop's carry must not begin with that as it is.
+    Its body asks :func:`gpu_index` where in the grid it is, whose axes may be of any length. Inside of it nothing varies but what is read
+    from an operand: a loop's carry must not begin with that as it is.
     """
+    # CUDA's second and third axis, JAX's last but one and all before it together, are shorter than its first.
+    folded = max(math.prod(grid[:-2]), *grid[-2:-1], 0) > LARGEST_AXIS
+
+    def in_one_axis(*refs):
+        token = _GRID.set(dict(zip(grid_names, zip(grid, _strides(grid), strict=True), strict=True)))
+        try:
+            body(*refs)
+        finally:
+            _GRID.reset(token)
+
+    if folded:
+        keywords |= {"grid": (math.prod(grid),), "grid_names": (ONE_AXIS,)}
+    else:
+        keywords |= {"grid": grid, "grid_names": grid_names}
 
     def run(*operands):
-        results = plgpu.kernel(body, out_type=out_type, kernel_name=name, **keywords)(*operands)
+        results = plgpu.kernel(in_one_axis if folded else body, out_type=out_type, kernel_name=name, **keywords)(*operands)
         return tuple(_vary(result, _varying(operands)) for result in results)
 
     return run
+
+
+def gpu_index(axis: str) -> jax.Array:
+    """``jax.lax.axis_index`` of an axis of the grid that :func:`gpu_call` was given."""
+    grid = _GRID.get()
+    if grid is None:
+        return jax.lax.axis_index(axis)
+    size, stride = grid[axis]
+    return jax.lax.rem(jax.lax.div(jax.lax.axis_index(ONE_AXIS), jnp.int32(stride)), jnp.int32(size))
+
+
+def _strides(sizes):
+    return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
 
 
 def gpu_load(ref, **keywords) -> jax.Array:

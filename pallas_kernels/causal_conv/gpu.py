@@ -149,8 +149,8 @@ class _Place(NamedTuple):
 
 
 def _place(plan) -> _Place:
-    channels = pl.ds(jax.lax.axis_index("column") * plan.width, plan.width)
-    return _Place(jax.lax.axis_index("row"), jax.lax.axis_index("block"), channels)
+    channels = pl.ds(platforms.gpu_index("column") * plan.width, plan.width)
+    return _Place(platforms.gpu_index("row"), platforms.gpu_index("block"), channels)
 
 
 def _walk(plan, chunk, place, refs, documents, token, sums):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import platforms
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, Gate, between, call, column_of, product, row_of, squares, tile
 
 PART = 64  # channels of the keys, and columns of the values at a time
@@ -103,7 +104,7 @@ def gradients(plan, q, k, gates, scores, lower, states, errors, d_o, d_v, d_stat
 def _kernel(plan, *refs):
     q_ref, k_ref, scores_ref, lower_ref, gates_ref, *values_refs, d_q_ref, d_k_ref, sums_ref = refs[:13]
     (q, k, scores, lower), gates, buffers, sums, loaded, values_loaded = refs[13:]
-    b, h, n, part = (jax.lax.axis_index(name) for name in ("b", "h", "n", "part"))
+    b, h, n, part = (platforms.gpu_index(name) for name in ("b", "h", "n", "part"))
     values = Values(b, h, n, pl.ds(part * PART, PART), values_refs, buffers, values_loaded)
     values.load(0)
     for source, buffer in ((q_ref, q), (k_ref, k)):

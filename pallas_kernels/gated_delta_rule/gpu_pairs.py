@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import platforms
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, Gate, between, call, product, row_of, squares, tile
 
 
@@ -43,7 +44,7 @@ def pairs(plan, q, k, gates):
 
 
 def _kernel(plan, q_ref, k_ref, gates_ref, scores_ref, lower_ref, inverse_ref, q, k, gates, scores, lower, result, scratch, loaded):
-    b, h, n = (jax.lax.axis_index(name) for name in "bhn")
+    b, h, n = (platforms.gpu_index(name) for name in "bhn")
     tokens, key_head = pl.ds(n * CHUNK, CHUNK), h // plan.groups
     plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, key_head], k, loaded)
     plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, key_head], q, loaded)

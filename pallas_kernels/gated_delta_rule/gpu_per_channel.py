@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import platforms
 from pallas_kernels.gated_delta_rule import gpu_pairs, gpu_per_channel_gradients
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, product, tile
 from pallas_kernels.gated_delta_rule.gpu_gradients import PART
@@ -58,7 +59,7 @@ def decayed(plan, q, k, beta, log_decay):
     def body(q_ref, k_ref, log_decay_ref, beta_ref, *refs):
         reads_k_ref, reads_q_ref, writes_ref, total_ref, scores_ref, inverse_ref, *refs = refs
         q_smem, k_smem, log_decay_smem, beta_smem, total_smem, squares, loaded, beta_loaded = refs
-        b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
+        b, n, h = (platforms.gpu_index(name) for name in ("b", "n", "h"))
         tokens = pl.ds(n * CHUNK, CHUNK)
 
         def columns(part):

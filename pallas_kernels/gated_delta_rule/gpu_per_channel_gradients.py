@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import platforms
 from pallas_kernels.gated_delta_rule.gpu_chunk import CHUNK, product, tile
 from pallas_kernels.gated_delta_rule.gpu_gradients import PART, Values
 from pallas_kernels.gated_linear_attention.gpu_decays import (
@@ -41,7 +42,7 @@ def gradients(plan, q, k, beta, log_decay, total, *walked):
     def body(q_ref, k_ref, log_decay_ref, beta_ref, total_ref, *refs):
         *walked, d_q_ref, d_k_ref, d_beta_ref, d_decay_ref = refs[:9]
         keys, buffers, writes, from_t, beta, d_beta, total, by_state, loaded, values_loaded = refs[9:]
-        b, n, h, part = (lax.axis_index(name) for name in ("b", "n", "h", "part"))
+        b, n, h, part = (platforms.gpu_index(name) for name in ("b", "n", "h", "part"))
         values = Values(b, h, n, pl.ds(part * PART, PART), walked, buffers, values_loaded)
         values.load(0)
         for ref, buffer, head in ((q_ref, keys[0], h // groups), (k_ref, keys[1], h // groups), (log_decay_ref, from_t, h)):

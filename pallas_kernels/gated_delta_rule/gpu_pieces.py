@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import platforms
 from pallas_kernels.gated_delta_rule.gpu_chunk import COLUMNS, call, tile
 from pallas_kernels.gated_delta_rule.gpu_walk import load, parts
 
@@ -107,7 +108,7 @@ class _Transitions(NamedTuple):
 
 
 def _kernel(backwards, high_ref, low_ref, increments_ref, start_ref, result_ref, states, buffers, loaded):
-    b, h, u = (jax.lax.axis_index(name) for name in ("b", "h", "columns"))
+    b, h, u = (platforms.gpu_index(name) for name in ("b", "h", "columns"))
     columns, P = pl.ds(u * COLUMNS, COLUMNS), result_ref.shape[2]
     transitions = _Transitions((high_ref.at[b, h], low_ref.at[b, h]), buffers, loaded, backwards)
 

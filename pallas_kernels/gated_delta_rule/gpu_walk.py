@@ -128,7 +128,8 @@ class _Walk(NamedTuple):
 
     def _place(self, m) -> Place:
         """Of the m-th chunk of the walk."""
-        b, h, u, w = (jax.lax.axis_index(name) for name in ("b", "h", "columns", "warpgroup"))
+        b, h, u = (platforms.gpu_index(name) for name in ("b", "h", "columns"))
+        w = jax.lax.axis_index("warpgroup")
         first, count = self._chunks()
         n = first + (count - 1 - m if self.backwards else m)
         start = u * self.plan.warpgroups * COLUMNS
@@ -136,11 +137,11 @@ class _Walk(NamedTuple):
 
     def _chunks(self):
         """The first chunk of the piece, and how many it has."""
-        first = jax.lax.axis_index("piece") * self.plan.chunks
+        first = platforms.gpu_index("piece") * self.plan.chunks
         return first, jnp.minimum(self.plan.chunks, self.N - first)
 
     def _load(self, sources, stages, loaded, free):
-        plan, (_, count), u = self.plan, self._chunks(), jax.lax.axis_index("columns")
+        plan, (_, count), u = self.plan, self._chunks(), platforms.gpu_index("columns")
         if plan.warpgroups == 2:
             plgpu.set_max_registers(24, action="decrease")
 
@@ -161,7 +162,7 @@ class _Walk(NamedTuple):
             plgpu.barrier_wait(free.at[jax.lax.rem(m, plan.stages)])
 
     def _compute(self, states_ref, results, stages, buffers, loaded, free):
-        plan, (_, count), piece = self.plan, self._chunks(), jax.lax.axis_index("piece")
+        plan, (_, count), piece = self.plan, self._chunks(), platforms.gpu_index("piece")
         if plan.warpgroups == 2:
             plgpu.set_max_registers(240, action="increase")
 

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import platforms
 from pallas_kernels.gated_linear_attention.gpu_layout import TILE, TILED, laid_out_kernel, loaded, over_columns, over_rows, product
 
 CHUNK = 2 * TILE
@@ -59,7 +60,7 @@ def _tiles(*shape):
 
 def _kernel(N, chunks, slices, scale, *refs):
     sources, results, scratch = refs[:7], refs[7:10], refs[10:]
-    w, first = lax.axis_index("warpgroup"), lax.axis_index("piece") * chunks
+    w, first = lax.axis_index("warpgroup"), platforms.gpu_index("piece") * chunks
     count = jnp.int32(chunks) if N % chunks == 0 else jnp.minimum(chunks, N - first)
     pl.when(w == 2)(lambda: _load(chunks, count, slices, sources, *scratch))
     pl.when(w < 2)(lambda: _compute(chunks, count, slices, scale, results, *scratch))
@@ -71,8 +72,8 @@ def _load(chunks, count, slices, sources, slots, rest, _, slot_barriers, rest_ba
     plgpu.set_max_registers(24, action="decrease")
 
     def fetch(m, _):
-        n = lax.axis_index("piece") * chunks + m
-        b, h, block = (lax.axis_index(name) for name in ("b", "h", "block"))
+        n = platforms.gpu_index("piece") * chunks + m
+        b, h, block = (platforms.gpu_index(name) for name in ("b", "h", "block"))
         tokens, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(block * TILE, TILE)
         for s in range(slices):
             step, columns = m * slices + s, pl.ds(s * TILE, TILE)
@@ -104,8 +105,9 @@ def _compute(chunks, count, slices, scale, results, slots, rest, buffers, slot_b
     plgpu.set_max_registers(240, action="increase")
 
     def chunk(m, _):
-        n = lax.axis_index("piece") * chunks + m
-        b, h, block, g = (lax.axis_index(name) for name in ("b", "h", "block", "warpgroup"))
+        n = platforms.gpu_index("piece") * chunks + m
+        b, h, block = (platforms.gpu_index(name) for name in ("b", "h", "block"))
+        g = lax.axis_index("warpgroup")
         own, others = pl.ds(g * TILE, TILE), pl.ds((1 - g) * TILE, TILE)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         of_states = products.at[g, 2]

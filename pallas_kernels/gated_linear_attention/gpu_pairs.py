@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import platforms
 from pallas_kernels.gated_linear_attention.gpu_decays import (
     CHUNK,
     LEVELS,
@@ -37,7 +38,7 @@ def decayed(q, k, log_decay, *, scale: float):
 
     def body(q_ref, k_ref, log_decay_ref, reads_ref, writes_ref, scores_ref, totals_ref, *scratch):
         q_smem, k_smem, log_decay_smem, coarse_smem, fine_smem, met_smem, total_smem, loaded = scratch
-        b, n, h = (lax.axis_index(name) for name in ("batch", "chunk", "head"))
+        b, n, h = (platforms.gpu_index(name) for name in ("batch", "chunk", "head"))
         tokens = pl.ds(n * CHUNK, CHUNK)
 
         def load(part):
@@ -132,7 +133,7 @@ def gradients(q, k, v, log_decay, totals, before, d_o, after, *, scale: float):
         q_ref, k_ref, v_ref, log_decay_ref, totals_ref, before_ref, d_o_ref, after_ref, d_q_ref, d_k_ref, d_decay_ref = refs[:11]
         v_smem, d_o_smem, before_smem, after_smem, q_smem, k_smem, coarse_smem, fine_smem, met_smem, d_smem, total_smem = refs[11:22]
         loaded, rest_loaded = refs[22:]
-        b, n, h, block = (lax.axis_index(name) for name in ("batch", "chunk", "head", "block"))
+        b, n, h, block = (platforms.gpu_index(name) for name in ("batch", "chunk", "head", "block"))
         tokens, columns = pl.ds(n * CHUNK, CHUNK), pl.ds(block * TILE, TILE)
         here, shared = (b, tokens, h, columns), (b, tokens, h // (HV // H), columns)
 

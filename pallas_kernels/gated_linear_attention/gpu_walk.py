@@ -138,7 +138,7 @@ class _Walk(NamedTuple):
 
     def _chunks(self):
         """The first chunk of the piece, and how many it has."""
-        chunks, piece = self.plan.chunks, lax.axis_index("piece")
+        chunks, piece = self.plan.chunks, platforms.gpu_index("piece")
         return piece * chunks, jnp.int32(chunks) if self.N % chunks == 0 else jnp.minimum(chunks, self.N - piece * chunks)
 
     def _chunk(self, m):
@@ -200,13 +200,13 @@ class _Walk(NamedTuple):
         def start(k):
             if start_ref is None:
                 return plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), plgpu.Layout.WGMMA)
-            return platforms.gpu_load(part(start_ref, lax.axis_index("piece"), k), layout=plgpu.Layout.WGMMA, optimized=False)
+            return platforms.gpu_load(part(start_ref, platforms.gpu_index("piece"), k), layout=plgpu.Layout.WGMMA, optimized=False)
 
         # Accumulators from the start: inside ``shard_map`` an array from memory is of another type.
         state = [product(start=start(k)) for k in range(last_ref.shape[3] // TILE)]
         _, count = self._chunks()
         for k, x in enumerate(lax.fori_loop(jnp.int32(0), count, advance, state)):
-            part(last_ref, lax.axis_index("piece"), k)[...] = x
+            part(last_ref, platforms.gpu_index("piece"), k)[...] = x
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _own_place(self):
@@ -216,5 +216,5 @@ class _Walk(NamedTuple):
 
 def _place(width):
     """A CTA's batch row, head and columns of V."""
-    b, h, block = (lax.axis_index(name) for name in ("b", "h", "columns"))
+    b, h, block = (platforms.gpu_index(name) for name in ("b", "h", "columns"))
     return b, h, pl.ds(block * width, width)

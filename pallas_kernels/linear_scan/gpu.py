@@ -129,7 +129,7 @@ def _call(plan, kernel, name, shapes, *options, but=0):
 
 def _place():
     """(row, piece, the channels) of this block."""
-    return jax.lax.axis_index("row"), jax.lax.axis_index("piece"), pl.ds(jax.lax.axis_index("column") * CHANNELS, CHANNELS)
+    return platforms.gpu_index("row"), platforms.gpu_index("piece"), pl.ds(platforms.gpu_index("column") * CHANNELS, CHANNELS)
 
 
 def _over_chunks(plan, body, carry, piece, stages, inputs, outputs=(), reverse=False):
@@ -137,7 +137,7 @@ def _over_chunks(plan, body, carry, piece, stages, inputs, outputs=(), reverse=F
 
     Those are [T,D], or [chunks of the sequence,D], and are fetched and written back by the copy engine meanwhile.
     """
-    column = jax.lax.axis_index("column")
+    column = platforms.gpu_index("column")
 
     def at(n):
         return piece * plan.chunks + (plan.chunks - 1 - n if reverse else n)
