@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_schedule import BEHIND, TILE, Item
+from pallas_kernels.attention.gpu_schedule import TILE, Item
 from pallas_kernels.attention.reference import MASKED
 
 WARPGROUPS = 2  # that compute
@@ -169,24 +169,22 @@ def _go_through(plan, items, own, load_own: Callable, load: Callable, compute: C
     """A program: ``compute(item, wg, slots, each_block)`` of all its items on the computing warpgroups, for which the last one does
     ``load(item, step, slot, loaded)`` ahead of them, all items' blocks in a row.
 
-    items: :func:`.gpu_schedule.dealt`; own: a tile's scratch, of which a warpgroup has ``plan.own_slots`` in turn, and fills them by
+    items: :func:`.gpu_schedule.dealt`; own: a tile's scratch, of which a warpgroup has one or two, in turn, and fills them by
     ``load_own(item, wg, slots, loaded)``, with two of them an item ahead. each_block(body, carry): carry = body(slot, carry, whole) for
     each step. barriers: of blocks loaded, of blocks read, of tiles loaded.
     """
-    wg, program, rounds = lax.axis_index("wg"), lax.axis_index("program"), items.shape[1] - BEHIND
-    count = rounds - jnp.where(items[program, rounds - 1, 0] < 0, 1, 0)
-
-    item_at = partial(Item.read, items, program)  # four of them are a line of the cache
+    wg, item_at = lax.axis_index("wg"), partial(Item.read, items, lax.axis_index("program"))  # four items are a line of the cache
+    behind = item_at(items.shape[1] - 1)
 
     @pl.when(wg < WARPGROUPS)
     def _():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        _compute_items(wg, count, item_at, own, load_own, compute, barriers)
+        _compute_items(wg, behind.tile, item_at, own, load_own, compute, barriers)
 
     @pl.when(wg == WARPGROUPS)
     def _():
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-        _load_items(count, item_at, load, barriers)
+        _load_items(behind, item_at, load, barriers)
 
 
 def _compute_items(wg, count, item_at, own, load_own, compute, barriers):
@@ -198,7 +196,7 @@ def _compute_items(wg, count, item_at, own, load_own, compute, barriers):
         load_own(item_at(n), wg, [ref.at[at] for ref in own], own_loaded.at[at])
 
     if turns > 1:
-        load(jnp.int32(0))
+        pl.when(count > 0)(lambda: load(jnp.int32(0)))
 
     @pl.loop(0, count)
     def _(n):
@@ -226,7 +224,7 @@ def _compute_items(wg, count, item_at, own, load_own, compute, barriers):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _load_items(count, item_at, load, barriers):
+def _load_items(behind, item_at, load, barriers):
     loaded, consumed, _ = barriers
 
     def until_read(at):
@@ -234,7 +232,7 @@ def _load_items(count, item_at, load, barriers):
         pl.when(at >= STAGES)(lambda: plgpu.barrier_wait(consumed.at[slot]))
         return slot
 
-    @pl.loop(0, count)
+    @pl.loop(0, behind.tile)
     def _(n):
         item = item_at(n)
 
@@ -243,8 +241,8 @@ def _load_items(count, item_at, load, barriers):
             slot = until_read(item.before + i)
             load(item, i, slot, loaded.at[slot])
 
-    for behind in range(STAGES):
-        until_read(item_at(count).before + behind)
+    for i in range(STAGES):
+        until_read(behind.before + i)
 
 
 def _load_keys(plan, arrays, streamed, item, step, slot, loaded):

@@ -1,8 +1,9 @@
 """Which tiles of attention's Hopper kernels which program goes through, and which blocks of tokens each of them meets.
 
-There are as many programs as multiprocessors, and each goes through its tiles one after the other, so that a tile is loaded while the one
-before it is computed. They are dealt out here, by how many blocks they meet: those of a section of a few rounds, whose keys and
-values the L2 cache holds, from the heaviest to the lightest, there and back over the programs.
+A program goes through its tiles one after the other, so that a tile is loaded while the one before it is computed. They are dealt out
+here, by how many blocks they meet: the tokens are cut into sections, of a few tiles for each multiprocessor, and each section's tiles go
+to as many programs, from the heaviest to the lightest, there and back. Sections come one after the other, so that tiles that
+meet the same keys are computed at much the same time; and a multiprocessor that is held up, as by a collective, takes fewer programs.
 """
 
 from typing import NamedTuple
@@ -13,9 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention.reach import Ranges
 
 TILE = 128  # tokens that a program has at a time
-ROUNDS = 4  # of a section
-TURN = 50  # programs that a section begins behind the one before it, for none to have the heaviest tile of each
-BEHIND = 1  # entry behind a program's last, which says how many blocks they have
+ROUNDS = 8  # tiles of a program: with more a multiprocessor that is held up holds up others, with fewer it waits more for its first
 
 
 class Visits(NamedTuple):
@@ -45,7 +44,7 @@ class Visits(NamedTuple):
 class Item(NamedTuple):
     """A tile of a program: row b, of the row's the tile-th, head h; visits: its blocks; before: those of the program's items before it.
 
-    b is -1 where there is no item: behind a program's last, whose ``before`` are all its blocks.
+    Behind a program's items there is one more, with their number as ``tile``, and their blocks ``before`` it; b is -1.
     """
 
     b: jax.Array
@@ -61,36 +60,31 @@ class Item(NamedTuple):
         return cls(b, tile, h, Visits(*visits), before)
 
 
-def dealt(visits: jax.Array, heads: int, programs: int) -> jax.Array:
-    """visits [B,tiles,4] (:class:`Visits`), of each head the same -> [programs,rounds + BEHIND,8] int32 (:class:`Item`).
+def dealt(visits: jax.Array, heads: int, multiprocessors: int) -> jax.Array:
+    """visits [B,tiles,4] (:class:`Visits`), of each head the same -> [programs,ROUNDS or fewer + 1,8] int32 (:class:`Item`).
 
-    No more programs than there are tiles. Every tile of every head is in it once, and all of a program's before where it has none.
+    Every tile of every head is in it once, a program's in their order.
     """
     B, tiles = visits.shape[:2]
-    count = B * heads * tiles
-    programs = min(programs, count)
-    rounds = -(-count // programs)
-    of_section = min(ROUNDS, rounds)
+    total = B * heads * tiles
+    programs = min(multiprocessors, total)
+    rounds = min(ROUNDS, -(-total // programs))
     steps = jnp.repeat(Visits(*jnp.unstack(visits, axis=2)).steps[:, None], heads, axis=1).reshape(-1)
-    steps = jnp.pad(steps, (0, -count % (of_section * programs)), constant_values=-1).reshape(-1, of_section * programs)
-    sections = jnp.arange(len(steps))[:, None]
-    heaviest_first = jnp.argsort(-steps, axis=1) + sections * steps.shape[1]
+    steps = jnp.pad(steps, (0, -total % (rounds * programs)), constant_values=-1).reshape(-1, rounds * programs)
+    heaviest_first = jnp.argsort(-steps, axis=1) + jnp.arange(len(steps))[:, None] * steps.shape[1]
+    there = heaviest_first.reshape(-1, rounds, programs)
+    and_back = jnp.where(jnp.arange(rounds)[:, None] % 2 == 0, there, there[:, :, ::-1])
+    which = jnp.sort(and_back.swapaxes(1, 2).reshape(-1, rounds), axis=1)
+    real = which < total
 
-    place = jnp.arange(programs) - TURN * sections  # of each program, in a section's rounds there
-    place = jnp.stack([place % programs if i % 2 == 0 else (-1 - place) % programs for i in range(of_section)], axis=1)
-    of_rounds = heaviest_first.reshape(-1, of_section, programs)
-    which = jnp.take_along_axis(of_rounds, place, axis=2).reshape(-1, programs)[:rounds].T  # [programs,rounds]
-
-    there = which < count
-    b, of_row = jnp.divmod(jnp.where(there, which, 0), heads * tiles)
+    b, of_row = jnp.divmod(jnp.where(real, which, 0), heads * tiles)
     h, tile = jnp.divmod(of_row, tiles)
-    visits = jnp.where(there[:, :, None], visits[b, tile], 0)
-    entries = jnp.concatenate([jnp.where(there, b, -1)[:, :, None], jnp.stack([tile, h], axis=2), visits], axis=2)
-    entries = jnp.pad(entries, [(0, 0), (0, BEHIND), (0, 0)])
-    entries = entries.at[:, rounds:, 0].set(-1)
-    steps = entries[:, :, 6] - entries[:, :, 3]
+    visits = jnp.where(real[:, :, None], visits[b, tile], 0)
+    steps = visits[:, :, 3] - visits[:, :, 0]
     before = jnp.cumsum(steps, axis=1) - steps
-    return jnp.concatenate([entries, before[:, :, None]], axis=2).astype(jnp.int32)
+    items = jnp.concatenate([jnp.stack([jnp.where(real, b, -1), tile, h], axis=2), visits, before[:, :, None]], axis=2)
+    behind = jnp.zeros_like(items[:, :1]).at[:, 0, 0].set(-1).at[:, 0, 1].set(real.sum(1)).at[:, 0, 7].set(steps.sum(1))
+    return jnp.concatenate([items, behind], axis=1).astype(jnp.int32)
 
 
 def blocks_of_keys(block: int, reach: Ranges, places) -> jax.Array:

@@ -1,5 +1,6 @@
 """Attention's kernels for Hopper, interpreted, against the reference in float32; lowered for a card; and what they refuse."""
 
+import heapq
 from functools import partial
 from unittest import mock
 
@@ -157,19 +158,20 @@ def test_every_tile_is_dealt_out_once(B, H, tiles, programs):
     begin, whole, length = (rng.integers(0, 9, (B, tiles)) for _ in range(3))
     visits = np.stack(gpu_schedule.Visits(begin, begin + whole, begin + whole, begin + whole + length), axis=2)
     items = np.asarray(jax.jit(gpu_schedule.dealt, static_argnums=(1, 2))(jnp.asarray(visits, jnp.int32), H, programs))
-    rounds = items.shape[1] - gpu_schedule.BEHIND
-    assert items.shape[0] == min(programs, B * H * tiles) and (items[:, rounds:, 0] == -1).all() and (items[:, : rounds - 1, 0] >= 0).all()
+    assert len(items) <= B * H * tiles or len(items) == programs
     of_all = [item for program in items for item in program if item[0] >= 0]
     assert sorted(tuple(item[:3]) for item in of_all) == [(b, tile, h) for b in range(B) for tile in range(tiles) for h in range(H)]
     assert all((item[3:7] == visits[item[0], item[1]]).all() for item in of_all)
-    for program in items:
+    for *program, behind in items:
+        count = sum(item[0] >= 0 for item in program)
         steps = [gpu_schedule.Visits(*item[3:7]).steps for item in program]
-        assert program[:, 7].tolist() == [0, *np.cumsum(steps)[:-1]]
+        assert all(item[0] < 0 for item in program[count:]) and behind[:2].tolist() == [-1, count] and behind[7] == sum(steps)
+        assert [item[7] for item in program[:count]] == [sum(steps[:n]) for n in range(count)]
 
 
 @pytest.mark.parametrize("documents", [[512] * 64, [8192] * 4, [32768], "random"])
 def test_programs_have_much_the_same_to_do(documents):
-    """At most 6% more than the mean of the 132, of 16 heads of 32k tokens."""
+    """With programs begun in their order, each where one ends: of 16 heads of 32k tokens, at most 6% more than a 132nd."""
     if documents == "random":
         documents = np.random.default_rng(0).lognormal(7.0, 0.8, 60).astype(int) + 16
     ids = np.repeat(np.arange(len(documents)) + 1, documents)[None, :32768]
@@ -180,8 +182,11 @@ def test_programs_have_much_the_same_to_do(documents):
         both = gpu_schedule.blocks_of_keys(128, reach, places), gpu_schedule.blocks_of_queries(128, reach, places)
         return [gpu_schedule.dealt(visits, 16, 132)[:, -1, 7] for visits in both]
 
-    for total in steps(jnp.asarray(ids)):
-        assert total.max() <= 1.06 * total.mean(), (total.max(), total.mean())
+    for of_programs in map(np.asarray, steps(jnp.asarray(ids))):
+        done = [0] * 132
+        for steps_of_one in of_programs.tolist():
+            heapq.heapreplace(done, done[0] + steps_of_one)
+        assert max(done) <= 1.06 * of_programs.sum() / 132, (max(done), of_programs.sum() / 132)
 
 
 def test_lowered_for_a_card():
