@@ -21,7 +21,7 @@ from pallas_kernels.attention.gpu_schedule import TILE
 from pallas_kernels.attention.reach import Ranges, blocks_at, ranges, ranges_of_whole_rows
 from pallas_kernels.segments import Segments
 
-SHARED_BYTES = 231 * 1024 - 4096  # that a program's scratch may have, barriers and what lies between its parts aside
+SHARED_BYTES = 225 * 1024  # that a program's scratch may have: all that there is but 2 KB, for barriers and what lies between its parts
 LARGEST_HEAD = 128  # channels: with more, a tile of keys and its gradients does not fit in registers
 
 
@@ -201,7 +201,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _reached(reach: Ranges):
-    return {"first": reach.first, "count": reach.count, "key": reach.key}
+    return {"first": reach.first, "count": reach.reached, "key": reach.key}
 
 
 def _dealt(visits, heads):

@@ -23,8 +23,8 @@ class Ranges(NamedTuple):
     key: jax.Array
 
     @property
-    def count(self) -> jax.Array:
-        """Of keys that a query attends to, none where it is padding."""
+    def reached(self) -> jax.Array:
+        """How many keys a query attends to, none where it is padding."""
         return jnp.maximum(self.last - self.first + 1, 0)
 
     def of_queries(self, places: jax.Array, T: int) -> "Ranges":
