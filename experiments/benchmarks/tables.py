@@ -72,7 +72,8 @@ def gpu_operators() -> str:
     def line(row):
         xla = of_xla.get((row["operator"], row["shape"]))
         name, T = f"`{row['operator']}` {row['shape'].split()[0]}", f"{row['sizes']['T']:,}"
-        floors = (f"{row[f'{name}_s'] * 1e6:,.0f}" for name in ("hbm", "flops", "issue", "stalls"))
+        floors = [f"{row[f'{name}_s'] * 1e6:,.0f}" for name in ("hbm", "flops", "issue", "stalls")]
+        floors[2:] = (cell + "?" * any(kernel["unknown_loops"] for kernel in row["kernels"]) for cell in floors[2:])
         return [name, T, megabytes(row), *floors, row["bound"], mebibytes(row), *([megabytes(xla), mebibytes(xla)] if xla else ["", ""])]
 
     def megabytes(row):
