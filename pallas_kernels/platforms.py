@@ -178,6 +178,12 @@ def gpu_index(axis: str) -> jax.Array:
     return jax.lax.rem(jax.lax.div(jax.lax.axis_index(ONE_AXIS), jnp.int32(stride)), jnp.int32(size))
 
 
+def gpu_size(axis: str) -> int:
+    """``jax.lax.axis_size`` of an axis of the grid that :func:`gpu_call` was given."""
+    grid = _GRID.get()
+    return jax.lax.axis_size(axis) if grid is None else grid[axis][0]
+
+
 def _strides(sizes):
     return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
 

@@ -85,7 +85,7 @@ def _load(chunks, count, slices, sources, slots, rest, _, slot_barriers, rest_ba
                 plgpu.copy_gmem_to_smem(ref.at[b, n, h, channels, columns], states.at[slot, which], full.at[slot])
         pl.when(m >= 1)(lambda: plgpu.barrier_wait(rest_free))
         for which, ref in enumerate((q_ref, k_ref)):
-            head = h // (lax.axis_size("h") // ref.shape[2])
+            head = h // (platforms.gpu_size("h") // ref.shape[2])
             plgpu.copy_gmem_to_smem(ref.at[b, tokens, head, channels], keys.at[which], rest_full)
         plgpu.copy_gmem_to_smem(sums_ref.at[b, n, h], sums, rest_full)
 

@@ -157,7 +157,7 @@ class _Walk(NamedTuple):
             pl.when(m >= STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
             for name, source, stage in zip(self.names, sources, stages, strict=True):
                 where = dict(y=(b, tokens, h, columns), sums=(b, n, h), totals=(b, n, h))
-                head = h // (lax.axis_size("h") // source.shape[2])
+                head = h // (platforms.gpu_size("h") // source.shape[2])
                 plgpu.copy_gmem_to_smem(source.at[where.get(name, (b, tokens, head))], stage.at[slot], full.at[slot])
 
         _, count = self._chunks()
