@@ -3,7 +3,9 @@
 A TPU core issues one VLIW bundle a cycle. For each kernel (a fusion or a Pallas call) the compiler writes the bundles in
 order, and how much of each unit a bundle uses. Loops are found by their backward branches, their trips from the constants
 of the exit test. The loop over a Pallas call's grid has two more trips than the grid has steps, to fill and drain its pipeline of
-copies; they are left out. What this does not see: waits for memory, and branches not taken (a predicated region counts as run).
+copies; they are left out. Of a choice between two branches the cheaper one counts, so that what is counted is at most what is run; what the
+dearer ones would add is told apart. What this does not see: waits for memory, and a lone branch not taken (a predicated region counts as
+run).
 """
 
 import math
@@ -18,8 +20,8 @@ UNITS = ("MXU", "VALU", "XLU", "EUP", "VLOAD", "VSTORE")
 FILLS, SPILLS = "VLOAD:FILL", "VSTORE:SPILL"
 
 _BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:\s*(?:>\s*)*\{")
-_REGION = re.compile(r"Start region (\d+)")
-_BRANCH = re.compile(r"sbr\.rel \(!?%(\w+)\) target = \$region(\d+)")
+_REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
+_BRANCH = re.compile(r"sbr\.rel \((!?)%(\w+)\) target = \$region(\d+)")
 _EXIT = re.compile(r"%(\w+) = scmp\.(ge|eq|gt)\.s32\.totalorder (?:\(!?%\w+\), )?%(\w+), (\d+) /\* loop exit test")
 _ADD = re.compile(r"%(\w+) = sadd\.s32 (?:\(!?%\w+\), )?(?:(\d+), %(\w+)|%(\w+), (\d+))")
 _PHI = re.compile(r"%(\w+) = sphi %(\w+), %(\w+)")
@@ -34,12 +36,14 @@ _VMEM = re.compile(r"#allocation\d+ \[.*space=vmem, size = (0x[0-9a-f]+), scoped
 class Kernel:
     """One kernel's schedule, its loops weighted by their trips.
 
-    bundles: issued in one execution. use: unit -> sum over bundles of the share of it in use.
+    bundles: issued in one execution; most: where every choice falls on its dearer branch.
+    use: unit -> sum over bundles of the share of it in use.
     unknown_loops: those whose trips are not constants, counted once.
     """
 
     name: str
     bundles: int
+    most: int
     vmem_bytes: int
     unknown_loops: int
     use: dict[str, float] = field(default_factory=dict)
@@ -74,7 +78,13 @@ def _kernel(name, path, folder, stem) -> Kernel:
     text = path.read_text(errors="replace")
     bundles = list(_bundle_texts(text))
     weights, unknown = trips(bundles)
-    kernel = Kernel(name, sum(weights), _vmem(folder, stem), unknown)
+    most = sum(weights)
+    for either in choices(bundles):
+        cheap, dear = sorted(either, key=lambda branch: sum(weights[i] for i in branch))
+        most -= sum(weights[i] for i in cheap)
+        for i in dear:
+            weights[i] = 0
+    kernel = Kernel(name, sum(weights), most, _vmem(folder, stem), unknown)
     for report in _matching(folder, stem, "final_hlo-static-per-bundle-utilization.txt"):
         capacity, rows = _utilization(report.read_text())
         for unit in UNITS:
@@ -118,7 +128,7 @@ def trips(bundles: list[str]) -> tuple[list[int], int]:
     for i, bundle in enumerate(bundles):
         for region in _REGION.findall(bundle):
             starts[region] = i
-        for predicate, region in _BRANCH.findall(bundle):
+        for _, predicate, region in _BRANCH.findall(bundle):
             if region in starts:  # backward
                 loops.append((starts[region], i, counts.get(predicate)))
     for start, end, count in loops:
@@ -130,6 +140,20 @@ def trips(bundles: list[str]) -> tuple[list[int], int]:
         for i in range(start, min(end + DELAY_SLOTS + 1, len(bundles))):
             weights[i] *= count or 1
     return weights, unknown
+
+
+def choices(bundles: list[str]) -> list[tuple[range, range]]:
+    """Where one of two branches is run, the bundles of either: one is jumped over by a predicate, the other by its opposite."""
+    starts = {region: i for i, bundle in enumerate(bundles) for region in _REGION.findall(bundle)}
+    skipped, found = {}, []
+    for i, bundle in enumerate(bundles):
+        for negated, predicate, region in _BRANCH.findall(bundle):
+            if starts.get(region, 0) > i:  # forward
+                skipped[predicate, negated] = own = range(i + DELAY_SLOTS + 1, starts[region])
+                other = skipped.get((predicate, "" if negated else "!"))
+                if other is not None and other.stop <= own.start:
+                    found.append((other, own))
+    return found
 
 
 def _trip_counts(text: str) -> dict[str, int]:

@@ -29,7 +29,7 @@ def unsure(row: dict) -> str:
 
 
 def tpu_operators() -> str:
-    """A shape and pass a line: bundles a token and head of the kernel and of XLA's form on each generation."""
+    """A shape and pass a line: bundles a token and head of the kernel and of XLA's form on each generation, from the least to the most."""
     key = ("operator", "shape", "pass", "target", "implementation")
     rows = {tuple(row[part] for part in key): row for row in newest(RESULTS / "tpu_static.jsonl", "tpu_static")}
     cases = sorted({case[:2] for case in rows}, key=lambda case: (OPERATORS.index(case[0]), case[1]))
@@ -37,7 +37,11 @@ def tpu_operators() -> str:
     def line(operator, shape, pass_name):
         def bundles(target, implementation):
             row = rows.get((operator, shape, pass_name, target, implementation))
-            return f"{row['bundles_per_token_and_head']:.2f}{unsure(row)}" if row else ""
+            if row is None:
+                return ""
+            least = row["bundles_per_token_and_head"]
+            most = least * row.get("bundles_most", row["bundles"]) / row["bundles"]
+            return f"{least:.2f}{unsure(row)}" + (f" to {most:.2f}" if most > 1.005 * least else "")
 
         def cell(target):
             kernel, xla = bundles(target, "pallas"), bundles(target, "xla")

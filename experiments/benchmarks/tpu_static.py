@@ -90,13 +90,14 @@ def as_projected(run: Callable[..., dict], arguments: tuple[dict, ...]) -> tuple
 def cost(text: str, dumps: Path) -> dict:
     """Of a row: what a compiled module's kernels add up to, each as often as it is executed."""
     module, written, shared = hlo.Module(text), schedule.kernels(dumps), schedule.same_kernel(dumps)
-    total = {"bundles": 0, "fills": 0, "spills": 0, "hbm_bytes": module.hbm_bytes, "vmem_bytes": 0}
+    total = {"bundles": 0, "bundles_most": 0, "fills": 0, "spills": 0, "hbm_bytes": module.hbm_bytes, "vmem_bytes": 0}
     use, unknown, parts = dict.fromkeys(schedule.UNITS, 0.0), 0, []
     for execution in module.executions:
         kernel = written.get(shared.get(execution.name, execution.name))
         if kernel is None:
             continue  # part of the program that calls the kernels
         total["bundles"] += execution.count * kernel.bundles
+        total["bundles_most"] += execution.count * kernel.most
         total["fills"] += execution.count * kernel.fills
         total["spills"] += execution.count * kernel.spills
         total["vmem_bytes"] = max(total["vmem_bytes"], kernel.vmem_bytes)
@@ -104,7 +105,7 @@ def cost(text: str, dumps: Path) -> dict:
         for unit, used in kernel.use.items():
             use[unit] += execution.count * used
         facts = {"name": execution.name, "executions": execution.count, "bundles": execution.count * kernel.bundles}
-        parts.append(facts | {"vmem_bytes": kernel.vmem_bytes})
+        parts.append(facts | {"bundles_most": execution.count * kernel.most, "vmem_bytes": kernel.vmem_bytes})
     total["use"] = {unit: used / max(total["bundles"], 1) for unit, used in use.items()}
     total["unknown_loops"] = unknown
     parts.sort(key=lambda part: part["bundles"], reverse=True)

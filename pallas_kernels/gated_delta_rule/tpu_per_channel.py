@@ -13,42 +13,16 @@ read: a log decay's gradient adds up the former of its own token and later ones,
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 
 from pallas_kernels.gated_delta_rule.tpu_inverse import inverses, solve, whole
-from pallas_kernels.gated_linear_attention.tpu_decays import (
-    LANES,
-    addends,
-    as_wide,
-    channel_scores,
-    dot,
-    halves,
-    per_channel,
-    rolled,
-    spans,
-    sums,
-)
-from pallas_kernels.gated_linear_attention.tpu_stages import run, together
+from pallas_kernels.gated_linear_attention.tpu_decays import LANES, as_wide, dot, sums
+from pallas_kernels.gated_linear_attention.tpu_heads import by_heads, constants
 
 
 def gates(plan, beta, log_decay, dtype):
-    """What the kernels take for beta [B,HV/G,G,T] and the log decays [B,T,HV K]: these, and constants for sums of them and of gradients."""
-    tokens = np.arange(plan.tokens)
-    later, before = tokens[:, None] <= tokens, tokens[:, None] > tokens
-    return beta, log_decay, spans(dtype), addends(np.concatenate([later, before], axis=1), dtype)
-
-
-def _heads(plan, log_decay_ref, spans_ref, head) -> list:
-    """What the generators ``head(its number, its decays)`` return, the decays of two heads computed at once."""
-    side, K = (2 if plan.heads % 2 == 0 else 1), log_decay_ref.shape[2] // plan.heads
-
-    def pair(h):
-        decays = per_channel(log_decay_ref[0, :, h * K : (h + side) * K], spans_ref[...], side)
-        yield
-        return (yield from together(head(h + n, decays[n]) for n in range(side)))
-
-    return [result for results in run(pair(h) for h in range(0, plan.heads, side)) for result in results]
+    """What the kernels take for beta [B,HV/G,G,T] and the log decays [B,T,HV K]."""
+    return beta, log_decay, *constants(plan.tokens, dtype)
 
 
 def forward(plan, *refs):
@@ -70,31 +44,34 @@ def forward(plan, *refs):
     def meet(h, decays):
         """Scores of queries and of keys, what these read of the state [2C,V], what is written [C,K], and what is left of the state."""
         q, k = (x[0, :, keys[h]].astype(jnp.float32) for x in (q_ref, k_ref))
-        scores = yield from channel_scores([q, k], k, decays, dtype)
+        scores = yield from decays.scores([q, k], k, dtype)
         yield
         reads = jnp.concatenate([q * decays.since_start, k * decays.since_start]).astype(dtype)
         met = dot(reads, before[h], (1, 1))
         yield
         return *scores, met, (k * decays.until_end).astype(dtype), decays.total
 
-    scores, lower, met, writes, total = zip(*_heads(plan, log_decay_ref, spans_ref, meet), strict=True)
-    with_beta = [lower[h] * beta[h] for h in heads]
-    inverse = [x.astype(dtype) for x in inverses(with_beta, dtype)]
-    below = [x[C // 2 :, : C // 2].astype(dtype) for x in with_beta]
-    errors = solve(inverse, below, [v_ref[0, :, values[h]] - met[h][C:] for h in heads])
-    updates = [(errors[h].astype(jnp.float32).T * beta[h]).astype(dtype) for h in heads]
-    for h in heads:
-        o = dot((scores[h] * beta[h]).astype(dtype), errors[h]) + met[h][:C]
-        o_ref[0, :, values[h]] = (plan.scale * o).astype(dtype)
-        state[h] = total[h] * state[h] + dot(updates[h], writes[h])
+    def use(met_heads):
+        scores, lower, met, writes, total = zip(*met_heads, strict=True)
+        with_beta = [lower[h] * beta[h] for h in heads]
+        inverse = [x.astype(dtype) for x in inverses(with_beta, dtype)]
+        below = [x[C // 2 :, : C // 2].astype(dtype) for x in with_beta]
+        errors = solve(inverse, below, [v_ref[0, :, values[h]] - met[h][C:] for h in heads])
+        updates = [(errors[h].astype(jnp.float32).T * beta[h]).astype(dtype) for h in heads]
+        for h in heads:
+            o = dot((scores[h] * beta[h]).astype(dtype), errors[h]) + met[h][:C]
+            o_ref[0, :, values[h]] = (plan.scale * o).astype(dtype)
+            state[h] = total[h] * state[h] + dot(updates[h], writes[h])
 
-    if kept_refs:
-        states_ref, errors_ref, inverses_ref, scores_ref = kept_refs
-        for h, x in enumerate(whole(inverse, below)):
-            states_ref[0, 0, h] = before[h]
-            errors_ref[0, :, values[h]] = errors[h]
-            inverses_ref[0, 0, h] = x
-            scores_ref[0, 0, h] = jnp.concatenate([scores[h], lower[h]]).astype(dtype)
+        if kept_refs:
+            states_ref, errors_ref, inverses_ref, scores_ref = kept_refs
+            for h, x in enumerate(whole(inverse, below)):
+                states_ref[0, 0, h] = before[h]
+                errors_ref[0, :, values[h]] = errors[h]
+                inverses_ref[0, 0, h] = x
+                scores_ref[0, 0, h] = jnp.concatenate([scores[h], lower[h]]).astype(dtype)
+
+    by_heads(plan.heads, log_decay_ref, spans_ref, meet, use)
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _():
@@ -140,56 +117,33 @@ def backward(plan, *refs):
         d_beta_ref[0, 0, h : h + 1] = _column_sums(by_updates + d_lower * scores_ref[0, 0, h, C:])
         yield
         across = beta_ref[0, 0, h : h + 1]
-        itself, d_q, d_reader, d_key = yield from _pairs(d_scores * across, d_lower * across, q, k, decays, dtype)
+        by_pairs = yield from decays.gradients([d_scores * across, d_lower * across], [q, k], k, dtype)
         yield
+        d_q, d_reader = by_pairs.rows
         d_q = d_q + decays.since_start * d_reads[:C]
         d_reader = d_reader + decays.since_start * d_reads[C:]
         from_writes = as_wide(beta, K) * decays.until_end * dot(errors, d_next)
         yield
         # Of the log decay of token t: the pairs j < t <= i, the reads of the state from t on, the writes to it before t, and the state.
-        # Pairs on one side of t are in both sums of their difference. A token with itself is in neither: it has no decay.
-        d_decay = sums(addends_ref[...], q * d_q + k * (d_reader - d_key), k * from_writes)
+        # Pairs on one side of t are in both sums of their difference. A token with itself, which has no decay, adds nothing to it.
+        q_met, reader_met = by_pairs.met
+        d_decay = sums(addends_ref[...], q_met * d_q + (reader_met * d_reader - by_pairs.met_k * by_pairs.k), k * from_writes)
         yield
         d_decay_ref[0, :, keys] = d_decay + decays.total * _column_sums(states_ref[0, 0, h] * d_after)
         yield
-        d_q_ref[0, :, keys] = (d_q + itself * k).astype(dtype)
-        d_k_ref[0, :, keys] = (d_reader + d_key + itself * q + from_writes).astype(dtype)
+        d_q_ref[0, :, keys] = by_pairs.with_itself(d_q, k).astype(dtype)
+        d_k_ref[0, :, keys] = (by_pairs.with_itself(d_reader + by_pairs.k, q) + from_writes).astype(dtype)
         yield
         reads = jnp.concatenate([q * decays.since_start, k * decays.since_start]).astype(dtype)
         read = dot(d_met, reads, (0, 0))
         yield
         d_state[h] = decays.total * d_after + read
 
-    _heads(plan, log_decay_ref, spans_ref, head)
+    by_heads(plan.heads, log_decay_ref, spans_ref, head)
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _():
         d_initial_ref[0] = d_state[...]
-
-
-def _pairs(d_scores, d_lower, q, k, decays, dtype):
-    """A generator that returns the derivatives [C,1] by each query's score with its own token's key, and, through the other pairs, [C,K]
-    by the queries, by the keys that read and by those that are read."""
-    C = d_scores.shape[0]
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    between = i ^ j
-    itself = _row_sums(jnp.where(i == j, d_scores, 0))
-    last, last_lower = (decays.through * _row_sums(jnp.where((between == 1) & (i > j), x, 0)) for x in (d_scores, d_lower))
-    d_scores, d_lower = (jnp.where(i > j, x, x.T) for x in (d_scores, d_lower))  # for both tokens of a pair: i as reader and i as read
-    yield
-    before = rolled(k, 1)
-    d_q, d_reader, d_key = last * before, last_lower * before, rolled(last * q + last_lower * k, 7)
-    for s, to_middle in decays.to_middle.items():
-        met = [(halves(k, x, s) * to_middle).astype(dtype) for x in (q, k)]
-        own = [jnp.where(between >> (s.bit_length() - 1) == 1, x, 0).astype(dtype) for x in (d_scores, d_lower)]
-        yield
-        by_queries, by_keys = (dot(x, y) for x, y in zip(own, met, strict=True))
-        yield
-        by_queries, by_keys = by_queries * to_middle, by_keys * to_middle
-        d_q, d_reader = halves(d_q, d_q + by_queries, s), halves(d_reader, d_reader + by_keys, s)
-        d_key = halves(d_key + by_queries + by_keys, d_key, s)
-        yield
-    return itself, d_q, d_reader, d_key
 
 
 def _row_sums(x: jax.Array) -> jax.Array:

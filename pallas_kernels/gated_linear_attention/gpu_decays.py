@@ -17,12 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gated_linear_attention.gpu_layout import TILE, over_rows, product
-from pallas_kernels.gated_linear_attention.tpu_decays import RESET
+from pallas_kernels.gated_linear_attention.tpu_decays import NEAR, RESET
 
 CHUNK = TILE
 LEVELS = 6  # at which tokens meet: in the middles of blocks with halves of 1, 2, 4, ..., 32
-# From the middle of a chunk, in powers of two: as many again, and more, are left for what is multiplied by them, large or small.
-NEAR = 60.0
 
 
 def parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ A query i meets a key j <= i through the decay exp(g_{j+1} + ... + g_i). Neither
   and that of the small rests;
 * per channel, pairs are split by the middle of the smallest block of 2, 4, 8, ... tokens that holds both, as :mod:`.decays`
   has it: each meets the middle through a decay of its own tokens only, at most 1, and the pairs of a level are one product.
+  Where decays allow it, :mod:`.tpu_near` has fewer products.
 """
 
 from collections.abc import Generator
@@ -18,6 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8
 PART = 64  # tokens whose sums of decays a channel are one product, in two parts over 128
+LOG2E = np.float32(np.log2(np.e))
+# From a middle, in powers of two: as many again, and more, are left for what is multiplied by them, large or small.
+NEAR = 60.0
 RESET = -1024.0  # the log decay of a new document's first token: exp of it is 0 in float32; sums over a chunk stay exact in sixteenths
 
 
@@ -93,11 +97,42 @@ class ChannelDecays(NamedTuple):
         """[1,K], the decay of the whole chunk."""
         return self.since_start[-1:]
 
+    def scores(self, rows: list[jax.Array], k: jax.Array, dtype) -> Generator[None, None, list[jax.Array]]:
+        """For each of ``rows``, [C,K] float32 as k is: rows_i . (k_j decayed from j to i), 0 where j > i, [C,C].
+
+        A generator that yields between levels, for :mod:`.tpu_stages`, and returns the scores. Products take operands in ``dtype``.
+        """
+        return _scores(rows, k, self, dtype)
+
+    def gradients(self, d_scores: list[jax.Array], rows: list[jax.Array], k: jax.Array, dtype) -> "Generator[None, None, Gradients]":
+        """A generator that returns what the gradients [C,C] of :meth:`scores` make of ``rows`` and k."""
+        return _gradients(d_scores, rows, k, self, dtype)
+
+
+class Gradients(NamedTuple):
+    """Of scores, by the ``rows`` and the k that they are of.
+
+    rows: [C,K] each. k: [C,K]. itself: [C,1], by the first row's score with its own token's key, where that is not in the others.
+    met, met_k: ``rows`` and k as they were in the products, but for decays: by these a pair adds the same to both sides of a log decay's
+    gradient, the one that reads and the one that is read.
+    """
+
+    rows: list[jax.Array]
+    k: jax.Array
+    itself: jax.Array | None
+    met: list[jax.Array]
+    met_k: jax.Array
+
+    def with_itself(self, x: jax.Array, other: jax.Array) -> jax.Array:
+        """x, the gradient by one side of the pairs, with what the pairs of a token with itself add, ``other`` the other side."""
+        return x if self.itself is None else x + self.itself * other
+
 
 def spans(dtype) -> jax.Array:
-    """Zeros and ones for :func:`sums`: over which tokens t of a part of the chunk [4 PART,PART] a decay of token i is.
+    """For :func:`sums`, over which tokens t of a part of the chunk a decay of token i is, [5 PART,PART].
 
-    Those to the middle of a block with halves of 2 and of 4 tokens, and, in blocks of 8, those since the start and until the end.
+    Zeros and ones: those to the middle of a block with halves of 2 and of 4 tokens, and, in blocks of 8, those since the start and until
+    the end. Then those since the middle of the part, for :mod:`.tpu_near`: less than none before it.
     """
     i, t = np.arange(PART)[:, None], np.arange(PART)
 
@@ -105,11 +140,13 @@ def spans(dtype) -> jax.Array:
         return (i // s == t // s) & ((t > i) if after else (t <= i))
 
     to_middle = [np.where(i & s, inside(s, False), inside(s, True)) for s in (2, 4)]
-    return addends(np.concatenate([*to_middle, inside(SUBLANES, False), inside(SUBLANES, True)]), dtype)
+    after = t >= PART // 2
+    since_middle = (after & (t <= i)) * 1 - (~after & (t > i)) * 1
+    return addends(np.concatenate([*to_middle, inside(SUBLANES, False), inside(SUBLANES, True), since_middle]), dtype)
 
 
 def addends(which: np.ndarray, dtype) -> jax.Array:
-    """Zeros and ones [n,m] as :func:`sums` takes them: [n,2 m] in bfloat16, once for each part of what is added up."""
+    """Zeros and ones, of either sign, [n,m] as :func:`sums` takes them: [n,2 m] in bfloat16, once for each part of what is added up."""
     return jnp.asarray(which if dtype == jnp.float32 else np.concatenate([which, which], axis=1), dtype)
 
 
@@ -127,14 +164,14 @@ def sums(which: jax.Array, *x: jax.Array) -> jax.Array:
 
 
 def per_channel(log_decay: jax.Array, spans: jax.Array, heads: int) -> list[ChannelDecays]:
-    """log_decay [C,heads K] float32, C a power of two, :func:`spans` -> the decays of each head.
+    """log_decay [C,heads K] float32, C a power of two, the zeros and ones of :func:`spans` -> the decays of each head.
 
     Two heads of 128 channels fill a matrix unit of 256 columns.
     """
     C, K = log_decay.shape[0], log_decay.shape[1] // heads
     log_decay, exp = jnp.maximum(log_decay, RESET), jnp.exp
     if spans.dtype != jnp.float32:  # one multiplication for all instead of one an exp; at -50 a step, an error of 3e-6
-        log_decay, exp = log_decay * np.float32(np.log2(np.e)), jnp.exp2
+        log_decay, exp = log_decay * LOG2E, jnp.exp2
     through = exp(log_decay)
     parts = [exp(sums(spans, log_decay[n : n + PART])) for n in range(0, C, PART)]
     two, four, *ends = (jnp.concatenate([x[n : n + PART] for x in parts]) for n in range(0, 4 * PART, PART))
@@ -171,11 +208,7 @@ def rolled(x: jax.Array, by: int) -> jax.Array:
     return pltpu.roll(x.reshape(-1, SUBLANES, x.shape[1]), by, 1).reshape(x.shape)
 
 
-def channel_scores(rows: list[jax.Array], k: jax.Array, decays: ChannelDecays, dtype) -> Generator[None, None, list[jax.Array]]:
-    """For each of ``rows``, [C,K] float32 as k is: rows_i . (k_j decayed from j to i), 0 where j > i, [C,C].
-
-    A generator that yields between levels, for :mod:`.tpu_stages`, and returns the scores. Products take operands in ``dtype``.
-    """
+def _scores(rows, k, decays, dtype):
     C = k.shape[0]
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     level = jnp.where(i >= j, i ^ j, -1)  # halves of s tokens: s <= level < 2 s
@@ -223,3 +256,27 @@ def _two_levels(scores, small, large, s, dtype):
             blocks += [a, jnp.where(lane < n + s, first, b), jnp.where(lane < n + 2 * s, across, second)]
         results.append(jnp.concatenate(blocks))
     return results
+
+
+def _gradients(d_scores, rows, k, decays, dtype):
+    C = k.shape[0]
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    between = i ^ j
+    itself = jnp.sum(jnp.where(i == j, d_scores[0], 0), axis=1, keepdims=True)
+    last = [decays.through * jnp.sum(jnp.where((between == 1) & (i > j), x, 0), axis=1, keepdims=True) for x in d_scores]
+    d_scores = [jnp.where(i > j, x, x.T) for x in d_scores]  # for both tokens of a pair: i as the one that reads and as the one read
+    yield
+    before = rolled(k, 1)
+    d_rows = [x * before for x in last]
+    d_k = rolled(sum(x * y for x, y in zip(last, rows, strict=True)), 7)
+    for s, to_middle in decays.to_middle.items():
+        met = [(halves(k, x, s) * to_middle).astype(dtype) for x in rows]
+        own = [jnp.where(between >> (s.bit_length() - 1) == 1, x, 0).astype(dtype) for x in d_scores]
+        yield
+        d_met = [dot(x, y) for x, y in zip(own, met, strict=True)]
+        yield
+        d_met = [x * to_middle for x in d_met]
+        d_rows = [halves(x, x + y, s) for x, y in zip(d_rows, d_met, strict=True)]
+        d_k = halves(d_k + sum(d_met), d_k, s)
+        yield
+    return Gradients(d_rows, d_k, itself, rows, k)

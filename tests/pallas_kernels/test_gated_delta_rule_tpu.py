@@ -9,11 +9,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.gated_delta_rule import gated_delta_rule, tpu, tpu_inverse
 from tests.helpers import relative_error, tree_errors
 from tests.pallas_kernels.test_gated_delta_rule import ROWS, Case, documents_of, evaluate, example
+from tests.pallas_kernels.test_gated_linear_attention_tpu import near_and_far
 
 
-def errors(case, segment_ids, dtype=np.float32, seed=1):
+def errors(case, segment_ids, dtype=np.float32, seed=1, **replaced):
     """Of outputs and all gradients against the reference in float64, on values rounded to ``dtype``."""
-    arguments = example(seed, case, segment_ids)
+    arguments = example(seed, case, segment_ids) | replaced
     for name in "qkv":
         arguments[name] = np.asarray(jnp.asarray(arguments[name], dtype), np.float64)
     expected = evaluate(case, arguments, segment_ids, "reference", np.float64)
@@ -95,6 +96,17 @@ def test_no_races_and_nothing_read_before_it_is_written(capsys, axes, dtype, bou
         found = errors(case, segment_ids, dtype)
     # bfloat16: operands of products are rounded to 2^-9 three or four times in a row.
     assert max(found.values()) < bound, found
+    assert "RACE" not in capsys.readouterr().out.upper()
+
+
+@pytest.mark.parametrize("detect_races", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_decays_near_and_far_in_one_call(capsys, detect_races):
+    case = Case(497, "channel", B=1, H=1, HV=1, V=4)
+    log_decay, segment_ids = near_and_far((1, 497, 1, case.K))
+    interpreter = pltpu.InterpretParams(detect_races=detect_races, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    with pltpu.force_tpu_interpret_mode(interpreter):
+        found = errors(case, segment_ids, jnp.bfloat16, log_decay=log_decay)
+    assert max(found.values()) < 8e-3, found  # as above
     assert "RACE" not in capsys.readouterr().out.upper()
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gated_linear_attention import gated_linear_attention, tpu
-from tests.helpers import tree_errors
+from pallas_kernels.gated_linear_attention import gated_linear_attention, tpu, tpu_decays, tpu_near
+from tests.helpers import relative_error, tree_errors
 from tests.pallas_kernels.test_gated_linear_attention import ROWS, Case, documents, errors, example, value_and_gradients
 
 
@@ -54,6 +54,58 @@ def test_no_races_and_nothing_read_before_it_is_written(capsys, axes, dtype, bou
     # bfloat16: operands of products are rounded to 2^-9 two or three times in a row.
     assert max(found.values()) < bound, found
     assert "RACE" not in capsys.readouterr().out.upper()
+
+
+def near_and_far(shape):
+    """Log decays [1,497,HV,K] and ids of documents, four chunks of 128 tokens: decays near to the middles of blocks, just too far in one
+    channel, a document that starts, near again but for padding at the end."""
+    log_decay, segment_ids = np.zeros(shape) - 1.25 * np.linspace(0, 1, shape[-1]), np.ones(shape[:2], int)
+    log_decay[:, 128:256, -1, -1] = -1.35  # 2^-62 in the 32 tokens between a middle and an end; the others' -1.25 makes 2^-58 at most
+    segment_ids[:, 300:] = 2
+    segment_ids[:, 480:] = 0
+    return log_decay - 1e-3 * np.random.default_rng(0).random(shape), segment_ids
+
+
+@pytest.mark.parametrize("detect_races", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_decays_near_and_far_in_one_call(capsys, detect_races):
+    case = Case(497, "channel", B=1, H=1, HV=1, V=4)
+    arguments = example(5, case)
+    arguments["log_decay"], segment_ids = near_and_far(arguments["log_decay"].shape)
+    resets = np.where(np.arange(497)[:, None, None] == 300, tpu_decays.RESET, arguments["log_decay"][0])
+    chunks = np.pad(resets.reshape(497, -1), [(0, 15), (0, 0)]).reshape(4, 128, -1)
+    assert [bool(tpu_near.are_near(jnp.asarray(x, jnp.float32))) for x in chunks] == [True, False, False, True]
+    interpreter = pltpu.InterpretParams(detect_races=detect_races, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    with pltpu.force_tpu_interpret_mode(interpreter):
+        found = errors(arguments, segment_ids, "pallas", jnp.bfloat16, state_dtype=jnp.float32)
+    assert max(found.values()) < 6e-3, found  # as above
+    assert "RACE" not in capsys.readouterr().out.upper()
+
+
+def test_pairs_of_near_decays():
+    """Scores and gradients by decays to and from middles, in float32, against the definition in float64: exp of sums of up to 42."""
+    rng, C, K = np.random.default_rng(6), 128, 16
+    q, k, *d_scores = (rng.normal(size=(C, width)).astype(np.float32) for width in (K, K, C, C))
+    log_decay = (-1.3 * rng.random(K) * rng.random((C, K))).astype(np.float32)
+    (decays,) = tpu_near.near_decays(jnp.asarray(log_decay), tpu_decays.spans(jnp.float32)[4 * tpu_decays.PART :], 1)
+
+    def returned(generator):
+        while True:
+            try:
+                next(generator)
+            except StopIteration as end:
+                return end.value
+
+    scores = returned(decays.scores([q, k], k, jnp.float32))
+    gradients = returned(decays.gradients(d_scores, [q, k], k, jnp.float32))
+    sums = np.cumsum(log_decay.astype(np.float64), axis=0)
+    between = np.exp(np.where(np.tri(C, dtype=bool)[:, :, None], sums[:, None] - sums, -np.inf))
+    expected = [np.einsum("ik,jk,ijk->ij", x, k, between) for x in (q, k)]
+    d_rows = [np.einsum("ij,jk,ijk->ik", d, k, between) for d in d_scores]
+    d_k = sum(np.einsum("ij,ik,ijk->jk", d, x, between) for d, x in zip(d_scores, (q, k), strict=True))
+    at = (decays.since_start, np.exp(sums)), (decays.until_end, np.exp(sums[-1] - sums)), (decays.total, np.exp(sums[-1:]))
+    pairs = *zip(scores, expected, strict=True), *zip(gradients.rows, d_rows, strict=True), (gradients.k, d_k), *at
+    assert all(relative_error(found, exact) < 5e-6 for found, exact in pairs)
+    assert all(relative_error(*x) < 1e-6 for x in ((gradients.met[0], q), (gradients.met_k, k)))
 
 
 @pytest.mark.parametrize("axes", ["head", "channel"])
