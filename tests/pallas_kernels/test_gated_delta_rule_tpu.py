@@ -99,11 +99,11 @@ def test_no_races_and_nothing_read_before_it_is_written(capsys, axes, dtype, bou
     assert "RACE" not in capsys.readouterr().out.upper()
 
 
-@pytest.mark.parametrize("detect_races", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_decays_near_and_far_in_one_call(capsys, detect_races):
+@pytest.mark.slow
+def test_decays_near_and_far_in_one_call(capsys):
     case = Case(497, "channel", B=1, H=1, HV=1, V=4)
-    log_decay, segment_ids = near_and_far((1, 497, 1, case.K))
-    interpreter = pltpu.InterpretParams(detect_races=detect_races, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    log_decay, segment_ids = near_and_far((1, 497, 1, case.K), 0.75)  # roundings add up where nothing is forgotten
+    interpreter = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
     with pltpu.force_tpu_interpret_mode(interpreter):
         found = errors(case, segment_ids, jnp.bfloat16, log_decay=log_decay)
     assert max(found.values()) < 8e-3, found  # as above

@@ -56,10 +56,10 @@ def test_no_races_and_nothing_read_before_it_is_written(capsys, axes, dtype, bou
     assert "RACE" not in capsys.readouterr().out.upper()
 
 
-def near_and_far(shape):
-    """Log decays [1,497,HV,K] and ids of documents, four chunks of 128 tokens: decays near to the middles of blocks, just too far in one
-    channel, a document that starts, near again but for padding at the end."""
-    log_decay, segment_ids = np.zeros(shape) - 1.25 * np.linspace(0, 1, shape[-1]), np.ones(shape[:2], int)
+def near_and_far(shape, least):
+    """Log decays [1,497,HV,K], from ``least`` times the strongest one, and ids of documents, four chunks of 128 tokens: decays near to the
+    middles of blocks, just too far in one channel, a document that starts, near again and padding at the end."""
+    log_decay, segment_ids = np.zeros(shape) - 1.25 * np.linspace(least, 1, shape[-1]), np.ones(shape[:2], int)
     log_decay[:, 128:256, -1, -1] = -1.35  # 2^-62 in the 32 tokens between a middle and an end; the others' -1.25 makes 2^-58 at most
     segment_ids[:, 300:] = 2
     segment_ids[:, 480:] = 0
@@ -70,7 +70,7 @@ def near_and_far(shape):
 def test_decays_near_and_far_in_one_call(capsys, detect_races):
     case = Case(497, "channel", B=1, H=1, HV=1, V=4)
     arguments = example(5, case)
-    arguments["log_decay"], segment_ids = near_and_far(arguments["log_decay"].shape)
+    arguments["log_decay"], segment_ids = near_and_far(arguments["log_decay"].shape, 0)
     resets = np.where(np.arange(497)[:, None, None] == 300, tpu_decays.RESET, arguments["log_decay"][0])
     chunks = np.pad(resets.reshape(497, -1), [(0, 15), (0, 0)]).reshape(4, 128, -1)
     assert [bool(tpu_near.are_near(jnp.asarray(x, jnp.float32))) for x in chunks] == [True, False, False, True]
