@@ -48,7 +48,8 @@ def gated_linear_attention(
 
     Returns (o [B,T,HV,V] in v's dtype, final_state [B,HV,K,V] in float32). Decays, sums and states are float32, or float64
     where an input is float64; matrix products follow ``jax.default_matmul_precision``. Exact for any decay: no quotient of
-    decays is ever formed. Differentiable in every float argument. Raises ValueError for shapes, dtypes or names that do not fit.
+    decays is formed that could overflow or vanish. Differentiable in every float argument. Raises ValueError for shapes, dtypes or names
+    that do not fit.
     """
     operator = "gated_linear_attention"
     checks.check_floating(operator, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)

@@ -22,7 +22,7 @@ def by_heads(heads: int, log_decay_ref, spans_ref, head: Callable[..., Generator
     """Run the generators ``head(its number, its decays)``, the decays of two computed at once, and ``use`` what they return.
 
     In bfloat16 all of that is there twice, and one of them is run: where the decays of all heads are near, and else. The test reads what
-    is in VMEM anyway. In float32 sums since the middle would be rounded by more than products of decays are.
+    is in VMEM anyway. In float32 sums since the middle would lose some bits.
     """
     side, K = (2 if heads % 2 == 0 else 1), log_decay_ref.shape[2] // heads
 
