@@ -38,18 +38,23 @@ def plot(file: Path, target: str) -> Path:
         panels[0].invert_yaxis()
         handles = [Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()]
         handles.append(Line2D([], [], color=INK, marker="|", ls="", ms=10, label="the pallas row's HBM traffic alone"))
+        handles.insert(1, Line2D([], [], color=COLORS["pallas"], lw=2, label="to where no decays are near"))
         panels[1].legend(handles=handles, loc="lower right")
         figure.suptitle(f"{target.removeprefix('tpu:')}, bfloat16, by the compiler's schedule", x=0.01, ha="left", fontsize=9)
     return picture
 
 
 def _bar(axes, place: int, row: dict) -> None:
-    """A shape's bar of one implementation: the longer of its bundles' time and its HBM traffic's."""
+    """A shape's bar of one implementation, the longer of its bundles' time and its HBM traffic's, and a line on to that of its dearer branches."""
     work = row["bundles"] / row["bundles_per_token_and_head"]
     is_kernel = row["implementation"] == "pallas"
-    y, length = place + (0.2 if is_kernel else -0.2), 1e9 * max(row["bundle_s"], row["hbm_s"]) / work
+    most = row["bundle_s"] * row.get("bundles_most", row["bundles"]) / row["bundles"]
+    y = place + (0.2 if is_kernel else -0.2)
+    length, longest = (1e9 * max(seconds, row["hbm_s"]) / work for seconds in (row["bundle_s"], most))
     axes.barh(y, length, height=0.36, color=COLORS[row["implementation"]])
     at_least = "≥ " if row["unknown_loops"] else ""
-    axes.annotate(f"{at_least}{length:.2f}", (length, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+    if longest > length:
+        axes.plot([length, longest], [y, y], color=COLORS[row["implementation"]], lw=2)
+    axes.annotate(f"{at_least}{length:.2f}", (longest, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
     if is_kernel:
         axes.plot(1e9 * row["hbm_s"] / work, y, color=INK, marker="|", ms=8)
