@@ -38,14 +38,14 @@ def plot(file: Path, target: str) -> Path:
         panels[0].invert_yaxis()
         handles = [Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()]
         handles.append(Line2D([], [], color=INK, marker="|", ls="", ms=10, label="the pallas row's HBM traffic alone"))
-        handles.insert(1, Line2D([], [], color=COLORS["pallas"], lw=2, label="to where no decays are near"))
+        handles.insert(2, Line2D([], [], color=COLORS["pallas"], lw=2, label="to where no decays are near"))
         panels[1].legend(handles=handles, loc="lower right")
         figure.suptitle(f"{target.removeprefix('tpu:')}, bfloat16, by the compiler's schedule", x=0.01, ha="left", fontsize=9)
     return picture
 
 
 def _bar(axes, place: int, row: dict) -> None:
-    """A shape's bar of one implementation, the longer of its bundles' time and its HBM traffic's, and a line on to that of its dearer branches."""
+    """A shape's bar of one implementation, the longer of its bundles' time and its HBM traffic's; a line on to that of dearer branches."""
     work = row["bundles"] / row["bundles_per_token_and_head"]
     is_kernel = row["implementation"] == "pallas"
     most = row["bundle_s"] * row.get("bundles_most", row["bundles"]) / row["bundles"]
