@@ -50,8 +50,8 @@ def is_slow(command: str) -> bool:
 
 
 def is_like_another(command: str) -> bool:
-    """Whether it differs from one before by a flag alone that has tests of its own."""
-    return "--config.model.width=192" in command or "--step=100" in command
+    """Whether it differs from one before by a flag, or a size, alone that has tests of its own."""
+    return "--config.model.width=192" in command or "--step=100" in command or ":recall" in command
 
 
 def shorter(command: str) -> str:

@@ -268,6 +268,7 @@ def test_a_signal_ends_an_evaluation_which_is_made_up_for(trained, tmp_path, mon
     assert curve(workdir) == curve(trained[0])
 
 
+@pytest.mark.slow  # by the command; test_sharding.py has every kind of mesh
 def test_eight_devices_train_to_the_losses_of_one(trained, tmp_path):
     workdir = tmp_path / "run"
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]

@@ -42,7 +42,7 @@ def slow(*case, **sizes):
         Case(130, "head", documents=True, B=1, H=1, HV=2, K=64, V=64),
         Case(64, "none", B=1, H=1, HV=1, K=128, V=128),
         Case(100, "channel", documents=True, B=1, H=1, HV=1, K=64, V=64),
-        Case(64, "channel", "medium", B=1, H=1, HV=1, K=128, V=64),
+        slow(64, "channel", "medium", B=1, H=1, HV=1, K=128, V=64),
         slow(1, "fixed", B=2, H=1, HV=2, K=64, V=64),
         slow(200, "none", documents=True, B=2, H=2, HV=2, K=64, V=64),
         slow(150, "head", "strong", documents=True, B=1, H=1, HV=1, K=64, V=64),

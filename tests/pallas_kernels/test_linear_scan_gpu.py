@@ -31,7 +31,7 @@ def found_errors(arguments, segment_ids, dtype):
         return errors(arguments, segment_ids, "pallas", dtype)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 def test_pieces_chunks_and_documents(small_chunks, dtype):
     segment_ids = np.tile(ROWS, (1, 3))[2:4, :30]  # padding on both sides and between; two pieces of four chunks
     assert gpu.plan(2, 30, 3) == gpu.Plan(tokens=32, channels=128, pieces=2)

@@ -64,6 +64,7 @@ def in_one_axis(monkeypatch):
     monkeypatch.setattr(platforms, "LARGEST_AXIS", 0)
 
 
+@pytest.mark.slow
 def test_linear_scan_is_the_same(in_one_axis, small_chunks):
     test_linear_scan_gpu.test_pieces_chunks_and_documents(None, jnp.float32)
 
