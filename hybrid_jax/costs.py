@@ -23,7 +23,7 @@ def state_bytes(model: ModelConfig) -> int:
     """Bytes of recurrent state (float32) and convolution tails (compute dtype) of one sequence, whatever its length."""
     mixer, linear = model.mixer, sum(kind != "attention" for kind in model.layer_kinds)
     taps = max(getattr(mixer, "conv_width", 0) - 1, 0)
-    tails = taps * mixer.convolution_channels(model.width) if taps else 0
+    tails = taps * mixer.convolution_channels(model.width)
     return linear * (4 * mixer.state_elements(model.width) + _itemsize(model) * tails)
 
 

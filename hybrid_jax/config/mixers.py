@@ -14,7 +14,7 @@ class Mixer(ABC):
     """What all of them are: frozen dataclasses of plain values, ``class HGRN(Mixer, name="hgrn", state_flops=2)``.
 
     name: of its layers, in ``config.model.mixer.name`` and in the trainer's words. state_flops: what a token costs for each element of
-    the state: its decay 1, a write 2, a read 2. One of your own: docs/extending.md.
+    the state: its decay 1, a write 2, a read 2, a delta rule's look before it writes 2. One of your own: docs/extending.md.
     """
 
     name: ClassVar[str]
@@ -37,6 +37,23 @@ class Mixer(ABC):
     def convolution_channels(self, width: int) -> int:
         """Channels that pass a layer's short convolution, where its ``conv_width`` is not 0."""
         return 0
+
+
+class _ExpandedHeads:
+    """Sizes of those whose heads share out multiples of D: ``expand_k`` of keys, ``expand_v`` of values."""
+
+    def state_elements(self, width: int) -> int:
+        return int(width * self.expand_k) * int(width * self.expand_v) // self.heads
+
+
+class _ValueHeads:
+    """Sizes of those that have heads of a width of their own, and as many or more of values as of keys."""
+
+    def state_elements(self, width: int) -> int:
+        return (self.value_heads or self.heads) * self.head_width * int(self.head_width * self.expand_v)
+
+    def convolution_channels(self, width: int) -> int:
+        return self.head_width * (2 * self.heads + int((self.value_heads or self.heads) * self.expand_v))
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,7 @@ class HGRN2(Mixer, name="hgrn2", state_flops=5):
 
 
 @dataclass(frozen=True)
-class RetNet(Mixer, name="retnet", state_flops=5):
+class RetNet(_ExpandedHeads, Mixer, name="retnet", state_flops=5):
     """Outer-product state with a fixed decay a head."""
 
     heads: int = 8  # heads of queries
@@ -96,12 +113,9 @@ class RetNet(Mixer, name="retnet", state_flops=5):
         key_width = int(width * self.expand_k) // self.heads
         need(key_width % 2 == 0, f"retnet key width {key_width} a head must be even for rotary positions")
 
-    def state_elements(self, width: int) -> int:
-        return int(width * self.expand_k) * int(width * self.expand_v) // self.heads
-
 
 @dataclass(frozen=True)
-class GLA(Mixer, name="gla", state_flops=5):
+class GLA(_ExpandedHeads, Mixer, name="gla", state_flops=5):
     """Outer-product state with a learned decay a key channel."""
 
     heads: int = 4  # heads of queries
@@ -119,16 +133,13 @@ class GLA(Mixer, name="gla", state_flops=5):
         _check_log_decay_min(self)
         _check_convolution(self)
 
-    def state_elements(self, width: int) -> int:
-        return int(width * self.expand_k) * int(width * self.expand_v) // self.heads
-
     def convolution_channels(self, width: int) -> int:
         kv_share = (self.kv_heads or self.heads) / self.heads
         return int(width * (self.expand_k * (1 + kv_share) + self.expand_v * kv_share))
 
 
 @dataclass(frozen=True)
-class DeltaNet(Mixer, name="delta_net", state_flops=6):
+class DeltaNet(_ExpandedHeads, Mixer, name="delta_net", state_flops=6):
     """Delta rule without decay."""
 
     heads: int = 8  # heads of queries, keys and values
@@ -145,15 +156,12 @@ class DeltaNet(Mixer, name="delta_net", state_flops=6):
         _check_expanded_heads(self, width)
         _check_convolution(self)
 
-    def state_elements(self, width: int) -> int:
-        return int(width * self.expand_k) * int(width * self.expand_v) // self.heads
-
     def convolution_channels(self, width: int) -> int:
         return int(width * (2 * self.expand_k + self.expand_v))
 
 
 @dataclass(frozen=True)
-class GatedDeltaNet(Mixer, name="gated_delta_net", state_flops=7):
+class GatedDeltaNet(_ValueHeads, Mixer, name="gated_delta_net", state_flops=7):
     """Delta rule with a decay a head."""
 
     heads: int = 4  # heads of queries and keys
@@ -171,15 +179,9 @@ class GatedDeltaNet(Mixer, name="gated_delta_net", state_flops=7):
         _check_value_heads(self)
         _check_convolution(self)
 
-    def state_elements(self, width: int) -> int:
-        return (self.value_heads or self.heads) * self.head_width * int(self.head_width * self.expand_v)
-
-    def convolution_channels(self, width: int) -> int:
-        return self.head_width * (2 * self.heads + int((self.value_heads or self.heads) * self.expand_v))
-
 
 @dataclass(frozen=True)
-class KDA(Mixer, name="kda", state_flops=7):
+class KDA(_ValueHeads, Mixer, name="kda", state_flops=7):
     """Kimi Delta Attention: the delta rule with a decay a key channel. The study has none; the sizes are DeltaNet's."""
 
     heads: int = 8  # heads of queries and keys
@@ -194,12 +196,6 @@ class KDA(Mixer, name="kda", state_flops=7):
         _check_value_heads(self)
         _check_log_decay_min(self)
         _check_convolution(self)
-
-    def state_elements(self, width: int) -> int:
-        return (self.value_heads or self.heads) * self.head_width * int(self.head_width * self.expand_v)
-
-    def convolution_channels(self, width: int) -> int:
-        return self.head_width * (2 * self.heads + int((self.value_heads or self.heads) * self.expand_v))
 
 
 @dataclass(frozen=True)
